@@ -1,0 +1,6 @@
+"""Imbalanced medical image classification, the scikit-learn way."""
+
+from sklearn_medimb.softmax import SoftmaxClassifier
+
+__all__ = ["SoftmaxClassifier"]
+__version__ = "0.1.0.dev0"

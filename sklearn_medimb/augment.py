@@ -1,0 +1,598 @@
+"""Batched, replayable augmentation of 2-D and 3-D medical images.
+
+An :class:`Augmentation` works in two steps: `draw` takes every random decision for a batch
+from an explicit generator, and `apply` is a pure function of the images and of those draws.
+Both treat the whole batch at once, on its device, and never wait for a value to come back
+from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from numbers import Real
+
+import torch
+import torch.nn.functional as F
+from sklearn.base import BaseEstimator
+from torch import Tensor
+
+__all__ = ["AUGMENTATIONS", "Augmentation", "resolve_augmentation"]
+
+# Every parameter with its allowed range (both ends included) and the value that turns it off.
+_RANGES = {
+    "horizontal_flip": (0.0, 1.0, 0.0),
+    "vertical_flip": (0.0, 1.0, 0.0),
+    "depth_flip": (0.0, 1.0, 0.0),
+    "rotation": (0.0, 180.0, 0.0),
+    "tilt": (0.0, 180.0, 0.0),
+    "shear": (0.0, 60.0, 0.0),
+    "scale": (0.0, 1.0, 0.0),
+    "translate": (0.0, 1.0, 0.0),
+    "crop": (0.05, 1.0, 1.0),
+    "blur": (0.0, 32.0, 0.0),
+    "blur_probability": (0.0, 1.0, 0.0),
+    "gamma": (0.0, 3.0, 0.0),
+    "contrast": (0.0, 1.0, 0.0),
+    "brightness": (0.0, 1.0, 0.0),
+    "noise": (0.0, 1.0, 0.0),
+    "noise_probability": (0.0, 1.0, 0.0),
+    "cutout": (0.0, 1.0, 0.0),
+    "cutout_probability": (0.0, 1.0, 0.0),
+}
+_WARPS = ("rotation", "tilt", "shear", "scale", "translate", "crop")
+_SOMETIMES = ("blur", "noise", "cutout")
+# Flips and the axis they reverse, counted from the last.
+_FLIPS = {"horizontal_flip": -1, "vertical_flip": -2, "depth_flip": -3}
+
+# Uniform numbers drawn for each image, whatever is switched on: an operation that is turned on
+# or tuned leaves the draws of the others as they were, and so does a larger batch.
+_UNIFORMS = {
+    "flip": 3,
+    "angles": 3,
+    "shear": 1,
+    "scale": 1,
+    "translate": 3,
+    "crop": 4,
+    "tone": 3,
+    "blur": 2,
+    "noise": 2,
+    "cutout": 7,
+}
+
+
+class Augmentation(BaseEstimator):
+    """Random flips, warps, tone, blur, noise and cutout for a batch of images.
+
+    Images are floating-point tensors of shape ``(B, C, H, W)`` or ``(B, C, D, H, W)``, with any
+    number of channels and values in any range. Each image gets its own draw, which all its
+    channels share. The defaults change nothing.
+
+    Operations run in the order of the parameters below. All warps are composed with the flips
+    into one affine map and sampled once (linearly, mirrored beyond the border); flips alone are
+    exact. Intensities are not clipped afterwards.
+
+    Parameters
+    ----------
+    horizontal_flip, vertical_flip, depth_flip : float, default=0.0
+        Probability of reversing the last axis (W), the one before (H), and D. The last one is
+        ignored for 2-D images.
+    rotation : float, default=0.0
+        Largest rotation in the H-W plane, in degrees; drawn from ``[-rotation, rotation]``. It
+        is a rotation in pixels, also when the image is not square.
+    tilt : float, default=0.0
+        Largest rotation of a volume out of the H-W plane, about the H and the W axis, in
+        degrees. Voxels are taken to be cubes. Ignored for 2-D images.
+    shear : float, default=0.0
+        Largest shear along W, in degrees.
+    scale : float, default=0.0
+        Zoom as a fraction: the factor lies between ``1 / (1 + scale)`` and ``1 + scale``, drawn
+        evenly on a log scale.
+    translate : float, default=0.0
+        Largest shift along each axis, as a fraction of its side.
+    crop : float, default=1.0
+        Smallest fraction of each side kept by a random crop, which is resized to the full
+        image. 1.0 keeps everything.
+    blur : float, default=0.0
+        Largest standard deviation of a Gaussian blur, in pixels.
+    blur_probability : float, default=0.5
+        Probability that an image is blurred.
+    gamma : float, default=0.0
+        Largest ``|log(g)|`` of the power ``g`` applied to the image rescaled to [0, 1] by its
+        own extremes, and then scaled back.
+    contrast : float, default=0.0
+        Largest relative change of the distance to the mean of the channel.
+    brightness : float, default=0.0
+        Largest shift, as a fraction of the intensity range (max - min) of the image.
+    noise : float, default=0.0
+        Largest standard deviation of Gaussian noise, as a fraction of the intensity range of
+        the image. The noise is the same in all channels, so that a grey image stored in three
+        channels remains grey.
+    noise_probability : float, default=0.5
+        Probability that noise is added to an image.
+    cutout : float, default=0.0
+        Largest side of a box filled with the mean of the channel, as a fraction of each side.
+    cutout_probability : float, default=0.5
+        Probability that a box is cut out of an image.
+
+    Notes
+    -----
+    The intensity range is that of the image as given, over all its channels. Parameters are
+    checked by `draw`.
+
+    Examples
+    --------
+    >>> import torch
+    >>> augment = Augmentation(horizontal_flip=0.5, rotation=15)
+    >>> generator = torch.Generator().manual_seed(0)
+    >>> augment(torch.rand(8, 3, 32, 32), generator).shape
+    torch.Size([8, 3, 32, 32])
+    """
+
+    def __init__(
+        self,
+        *,
+        horizontal_flip: float = 0.0,
+        vertical_flip: float = 0.0,
+        depth_flip: float = 0.0,
+        rotation: float = 0.0,
+        tilt: float = 0.0,
+        shear: float = 0.0,
+        scale: float = 0.0,
+        translate: float = 0.0,
+        crop: float = 1.0,
+        blur: float = 0.0,
+        blur_probability: float = 0.5,
+        gamma: float = 0.0,
+        contrast: float = 0.0,
+        brightness: float = 0.0,
+        noise: float = 0.0,
+        noise_probability: float = 0.5,
+        cutout: float = 0.0,
+        cutout_probability: float = 0.5,
+    ) -> None:
+        self.horizontal_flip = horizontal_flip
+        self.vertical_flip = vertical_flip
+        self.depth_flip = depth_flip
+        self.rotation = rotation
+        self.tilt = tilt
+        self.shear = shear
+        self.scale = scale
+        self.translate = translate
+        self.crop = crop
+        self.blur = blur
+        self.blur_probability = blur_probability
+        self.gamma = gamma
+        self.contrast = contrast
+        self.brightness = brightness
+        self.noise = noise
+        self.noise_probability = noise_probability
+        self.cutout = cutout
+        self.cutout_probability = cutout_probability
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether no image is ever changed."""
+        return not any(self._is_on(name) for name in _RANGES if "probability" not in name)
+
+    def draw(
+        self, n: int, image_shape: tuple[int, ...], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Draw everything that is random for a batch.
+
+        Parameters
+        ----------
+        n : int
+            Number of images.
+        image_shape : tuple of int
+            Shape of one image, ``(C, H, W)`` or ``(C, D, H, W)``.
+        generator : torch.Generator
+            Source of randomness, and the only one.
+
+        Returns
+        -------
+        params : dict of str to Tensor
+            One float32 tensor of first dimension `n`, on the device of the generator, for each
+            step that is switched on: ``affine`` (n, d, d + 1), or the flips (n,) when nothing
+            else moves pixels; ``blur`` (n, taps); ``gamma``, ``contrast`` and ``brightness``
+            (n,); ``noise`` (n, 1, H, W) or (n, 1, D, H, W); ``cutout`` (n, d, 2). Here d is the
+            number of spatial dimensions.
+        """
+        self._check()
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {generator!r}.")
+        spatial = tuple(image_shape[1:])
+        if len(spatial) not in (2, 3):
+            raise ValueError(
+                f"image_shape must be (C, H, W) or (C, D, H, W), got {tuple(image_shape)}."
+            )
+        if self.is_identity:
+            return {}
+
+        size = (n, sum(_UNIFORMS.values()))
+        table = torch.rand(size, generator=generator, device=generator.device)
+        u = dict(zip(_UNIFORMS, table.split(list(_UNIFORMS.values()), dim=1), strict=True))
+        params = self._draw_geometry(u, spatial)
+
+        if self._is_on("blur"):
+            sigma = self.blur * u["blur"][:, 1] * (u["blur"][:, 0] < self.blur_probability)
+            params["blur"] = _gaussian_kernels(sigma, radius=math.ceil(3 * self.blur))
+        gamma, contrast, brightness = (2 * u["tone"] - 1).unbind(dim=1)
+        if self._is_on("gamma"):
+            params["gamma"] = torch.exp(self.gamma * gamma)
+        if self._is_on("contrast"):
+            params["contrast"] = 1 + self.contrast * contrast
+        if self._is_on("brightness"):
+            params["brightness"] = self.brightness * brightness
+        if self._is_on("noise"):
+            std = self.noise * u["noise"][:, 1] * (u["noise"][:, 0] < self.noise_probability)
+            field = torch.randn((n, 1, *spatial), generator=generator, device=generator.device)
+            params["noise"] = field.mul_(_per_image(std, field))
+        if self._is_on("cutout"):
+            selected = u["cutout"][:, :1] < self.cutout_probability
+            length, place = u["cutout"][:, 1:].split(3, dim=1)
+            params["cutout"] = _boxes(spatial, self.cutout * length * selected, place)
+        return params
+
+    def apply(self, images: Tensor, params: dict[str, Tensor]) -> Tensor:
+        """Apply what was drawn, to the batch it was drawn for or to another one.
+
+        Parameters
+        ----------
+        images : Tensor of shape (B, C, H, W) or (B, C, D, H, W)
+            Images with the batch and spatial sizes given to `draw`; the number of channels may
+            differ.
+        params : dict of str to Tensor
+            What `draw` returned. It may be a part of it: without the intensity steps, say, for
+            a batch of masks.
+
+        Returns
+        -------
+        augmented : Tensor
+            New images of the same shape, dtype and device; `images` itself if `params` is empty.
+        """
+        _check_batch(images, params)
+        if not params or not images.numel():
+            return images
+        params = {k: v.to(images, non_blocking=images.is_cuda) for k, v in params.items()}
+        out = images
+
+        if "affine" in params:
+            out = _warp(out, params["affine"])
+        for name, axis in _FLIPS.items():
+            if name in params:
+                out = torch.where(_per_image(params[name], out) > 0, out.flip(axis), out)
+        if "blur" in params:
+            out = _blur(out, params["blur"])
+
+        # Linear sampling and blur stay within the extremes of the image, so that those of the
+        # input hold, and gamma always meets values in [0, 1].
+        tone = {k: _per_image(params[k], out) for k in _TONE if k in params}
+        if "noise" in params or tone.keys() & {"gamma", "brightness"}:
+            low, span = _extremes(images)
+            tone |= {"low": low, "span": span}
+        # In place, as fresh memory costs more than the arithmetic; but never in the input.
+        if out is images and (tone or "noise" in params):
+            out = images.clone()
+        if tone.keys() & set(_TONE):
+            out = _change_tone_(out, **tone)
+        if "noise" in params:
+            out = out.add_(params["noise"] * span)
+        if "cutout" in params:
+            inside = _inside(params["cutout"], out.shape[2:])
+            out = torch.where(inside, _channel_mean(out), out)
+        return out.contiguous(memory_format=_memory_format(images))
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw and apply at once.
+
+        Parameters
+        ----------
+        images : Tensor of shape (B, C, H, W) or (B, C, D, H, W)
+            Images to augment.
+        generator : torch.Generator
+            Source of randomness.
+
+        Returns
+        -------
+        augmented : Tensor
+            New images of the same shape, dtype and device.
+        """
+        return self.apply(images, self.draw(images.shape[0], images.shape[1:], generator))
+
+    def _is_on(self, name: str) -> bool:
+        probability = getattr(self, f"{name}_probability") if name in _SOMETIMES else 1.0
+        return getattr(self, name) != _RANGES[name][2] and probability != 0
+
+    def _check(self) -> None:
+        for name, (low, high, _) in _RANGES.items():
+            value = getattr(self, name)
+            # Written so that NaN fails as well.
+            if isinstance(value, bool) or not (isinstance(value, Real) and low <= value <= high):
+                raise ValueError(f"{name} must be a number in [{low}, {high}], got {value!r}.")
+
+    def _draw_geometry(self, u: dict[str, Tensor], spatial: tuple[int, ...]) -> dict[str, Tensor]:
+        dims = len(spatial)
+        flips = {
+            name: u["flip"][:, i] < getattr(self, name)
+            for i, name in enumerate(_FLIPS)
+            if i < dims and self._is_on(name)
+        }
+        if not any(self._is_on(name) for name in _WARPS if dims == 3 or name != "tilt"):
+            return {name: flip.float() for name, flip in flips.items()}
+
+        turn, *tilts = torch.deg2rad(2 * u["angles"] - 1).unbind(dim=1)
+        kept = 1 - (1 - self.crop) * u["crop"][:, :1]
+        zoom = torch.exp(math.log1p(self.scale) * (2 * u["scale"] - 1)) / kept
+        # In half sides, the unit of the sampling grid.
+        shift = 2 * self.translate * (2 * u["translate"][:, :dims] - 1)
+        shift = shift + (1 - kept) * (2 * u["crop"][:, 1 : 1 + dims] - 1)
+        sign = torch.ones_like(shift)
+        for name, flip in flips.items():
+            sign[:, -1 - _FLIPS[name]] -= 2 * flip
+        affine = affine_matrix(
+            spatial,
+            angles=[self.rotation * turn, *(self.tilt * tilt for tilt in tilts)],
+            shear=torch.deg2rad(self.shear * (2 * u["shear"][:, 0] - 1)),
+            zoom=zoom[:, 0],
+            shift=shift,
+            sign=sign,
+        )
+        return {"affine": affine}
+
+
+# Geometry
+
+
+def affine_matrix(
+    spatial: tuple[int, ...],
+    angles: list[Tensor],
+    shear: Tensor,
+    zoom: Tensor,
+    shift: Tensor,
+    sign: Tensor,
+) -> Tensor:
+    """Compose one affine map per image, from places in the output to places in the input.
+
+    Places are in the coordinates of the sampling grid: x, y, z for W, H, D, from -1 at one
+    border to 1 at the other.
+
+    Parameters
+    ----------
+    spatial : tuple of int
+        Sides of the image, (H, W) or (D, H, W).
+    angles : list of Tensor of shape (n,)
+        Angles in radians in the planes x-y, x-z and y-z; the last two are for volumes only. In
+        the first, a positive angle turns the picture counterclockwise.
+    shear : Tensor of shape (n,)
+        Shear along x, in radians.
+    zoom : Tensor of shape (n,)
+        Magnification.
+    shift : Tensor of shape (n, d)
+        Place in the input of the centre of the output.
+    sign : Tensor of shape (n, d)
+        -1 for an axis to flip, otherwise 1.
+
+    Returns
+    -------
+    affine : Tensor of shape (n, d, d + 1)
+        Linear part and, in the last column, shift.
+    """
+    sides = spatial[::-1]
+    dims = len(sides)
+    eye = torch.eye(dims, device=zoom.device).expand(len(zoom), dims, dims)
+
+    linear = eye.clone()
+    linear[:, 0, 1] = torch.tan(shear)
+    for angle, (i, j) in zip(angles, [(0, 1), (0, 2), (1, 2)][: 2 * dims - 3], strict=False):
+        turn = eye.clone()
+        turn[:, i, i] = turn[:, j, j] = torch.cos(angle)
+        turn[:, j, i] = torch.sin(angle)
+        turn[:, i, j] = -turn[:, j, i]
+        linear = turn @ linear
+    # So far in pixels: a step of 1 in the grid is half a side, of its own length for each axis.
+    aspect = torch.tensor([[float(b) / a for b in sides] for a in sides])
+    linear = linear * aspect.to(zoom.device, non_blocking=True) / zoom[:, None, None]
+    return torch.cat([linear, shift[:, :, None]], dim=2) * sign[:, :, None]
+
+
+def _warp(images: Tensor, affine: Tensor) -> Tensor:
+    # The grid is a sum of one vector per axis. Kept as planes it takes a single pass over its
+    # full size, which is many times faster than multiplying every point by its matrix.
+    dims = affine.shape[1]
+    columns = affine.reshape(len(affine), dims, dims + 1, *[1] * dims).unbind(dim=2)
+    grid = columns[-1]
+    for axis in reversed(range(dims)):
+        side = images.shape[-1 - axis]
+        centres = torch.arange(1 - side, side, 2, device=grid.device, dtype=grid.dtype) / side
+        grid = grid + columns[axis] * centres.reshape(-1, *[1] * axis)
+    return F.grid_sample(
+        images,
+        grid.movedim(1, -1),
+        mode="bilinear",
+        padding_mode="reflection",
+        align_corners=False,
+    )
+
+
+def _boxes(spatial: tuple[int, ...], fraction: Tensor, place: Tensor) -> Tensor:
+    bounds = []
+    for axis, side in enumerate(spatial):
+        length = torch.ceil(side * fraction[:, axis])
+        start = torch.floor(place[:, axis] * (side - length + 1))
+        bounds.append(torch.stack([start, start + length], dim=1))
+    return torch.stack(bounds, dim=1)
+
+
+def _inside(boxes: Tensor, spatial: tuple[int, ...]) -> Tensor:
+    inside = boxes.new_ones((), dtype=torch.bool)
+    for axis, side in enumerate(spatial):
+        index = torch.arange(side, device=boxes.device)
+        start, stop = boxes[:, axis, :, None].unbind(dim=1)
+        hit = (start <= index) & (index < stop)
+        shape = [1] * len(spatial)
+        shape[axis] = side
+        inside = inside & hit.reshape(-1, 1, *shape)
+    return inside
+
+
+# Intensity
+
+_TONE = ("gamma", "contrast", "brightness")
+
+
+def _per_image(values: Tensor, images: Tensor) -> Tensor:
+    return values.reshape(-1, *[1] * (images.ndim - 1))
+
+
+def _channel_mean(images: Tensor) -> Tensor:
+    return images.mean(dim=tuple(range(2, images.ndim)), keepdim=True)
+
+
+def _extremes(images: Tensor) -> tuple[Tensor, Tensor]:
+    # Constants of the image: no gradient runs through them.
+    images = images.detach()
+    dims = tuple(range(1, images.ndim))
+    low = images.amin(dim=dims, keepdim=True)
+    return low, images.amax(dim=dims, keepdim=True) - low
+
+
+def _change_tone_(
+    images: Tensor,
+    gamma: Tensor | None = None,
+    contrast: Tensor | None = None,
+    brightness: Tensor | None = None,
+    low: Tensor | None = None,
+    span: Tensor | None = None,
+) -> Tensor:
+    # In place, hence the underscore. Undoing the rescaling of gamma, contrast and brightness are
+    # all of the form `gain * image + offset`: gathered first, they cost two passes together.
+    gain = images.new_ones((len(images), *[1] * (images.ndim - 1)))
+    offset = torch.zeros_like(gain)
+    if gamma is not None:
+        unit = images.sub_(low).div_(torch.where(span > 0, span, 1))
+        # Not 0, where the power would have an infinite slope.
+        images = unit.clamp_(min=torch.finfo(unit.dtype).tiny).pow_(gamma)
+        gain, offset = span, low
+    if contrast is not None:
+        offset = offset + (1 - contrast) * gain * _channel_mean(images.detach())
+        gain = gain * contrast
+    if brightness is not None:
+        offset = offset + brightness * span
+    # The gradient of the power needs its result.
+    images = images * gain if images.requires_grad else images.mul_(gain)
+    return images.add_(offset)
+
+
+def _gaussian_kernels(sigma: Tensor, radius: int) -> Tensor:
+    # With the smallest width all weights but the central one underflow to exactly 0.
+    steps = torch.arange(-radius, radius + 1, device=sigma.device)
+    weights = torch.exp(-0.5 * (steps / sigma.clamp(min=1e-2)[:, None]) ** 2)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def _blur(images: Tensor, kernels: Tensor) -> Tensor:
+    # One group per channel of each image lets every image have its own kernel.
+    n, channels, *spatial = images.shape
+    taps, dims, groups = kernels.shape[1], len(spatial), n * channels
+    convolve = F.conv2d if dims == 2 else F.conv3d
+    weights = kernels.repeat_interleave(channels, dim=0)
+    out = images.reshape(1, groups, *spatial)
+    for axis in range(dims):
+        shape = [1] * dims
+        shape[axis] = taps
+        padding = [0] * (2 * dims)
+        padding[2 * (dims - 1 - axis)] = padding[2 * (dims - 1 - axis) + 1] = taps // 2
+        padded = F.pad(out, padding, mode="replicate")
+        out = convolve(padded, weights.reshape(groups, 1, *shape), groups=groups)
+    return out.reshape(images.shape)
+
+
+# Checks and presets
+
+
+def _check_batch(images: Tensor, params: dict[str, Tensor]) -> None:
+    if images.ndim not in (4, 5) or not images.is_floating_point():
+        raise ValueError(
+            "images must be a floating-point tensor of shape (B, C, H, W) or (B, C, D, H, W), "
+            f"got {images.dtype} of shape {tuple(images.shape)}."
+        )
+    for name, value in params.items():
+        if len(value) != len(images):
+            raise ValueError(f"{name} was drawn for {len(value)} images, got {len(images)}.")
+
+
+def _memory_format(images: Tensor) -> torch.memory_format:
+    last = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
+    if images.is_contiguous(memory_format=last) and not images.is_contiguous():
+        return last
+    return torch.contiguous_format
+
+
+_MEDICAL = {
+    "horizontal_flip": 0.5,
+    "vertical_flip": 0.5,
+    "depth_flip": 0.5,
+    "rotation": 15.0,
+    "tilt": 5.0,
+    "scale": 0.15,
+    "translate": 0.08,
+    "gamma": 0.2,
+    "contrast": 0.2,
+    "brightness": 0.2,
+}
+_STRONG = _MEDICAL | {
+    "rotation": 180.0,
+    "tilt": 15.0,
+    "crop": 0.6,
+    "blur": 1.0,
+    "noise": 0.05,
+    "cutout": 0.3,
+}
+
+AUGMENTATIONS: dict[str, Callable[[], Augmentation]] = {
+    "none": Augmentation,
+    "light": partial(
+        Augmentation,
+        horizontal_flip=0.5,
+        rotation=10.0,
+        scale=0.1,
+        translate=0.05,
+        contrast=0.1,
+        brightness=0.1,
+    ),
+    "medical": partial(Augmentation, **_MEDICAL),
+    "strong": partial(Augmentation, **_STRONG),
+}
+"""Presets: what to call, without arguments, for a new augmentation of that name."""
+
+
+def resolve_augmentation(augment: str | Augmentation | None) -> Augmentation:
+    """Turn what a user may pass as `augment` into an augmentation.
+
+    Parameters
+    ----------
+    augment : {"none", "light", "medical", "strong"}, Augmentation or None
+        A preset; None stands for "none". Any object with the methods `draw` and `apply` of
+        :class:`Augmentation` is returned as it is.
+
+    Returns
+    -------
+    augmentation : Augmentation
+        A new instance for a preset, otherwise `augment` itself.
+    """
+    if augment is None:
+        augment = "none"
+    presets = ", ".join(map(repr, AUGMENTATIONS))
+    if isinstance(augment, str):
+        if augment not in AUGMENTATIONS:
+            raise ValueError(f"augment must be one of {presets}, got {augment!r}.")
+        return AUGMENTATIONS[augment]()
+    methods = (getattr(augment, name, None) for name in ("draw", "apply"))
+    if isinstance(augment, type) or not all(map(callable, methods)):
+        raise TypeError(
+            f"augment must be one of {presets}, None, or an object with the methods draw and "
+            f"apply such as Augmentation(), got {augment!r}."
+        )
+    return augment

@@ -1,0 +1,135 @@
+"""Network trunks for images and vectors.
+
+**A backbone is any** :class:`torch.nn.Module`; **what it returns is read by its shape**:
+(n, d) are features, (n, 1+L, C) a class token and patch tokens, (n, C, H, W) and (n, C, D, H, W)
+a map. :func:`as_features` and :func:`as_tokens` do the reading, :func:`make_backbone` makes the
+network from a name, a recipe (:class:`Backbone`) or a module of one's own.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from ._base import Backbone, as_features, as_tokens, check_input_shape, pooled_grid
+from ._weights import load_weights
+from .adapters import MonaiBackbone, TimmBackbone
+from .conv import MLP, ConvNet
+from .resnet import ResNet
+from .vit import ViT
+
+__all__ = [
+    "BACKBONES",
+    "MLP",
+    "Backbone",
+    "ConvNet",
+    "MonaiBackbone",
+    "ResNet",
+    "TimmBackbone",
+    "ViT",
+    "as_features",
+    "as_tokens",
+    "load_weights",
+    "make_backbone",
+    "pooled_grid",
+]
+
+#: Name to recipe: each value, called with the recipe's parameters if any, returns it.
+BACKBONES: dict[str, Callable[..., Backbone]] = {
+    "mlp": MLP,
+    "conv": ConvNet,
+    "resnet18": partial(ResNet, depth=18),
+    "resnet34": partial(ResNet, depth=34),
+    "resnet50": partial(ResNet, depth=50),
+    "vit": ViT,
+    "vit_small": ViT.small,
+}
+
+_ADAPTERS: dict[str, Callable[[str], Backbone]] = {"monai": MonaiBackbone, "timm": TimmBackbone}
+
+
+def make_backbone(
+    backbone: Any, input_shape: Sequence[int], n_samples: int | None = None
+) -> nn.Module:
+    """Make a trunk for one kind of input.
+
+    Parameters
+    ----------
+    backbone : str, Backbone, torch.nn.Module, or a class of either
+        - "auto": an :class:`MLP` for vectors; for images a :class:`ConvNet`, or a ResNet-18
+          where there are at least 5000 samples and the smallest side has at least 48 pixels;
+        - a name of ``BACKBONES``, "monai:<name>" or "timm:<name>";
+        - a :class:`Backbone` or a class of them;
+        - a class of modules: called with ``in_channels`` and ``spatial_dims``, each only where
+          its signature has that name;
+        - a module: copied, so one's own is never trained.
+    input_shape : sequence of int
+        Shape of one sample: (d,), (C, H, W) or (C, D, H, W), in pixels.
+    n_samples : int or None, default=None
+        Number of training samples, for "auto" only; None counts as few.
+
+    Returns
+    -------
+    module : torch.nn.Module
+        A new module; unless copied or loaded, its weights depend on the state of torch's
+        default generator only. Seed it first.
+
+    Raises
+    ------
+    TypeError
+        If ``backbone`` is none of these things.
+    ValueError
+        For an unknown name, a class that cannot be called so, or a shape that does not fit.
+    ImportError
+        If a package the name asks for is not installed.
+    """
+    shape = check_input_shape(input_shape)
+    if isinstance(backbone, nn.Module):
+        return copy.deepcopy(backbone)
+    if isinstance(backbone, Backbone):
+        return backbone.build(shape)
+    if isinstance(backbone, str):
+        return _named(_auto(shape, n_samples) if backbone == "auto" else backbone).build(shape)
+    if inspect.isclass(backbone) and issubclass(backbone, Backbone):
+        return _called(backbone, {}).build(shape)
+    if inspect.isclass(backbone) and issubclass(backbone, nn.Module):
+        offered = {"in_channels": shape[0], "spatial_dims": len(shape) - 1}
+        known = inspect.signature(backbone).parameters
+        return _called(backbone, {k: v for k, v in offered.items() if k in known})
+    raise TypeError(
+        "backbone must be a name, a Backbone, a torch.nn.Module, or a class of either, "
+        f"got {backbone!r}."
+    )
+
+
+def _auto(shape: tuple[int, ...], n_samples: int | None) -> str:
+    if len(shape) == 1:
+        return "mlp"
+    # A deep network pays only where there is something to see and enough to learn it from.
+    return "resnet18" if (n_samples or 0) >= 5000 and min(shape[1:]) >= 48 else "conv"
+
+
+def _named(name: str) -> Backbone:
+    package, colon, rest = name.partition(":")
+    if colon and rest and package in _ADAPTERS:
+        return _ADAPTERS[package](rest)
+    if name in BACKBONES:
+        return BACKBONES[name]()
+    names = ", ".join(["auto", *BACKBONES, *(f"{package}:<name>" for package in _ADAPTERS)])
+    raise ValueError(f"backbone={name!r} is unknown; the names are {names}.")
+
+
+def _called(cls: type, params: dict[str, Any]) -> Any:
+    try:
+        return cls(**params)
+    except Exception as error:
+        call = ", ".join(f"{k}={v}" for k, v in params.items())
+        raise ValueError(
+            f"backbone: {cls.__name__}({call}) failed ({type(error).__name__}: {error}); "
+            "give an instance instead of the class."
+        ) from error

@@ -1,0 +1,535 @@
+"""The life of one fit, shared by every classifier of the package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from scipy.special import softmax
+from sklearn.base import (
+    BaseEstimator,
+    ClassifierMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    clone,
+)
+from sklearn.metrics import check_scoring, get_scorer_names
+from sklearn.utils import _safe_indexing, check_consistent_length, check_random_state, column_or_1d
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, assert_all_finite, check_is_fitted
+from skorch.callbacks import Callback
+from torch import nn
+
+from sklearn_medimb.augment import resolve_augmentation
+from sklearn_medimb.backbones import Backbone, make_backbone
+from sklearn_medimb.batches import Batches, Preprocessor
+from sklearn_medimb.callbacks import (
+    BestEpoch,
+    ProgressBar,
+    SaveCheckpoint,
+    SklearnCallbacks,
+    StopWhenExhausted,
+)
+from sklearn_medimb.checkpoint import Checkpoint, fingerprint
+from sklearn_medimb.images import Images, channel_statistics, read_images
+from sklearn_medimb.net import SCHEDULES, Net, Trunk
+from sklearn_medimb.rows import resample, validation_split
+from sklearn_medimb.runtime import (
+    inference_block,
+    one_thread_in_workers,
+    resolve_device,
+    resolve_precision,
+    seeded,
+)
+
+try:
+    from sklearn.callback import CallbackSupportMixin
+except ImportError:  # scikit-learn < 1.9
+
+    class CallbackSupportMixin:  # type: ignore[no-redef]
+        """Stand-in: this scikit-learn has no callbacks."""
+
+
+@dataclass
+class TrainingSet:
+    """Validated training data: row numbers into `images`, with one class and weight per row."""
+
+    images: Images
+    rows: np.ndarray
+    y: np.ndarray
+    weight: np.ndarray | None = None
+
+    def class_mass(self, n_classes: int) -> np.ndarray:
+        """Summed weight of each class, shape (n_classes,)."""
+        return np.bincount(self.y, self.weight, minlength=n_classes).astype(np.float64)
+
+
+class BaseImageClassifier(
+    CallbackSupportMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    ClassifierMixin,
+    BaseEstimator,
+):
+    """Common ground of the image classifiers: validation, training, inference, persistence.
+
+    A method supplies its network (`_make_network`), its loss (`_make_criterion`), its batches
+    (`_make_batches`) and its class scores (`_scores`).
+    """
+
+    _doc_link_module = "sklearn_medimb"
+    _doc_link_template = "https://sklearn-medimb.readthedocs.io/{estimator_module}.{estimator_name}"
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "backbone": [str, nn.Module, Backbone, type],
+        "max_epochs": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "lr": [Interval(Real, 0, None, closed="neither")],
+        "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "lr_schedule": [StrOptions(set(SCHEDULES))],
+        "augment": [str, None, HasMethods(["draw", "apply"])],
+        "sampler": [None, HasMethods(["fit_resample"])],
+        "early_stopping": ["boolean"],
+        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "scoring": [StrOptions(set(get_scorer_names())), callable],
+        "callbacks": [None, list],
+        "checkpoint_dir": [None, str, os.PathLike],
+        "image_shape": [None, tuple, list],
+        "data_format": [StrOptions({"auto", "channels_first", "channels_last"})],
+        "spatial_dims": [None, Interval(Integral, 2, 3, closed="both")],
+        "device": [str, torch.device],
+        "precision": [StrOptions({"auto", "float32", "bf16", "float64"})],
+        "compile": ["boolean"],
+        "warm_start": ["boolean"],
+        "net_params": [None, dict],
+        "random_state": ["random_state"],
+        "verbose": ["verbose"],
+    }
+
+    # ---------------------------------------------------------------- what a method supplies
+
+    def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
+        raise NotImplementedError
+
+    def _make_criterion(self, train: TrainingSet, n_steps: int) -> nn.Module:
+        raise NotImplementedError
+
+    def _make_batches(self, train: TrainingSet, **common: Any) -> Batches:
+        raise NotImplementedError
+
+    def _steps_per_epoch(self, n_samples: int) -> int:
+        raise NotImplementedError
+
+    def _scores(self, images: Images) -> np.ndarray:
+        """Log-scale class scores, shape (n, n_classes): their softmax is `predict_proba`."""
+        raise NotImplementedError
+
+    def _inference_state(self, train: TrainingSet) -> dict[str, Any]:
+        """Fitted attributes, beyond the network, that prediction needs; made from it."""
+        return {}
+
+    def _optimizer_groups(self) -> list[tuple[str, dict[str, Any]]]:
+        """Parameter groups for the optimiser, as skorch's ``optimizer__param_groups``."""
+        return []
+
+    # ---------------------------------------------------------------- one fit
+
+    def _fit(
+        self,
+        X: Any,
+        y: Any,
+        *,
+        sample_weight: Any = None,
+        groups: Any = None,
+        classes: Any = None,
+        partial: bool = False,
+    ) -> Any:
+        """Validate, split, resample, build, train, and keep what prediction needs."""
+        with _all_or_nothing(self), one_thread_in_workers():
+            fresh = not (self.__sklearn_is_fitted__() and (partial or self.warm_start))
+            data, groups = self._check_training(X, y, sample_weight, groups, classes, fresh)
+            device = resolve_device(self.device)
+
+            checkpoint = None
+            if self.checkpoint_dir is not None and not partial:
+                token = fingerprint(self, data.images, data.y, data.weight, groups)
+                checkpoint = Checkpoint(self.checkpoint_dir, token).open()
+            seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+            if checkpoint is not None and checkpoint.seed is not None:
+                seed = checkpoint.seed
+            rng = np.random.default_rng(seed)
+            generator = torch.Generator(device).manual_seed(seed)
+            self.random_seed_ = seed
+
+            with seeded(seed, device):
+                train, held = self._training_rows(data, groups, rng, partial)
+                n_epochs = 1 if partial else self._n_epochs(len(train.rows))
+                steps = self._steps_per_epoch(len(train.rows))
+                if fresh:
+                    self.pixel_mean_, self.pixel_std_ = channel_statistics(
+                        train.images, train.rows, train.weight
+                    )
+                    self._build_net(device)
+                net = self.net_
+                schedule = "constant" if partial else self.lr_schedule
+                if not partial or net.schedule != schedule:
+                    net.start_schedule(schedule, n_epochs * steps, self.lr)
+                net.criterion_ = self._make_criterion(train, n_epochs * steps).to(net.device, net.dtype)
+                batches = self._make_batches(
+                    train,
+                    preprocess=self._preprocessor(),
+                    augmentation=resolve_augmentation(self.augment),
+                    rng=rng,
+                    generator=generator,
+                )
+                callbacks: list[Callback] = []
+                best = None
+                if held is not None:
+                    score = self._validation_score(X, y, held, train)
+                    callbacks.append(best := BestEpoch(score, self.n_iter_no_change))
+                done = 0
+                if checkpoint is not None:
+                    checkpoint.attach(seed=seed, rng=rng, generator=generator)
+                    done = checkpoint.resume(net, best)
+                    callbacks.append(SaveCheckpoint(checkpoint, best))
+                if self.verbose:
+                    callbacks.append(ProgressBar(type(self).__name__, (n_epochs - done) * steps))
+                reporter = None
+                if hasattr(self, "_init_callback_context") and not partial:
+                    state = lambda: self._inference_state(train)  # noqa: E731
+                    callbacks.append(reporter := SklearnCallbacks(self, X, y, state))
+                if best is not None:
+                    callbacks.append(StopWhenExhausted(best))
+
+                complete = net.run(batches, n_epochs - done, callbacks)
+                if best is not None:
+                    best.restore(net)
+                    self.best_score_ = best.best_score
+                net.module_.eval()
+                vars(self).update(self._inference_state(train))
+                self.history_ = [_numbers(row) for row in net.history]
+                self.n_iter_ = len(self.history_)
+                if checkpoint is not None and complete:
+                    checkpoint.remove()
+                if reporter is not None:
+                    reporter.finish()
+        return self
+
+    def _training_rows(
+        self,
+        data: TrainingSet,
+        groups: np.ndarray | None,
+        rng: np.random.Generator,
+        partial: bool,
+    ) -> tuple[TrainingSet, np.ndarray | None]:
+        """Hold out the validation rows, then, and only then, resample the others."""
+        train, held = data, None
+        if self.early_stopping and not partial:
+            kept, held = validation_split(data.y, self.validation_fraction, groups, rng)
+            weight = None if data.weight is None else data.weight[kept]
+            train = TrainingSet(data.images, data.rows[kept], data.y[kept], weight)
+            held = data.rows[held]
+        if self.sampler is not None:
+            seed = int(rng.integers(2**31 - 1))
+            train = TrainingSet(
+                *resample(self.sampler, train.images, train.rows, train.y, train.weight, seed)
+            )
+        if train.weight is not None:  # the scale of weights carries no meaning
+            train.weight = train.weight * (len(train.weight) / train.weight.sum())
+        return train, held
+
+    def _validation_score(
+        self, X: Any, y: Any, held: np.ndarray, train: TrainingSet
+    ) -> Callable[[], float]:
+        """Score of the network as it is now, on the held-out rows."""
+        X_held, y_held = _safe_indexing(X, held), _safe_indexing(y, held)
+        scorer = check_scoring(self, self.scoring)
+
+        def score() -> float:
+            vars(self).update(self._inference_state(train))
+            return float(scorer(self, X_held, y_held))
+
+        return score
+
+    def _check_training(
+        self, X: Any, y: Any, sample_weight: Any, groups: Any, classes: Any, fresh: bool
+    ) -> tuple[TrainingSet, np.ndarray | None]:
+        """Turn the caller's arguments into a training set; set the attributes they decide."""
+        images = self._read(X, reset=fresh)
+        if y is None:
+            raise ValueError(
+                f"This {type(self).__name__} estimator requires y to be passed, but the target y "
+                "is None."
+            )
+        y = column_or_1d(y, warn=True)
+        check_classification_targets(y)
+        assert_all_finite(y, input_name="y")
+        check_consistent_length(images.data, y)
+        rows = np.arange(len(images))
+        if groups is not None:
+            groups = column_or_1d(groups)
+            check_consistent_length(images.data, groups)
+            groups = np.unique(groups, return_inverse=True)[1]
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(
+                sample_weight, y, dtype=np.float64, ensure_non_negative=True
+            )
+            rows = np.flatnonzero(sample_weight)  # rows of weight 0 are as if absent
+            if not len(rows):
+                raise ValueError("Every sample_weight is zero.")
+            y, sample_weight = y[rows], sample_weight[rows]
+            groups = None if groups is None else groups[rows]
+
+        known = np.unique(y if classes is None else classes)
+        if fresh:
+            if len(known) < 2:
+                raise ValueError(
+                    f"{type(self).__name__} needs samples of at least 2 classes in y, but found "
+                    f"{len(known)} class: {known.tolist()}."
+                )
+            self.classes_ = known
+            self.image_shape_ = images.image_shape
+            self.n_samples_fit_ = len(rows)
+        odd = np.setdiff1d(np.concatenate([known, np.unique(y)]), self.classes_)
+        if len(odd):
+            raise ValueError(
+                f"y holds classes {odd.tolist()} that are not among {self.classes_.tolist()}: pass "
+                "every class in the first call of partial_fit (classes=...), or fit anew with "
+                "warm_start=False."
+            )
+        encoded = np.searchsorted(self.classes_, y)
+        return TrainingSet(images, rows, encoded, sample_weight), groups
+
+    # ---------------------------------------------------------------- the network
+
+    def _build_net(self, device: torch.device, pretrained: bool = True) -> None:
+        """Make the skorch net: network, optimiser, callbacks."""
+        dtype, _ = resolve_precision(self.precision, device, len(self.image_shape_))
+        params = {"optimizer": torch.optim.AdamW, **(self.net_params or {})}
+        if params["optimizer"] is torch.optim.AdamW:
+            params.setdefault("optimizer__fused", True)
+        params.setdefault("optimizer__weight_decay", self.weight_decay)
+        if groups := self._optimizer_groups():
+            params.setdefault("optimizer__param_groups", groups)
+        callbacks = [clone(cb, safe=False) for cb in self.callbacks or []]
+        self.net_ = Net(
+            module=self._network(device, dtype, pretrained),
+            criterion=nn.Identity(),  # the method's loss follows with the training set
+            lr=self.lr,
+            batch_size=self.batch_size,
+            callbacks=callbacks or None,
+            train_split=None,
+            device=str(device),
+            compile=self.compile,
+            verbose=0,
+            **params,
+        )
+        self.net_.dtype = dtype
+        self.net_.initialize()
+
+    def _network(
+        self, device: torch.device, dtype: torch.dtype, pretrained: bool
+    ) -> nn.Module:
+        """Make the method's module around the chosen backbone, on the device."""
+        _, autocast = resolve_precision(self.precision, device, len(self.image_shape_))
+        backbone = self.backbone
+        if not pretrained and isinstance(backbone, Backbone):
+            backbone = clone(backbone).set_params(weights=None)
+
+        def trunk(input_shape: tuple[int, ...] = self.image_shape_) -> Trunk:
+            module = make_backbone(backbone, input_shape, self.n_samples_fit_)
+            return Trunk(module, input_shape, autocast=autocast)
+
+        return self._make_network(trunk).to(device, dtype)
+
+    def _preprocessor(self) -> Preprocessor:
+        """Normalisation on the device of the network."""
+        return Preprocessor(
+            self.pixel_mean_,
+            self.pixel_std_,
+            dtype=self.net_.dtype,
+            device=torch.device(self.net_.device),
+            channels_last=len(self.image_shape_) > 2,
+        )
+
+    def _n_epochs(self, n_samples: int) -> int:
+        """Epochs to train; "auto" gives small sets enough steps and large ones ten epochs."""
+        if self.max_epochs != "auto":
+            return self.max_epochs
+        n_steps = 180 + 60 * min(len(self.classes_), 17)
+        return max(10, -(-n_steps // self._steps_per_epoch(n_samples)))
+
+    # ---------------------------------------------------------------- inference
+
+    def _read(self, X: Any, *, reset: bool = False) -> Images:
+        """Validate images of a call."""
+        return read_images(
+            self,
+            X,
+            reset=reset,
+            image_shape=self.image_shape,
+            data_format=self.data_format,
+            spatial_dims=self.spatial_dims,
+            paired=getattr(self, "reference", None) == "paired",
+            float_dtype=np.float64 if self.precision == "float64" else np.float32,
+        )
+
+    def _map(self, images: Images, forward: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Apply `forward` to every image, in evaluation mode and in blocks; stays on the device."""
+        module, prepare = self.net_.module_, self._preprocessor()
+        module.eval()
+        block = inference_block(images.image_shape)
+        rows = np.arange(len(images))
+        with torch.inference_mode(), one_thread_in_workers():
+            parts = [
+                forward(prepare(images.rows(rows[start : start + block])))
+                for start in range(0, len(rows), block)
+            ]
+        return torch.cat(parts)
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Class scores on a log scale.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            In any layout that ``fit`` accepts.
+
+        Returns
+        -------
+        scores : ndarray of shape (n,) or (n, n_classes)
+            Two classes: log-odds of ``classes_[1]``. They rank as `predict_proba`.
+        """
+        check_is_fitted(self)
+        scores = self._scores(self._read(X))
+        return scores[:, 1] - scores[:, 0] if len(self.classes_) == 2 else scores
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Class probabilities.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            In any layout that ``fit`` accepts.
+
+        Returns
+        -------
+        proba : ndarray of shape (n, n_classes)
+            Rows sum to 1; columns follow ``classes_``.
+        """
+        check_is_fitted(self)
+        return softmax(self._scores(self._read(X)), axis=1)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Most probable class of each image.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            In any layout that ``fit`` accepts.
+
+        Returns
+        -------
+        y : ndarray of shape (n,)
+            Labels from ``classes_``.
+        """
+        check_is_fitted(self)
+        return self.classes_[self._scores(self._read(X)).argmax(axis=1)]
+
+    def transform(self, X: Any) -> np.ndarray:
+        """Embed images with the trained backbone.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            In any layout that ``fit`` accepts.
+
+        Returns
+        -------
+        embedding : ndarray of shape (n, n_features_out)
+            Features before the classification head.
+        """
+        check_is_fitted(self)
+        images = self._read(X)
+        return self._map(images, self.net_.module_.features).cpu().numpy()
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.net_.module_.n_features
+
+    # ---------------------------------------------------------------- persistence and tags
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "net_")
+
+    @property
+    def weights_(self) -> dict[str, np.ndarray]:
+        """The network's weights by name, as NumPy arrays: what safetensors stores in one call."""
+        check_is_fitted(self)
+        state = self.net_.module_.state_dict()
+        return {name: value.detach().cpu().contiguous().numpy() for name, value in state.items()}
+
+    @weights_.setter
+    def weights_(self, weights: dict[str, np.ndarray]) -> None:
+        check_is_fitted(self)
+        state = {name: torch.as_tensor(np.array(value)) for name, value in weights.items()}
+        self.net_.module_.load_state_dict(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Parameters, scalars and arrays: no tensor, no device, nothing that skops cannot audit."""
+        state = super().__getstate__()
+        if "net_" in state:
+            state = {k: v for k, v in state.items() if k != "net_"}
+            state["_weights"] = self.weights_
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Rebuild the network, on whatever device this machine has."""
+        state = dict(state)
+        weights = state.pop("_weights", None)
+        super().__setstate__(state)
+        if weights is None:
+            return
+        device = resolve_device(self.device, fall_back=True)
+        with seeded(0, device):
+            self._build_net(device, pretrained=False)
+        self.weights_ = weights
+        self.net_.module_.eval()
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array = True
+        tags.input_tags.three_d_array = True
+        tags.transformer_tags.preserves_dtype = []
+        return tags
+
+
+@contextmanager
+def _all_or_nothing(estimator: BaseEstimator) -> Iterator[None]:
+    """Give an estimator its fitted attributes back if the block fails."""
+
+    def fitted() -> dict[str, Any]:
+        names = [k for k in vars(estimator) if k.endswith("_") and not k.startswith("_")]
+        return {name: vars(estimator)[name] for name in names}
+
+    before = fitted()
+    try:
+        yield
+    except BaseException:
+        for name in fitted():
+            delattr(estimator, name)
+        vars(estimator).update(before)
+        raise
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """One epoch of history: its plain numbers."""
+    return {name: value for name, value in row.items() if isinstance(value, (int, float))}

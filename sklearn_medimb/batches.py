@@ -1,0 +1,207 @@
+"""From index plans to device batches.
+
+A *plan* says which rows meet in which step; :class:`Batches` turns a plan into tensors on the
+device. Plans are lists of index arrays, drawn once per epoch from one NumPy generator, so that no
+Python runs per sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from sklearn_medimb.augment import Augmentation
+from sklearn_medimb.images import Images, to_unit_scale
+
+Plan = Callable[[np.random.Generator], list[np.ndarray]]
+
+
+def shuffled(n_rows: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Each row once per epoch, in batches of nearly equal size.
+
+    Near-equal sizes (79 batches of 63 or 64 rows rather than 78 of 64 and one of 8) spare batch
+    normalisation the tiny last batch. All rows together are one batch where they fit.
+    """
+    n_batches = -(-n_rows // batch_size)
+    if n_batches == 1:
+        return [np.arange(n_rows)]
+    return np.array_split(rng.permutation(n_rows), n_batches)
+
+
+def class_balanced(
+    y: np.ndarray, batch_size: int, n_batches: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Batches with equally many rows of each class.
+
+    Each class is dealt out like a deck of cards: shuffled, used up, shuffled again. So class counts
+    within a batch differ by at most one, and no row is drawn twice before all of its class were
+    drawn once.
+
+    Parameters
+    ----------
+    y : ndarray of int of shape (n_rows,)
+        Class of each row.
+    batch_size, n_batches : int
+        Size of the plan.
+    rng : numpy.random.Generator
+        Source of randomness.
+
+    Returns
+    -------
+    plan : list of n_batches ndarrays of shape (batch_size,)
+        Row numbers.
+    """
+    n_draws = batch_size * n_batches
+    classes = np.unique(y)
+    # Rounds over all classes in a fresh order each, so that a batch that is no multiple of the
+    # number of classes does not always favour the same ones.
+    rounds = -(-n_draws // len(classes))
+    turns = rng.permuted(np.tile(classes, (rounds, 1)), axis=1).ravel()[:n_draws]
+    rows = np.empty(n_draws, dtype=np.intp)
+    for label in classes:
+        deck = np.flatnonzero(y == label)
+        turns_of_class = np.flatnonzero(turns == label)
+        n_shuffles = -(-len(turns_of_class) // len(deck))
+        cards = rng.permuted(np.tile(deck, (n_shuffles, 1)), axis=1).ravel()
+        rows[turns_of_class] = cards[: len(turns_of_class)]
+    return np.split(rows, n_batches)
+
+
+class Preprocessor:
+    """uint8 or float rows to normalised, optionally augmented, device batches.
+
+    Parameters
+    ----------
+    mean, std : ndarray of shape (C,)
+        The fitted channel statistics.
+    dtype : torch.dtype
+        float32 or float64.
+    device : torch.device
+        Where the batches go.
+    channels_last : bool
+        Memory format of image batches.
+    """
+
+    def __init__(
+        self,
+        mean: np.ndarray,
+        std: np.ndarray,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        channels_last: bool = False,
+    ) -> None:
+        self.mean = torch.as_tensor(mean, dtype=dtype, device=device)
+        self.std = torch.as_tensor(std, dtype=dtype, device=device)
+        self.dtype = dtype
+        self.device = device
+        self.channels_last = channels_last
+
+    def upload(self, rows: torch.Tensor) -> torch.Tensor:
+        """Send rows to the device in their own dtype: uint8 is a quarter of the traffic."""
+        if self.device.type == "cuda":
+            return rows.pin_memory().to(self.device, non_blocking=True)
+        return rows.to(self.device)
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """Apply ``(x - mean) / std`` per channel."""
+        per_channel = (1, -1, *[1] * (images.ndim - 2))
+        images = images.sub(self.mean.view(per_channel)).div_(self.std.view(per_channel))
+        if self.channels_last and images.ndim > 3:
+            last = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
+            images = images.contiguous(memory_format=last)
+        return images
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Whole path without augmentation, as used at predict."""
+        return self.normalise(to_unit_scale(self.upload(rows), self.dtype))
+
+
+class Batches:
+    """One training epoch per iteration: pairs ``(images, targets)`` on the device.
+
+    Parameters
+    ----------
+    images : Images
+        All images of the caller.
+    rows : ndarray of int
+        The training rows among them; plans count within `rows`.
+    targets : tensor
+        One target per training row, on the device.
+    plan : callable
+        ``plan(rng)`` gives the epoch's index arrays.
+    preprocess : Preprocessor
+        Normalisation and device.
+    augmentation : Augmentation
+        Drawn afresh for every view.
+    rng : numpy.random.Generator
+        For the plans.
+    generator : torch.Generator
+        For the augmentation, on the device.
+    n_views : int, default=1
+        Differently augmented copies of each batch, stacked along the first axis.
+    """
+
+    # One resident copy on an accelerator may take this share of its free memory.
+    resident_share = 0.5
+
+    def __init__(
+        self,
+        images: Images,
+        rows: np.ndarray,
+        targets: torch.Tensor,
+        plan: Plan,
+        preprocess: Preprocessor,
+        augmentation: Augmentation,
+        *,
+        rng: np.random.Generator,
+        generator: torch.Generator,
+        n_views: int = 1,
+    ) -> None:
+        self.images = images
+        self.rows = rows
+        self.targets = targets
+        self.plan = plan
+        self.preprocess = preprocess
+        self.augmentation = augmentation
+        self.rng = rng
+        self.generator = generator
+        self.n_views = n_views
+        self.resident = self._resident_copy()
+
+    def _resident_copy(self) -> torch.Tensor | None:
+        """All training rows on the accelerator, in their stored dtype, where they fit."""
+        device = self.preprocess.device
+        if device.type != "cuda" or self.images.lazy:
+            return None
+        n_bytes = len(self.rows) * int(np.prod(self.images.image_shape)) * self.images.dtype.itemsize
+        free, _ = torch.cuda.mem_get_info(device)
+        if n_bytes > self.resident_share * free:
+            return None
+        parts = np.array_split(self.rows, max(1, n_bytes // 2**26))
+        return torch.cat([self.images.rows(part).to(device) for part in parts])
+
+    def _gather(self, picks: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw rows and their targets, on the device."""
+        index = torch.from_numpy(picks)
+        if self.resident is not None:
+            index = index.pin_memory().to(self.preprocess.device, non_blocking=True)
+            return self.resident[index], self.targets[index]
+        raw = self.preprocess.upload(self.images.rows(self.rows[picks]))
+        return raw, self.targets[index.to(self.targets.device)]
+
+    def _view(self, images: torch.Tensor) -> torch.Tensor:
+        """One augmented copy, still on the original scale."""
+        if self.augmentation.is_identity or images.ndim < 4:  # vectors are not augmented
+            return images
+        return self.augmentation(images, self.generator)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for picks in self.plan(self.rng):
+            raw, targets = self._gather(picks)
+            images = to_unit_scale(raw, self.preprocess.dtype)
+            views = [self._view(images) for _ in range(self.n_views)]
+            views = views[0] if self.n_views == 1 else torch.cat(views)
+            yield self.preprocess.normalise(views), targets

@@ -1,0 +1,160 @@
+"""What happens around an epoch: progress, validation, checkpoints, scikit-learn's callbacks."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from skorch.callbacks import Callback
+
+from sklearn_medimb.checkpoint import Checkpoint
+
+
+class ProgressBar(Callback):
+    """A bar over all steps of a fit: loss, validation score and time left."""
+
+    def __init__(self, label: str, n_steps: int) -> None:
+        self.label = label
+        self.n_steps = n_steps
+
+    def on_train_begin(self, net: Any, **kwargs: Any) -> None:
+        """Open the bar."""
+        from tqdm.auto import tqdm  # installed with skorch
+
+        self.bar_ = tqdm(total=self.n_steps, desc=self.label, unit="step", file=sys.stderr)
+
+    def on_batch_end(self, net: Any, **kwargs: Any) -> None:
+        """Advance; no number is read from the device here."""
+        self.bar_.update()
+
+    def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
+        """Show what the epoch brought."""
+        last = net.history[-1]
+        shown = {"epoch": last["epoch"], "loss": f"{last['train_loss']:.4f}"}
+        if "valid_score" in last:
+            shown["score"] = f"{last['valid_score']:.3f}"
+        self.bar_.set_postfix(shown, refresh=False)
+
+    def on_train_end(self, net: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        self.bar_.close()
+
+
+class BestEpoch(Callback):
+    """Score the validation rows after each epoch and keep the weights of the best one.
+
+    Equal scores count as better, since the later epoch has seen more and a small validation set
+    knows few distinct scores; only a rise resets the patience.
+
+    Parameters
+    ----------
+    score : callable
+        Gives the score of the network as it is now.
+    patience : int
+        Epochs without a rise after which `exhausted` turns true.
+    """
+
+    def __init__(self, score: Callable[[], float], patience: int) -> None:
+        self.score = score
+        self.patience = patience
+        self.best_score = -math.inf
+        self.n_stale = 0
+        self.weights: dict[str, Any] = {}
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether training should stop."""
+        return self.n_stale >= self.patience
+
+    def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
+        """Score, record, remember."""
+        score = self.score()
+        net.history.record("valid_score", score)
+        self.n_stale = 0 if score > self.best_score else self.n_stale + 1
+        if score >= self.best_score:
+            self.best_score = score
+            state = net.module_.state_dict()
+            self.weights = {name: value.detach().cpu().clone() for name, value in state.items()}
+
+    def restore(self, net: Any) -> None:
+        """Give the best epoch's weights back."""
+        if self.weights:
+            net.module_.load_state_dict(self.weights)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold to go on."""
+        return {k: v for k, v in vars(self).items() if k not in ("score", "patience")}
+
+
+class SaveCheckpoint(Callback):
+    """Write the checkpoint after each epoch."""
+
+    def __init__(self, checkpoint: Checkpoint, best: BestEpoch | None) -> None:
+        self.checkpoint = checkpoint
+        self.best = best
+
+    def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
+        """Save."""
+        self.checkpoint.save(net, self.best)
+
+
+class StopWhenExhausted(Callback):
+    """End the training, after everything else of the epoch is done."""
+
+    def __init__(self, best: BestEpoch) -> None:
+        self.best = best
+
+    def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
+        """Stop as skorch's own callbacks do."""
+        if self.best.exhausted:
+            raise KeyboardInterrupt
+
+
+class SklearnCallbacks(Callback):
+    """Report each epoch to scikit-learn's callbacks (1.9 or later) as one task of the fit.
+
+    Parameters
+    ----------
+    estimator : estimator
+        Must have a root context already.
+    X, y : array-like
+        The caller's training data, handed to the callbacks.
+    inference_state : callable
+        Gives the fitted attributes of this moment; called only for callbacks that ask for a fitted
+        estimator.
+    """
+
+    def __init__(
+        self, estimator: Any, X: Any, y: Any, inference_state: Callable[[], dict[str, Any]]
+    ) -> None:
+        self.estimator = estimator
+        self.task = {"estimator": estimator, "X": X, "y": y}
+        self.inference_state = inference_state
+
+    def on_train_begin(self, net: Any, **kwargs: Any) -> None:
+        """Begin the fit."""
+        n_epochs = net.max_epochs
+        self.root_ = self.estimator._init_callback_context(max_subtasks=n_epochs)
+        self.root_.call_on_fit_task_begin(**self.task)
+
+    def on_epoch_begin(self, net: Any, **kwargs: Any) -> None:
+        """Begin one epoch."""
+        self.epoch_ = self.root_.subcontext(task_name="epoch")
+        self.epoch_.call_on_fit_task_begin(
+            **self.task, reconstruction_attributes=self.inference_state
+        )
+
+    def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
+        """End one epoch; a callback may ask to stop."""
+        if self.epoch_.call_on_fit_task_end(
+            **self.task, reconstruction_attributes=self.inference_state
+        ):
+            raise KeyboardInterrupt
+
+    def finish(self) -> None:
+        """End the fit, once the estimator is final."""
+        self.root_.call_on_fit_task_end(
+            **self.task, reconstruction_attributes=self.inference_state
+        )

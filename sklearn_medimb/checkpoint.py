@@ -1,0 +1,156 @@
+"""Training that survives a crash: one atomic file per fit, at most one epoch lost."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from skorch.callbacks import Callback
+from skorch.history import History
+
+from sklearn_medimb.images import Images
+
+FORMAT = 1
+
+
+def fingerprint(
+    estimator: Any, images: Images, y: np.ndarray, weight: np.ndarray | None, groups: Any
+) -> str:
+    """Digest of what a fit depends on: class, parameters and training data.
+
+    Parameters that do not change the result (`verbose`, `checkpoint_dir`, ``callbacks``, the seed,
+    which the checkpoint itself carries when unset) are left out. Of large arrays and lazy
+    containers an even selection of rows is read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    ignored = ("verbose", "checkpoint_dir", "callbacks")
+    params = {k: v for k, v in estimator.get_params().items() if k.split("__")[0] not in ignored}
+    digest.update(type(estimator).__name__.encode())
+    for name in sorted(params):
+        value = params[name]
+        text = type(value).__name__ if isinstance(value, torch.nn.Module) else repr(value)
+        digest.update(f"{name}={text};".encode())
+    digest.update(repr((images.data.shape, images.layout, images.dtype)).encode())
+    row_bytes = int(np.prod(images.image_shape)) * images.dtype.itemsize
+    n_rows = 16 if images.lazy else max(1, 2**26 // row_bytes)
+    rows = np.unique(np.linspace(0, len(images) - 1, n_rows).astype(int))
+    for part in np.array_split(rows, -(-len(rows) // 256)):
+        digest.update(images.rows(part).contiguous().numpy().tobytes())
+    for array in (y, weight, groups):
+        values = None if array is None else np.asarray(array)
+        digest.update(b"-" if values is None else repr(values.tolist()).encode())
+    return digest.hexdigest()
+
+
+class Checkpoint(Callback):
+    """Write the state of a fit after each epoch, and read it back.
+
+    Files are named after the fit's fingerprint, so that the folds of a cross-validation or the
+    candidates of a search can share a directory; a finished fit removes its file.
+
+    Parameters
+    ----------
+    directory : path-like
+        Created if missing.
+    token : str
+        Fingerprint of the fit.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], token: str) -> None:
+        self.directory = Path(directory)
+        self.token = token
+        self.path = self.directory / f"{token}.checkpoint"
+        self.state: dict[str, Any] | None = None
+
+    def open(self) -> Checkpoint:
+        """Make the directory, and read what an interrupted fit left there.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged or was written by another fit.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            return self
+        advice = f"Delete {str(self.path)!r}, or set checkpoint_dir to another directory."
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            format_, token = state["format"], state["token"]
+        except (RuntimeError, EOFError, KeyError, TypeError, OSError, pickle.UnpicklingError) as e:
+            raise ValueError(f"The checkpoint is damaged ({type(e).__name__}). {advice}") from e
+        if format_ != FORMAT or token != self.token:
+            raise ValueError(
+                f"The checkpoint belongs to another fit (other data, parameters or version). {advice}"
+            )
+        self.state = state
+        return self
+
+    @property
+    def seed(self) -> int | None:
+        """Seed of the interrupted fit."""
+        return None if self.state is None else self.state["seed"]
+
+    def attach(self, *, seed: int, rng: np.random.Generator, generator: torch.Generator) -> None:
+        """Name the sources of randomness that a resumed fit must find again."""
+        self.seed_ = seed
+        self.rng = rng
+        self.generator = generator
+
+    def resume(self, net: Any, best: Any | None) -> int:
+        """Put `net` where the interrupted fit stopped; return the number of epochs done."""
+        if self.state is None:
+            return 0
+        state = self.state
+        net.module_.load_state_dict(state["module"])
+        net.criterion_.load_state_dict(state["criterion"])
+        net.optimizer_.load_state_dict(state["optimizer"])
+        net.scheduler.load_state_dict(state["scheduler"])
+        net.history_ = History(state["history"])
+        if best is not None:
+            vars(best).update(state["best"])
+        self.rng.bit_generator.state = state["numpy"]
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch"])
+        if self.generator.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"], self.generator.device)
+        return len(net.history)
+
+    def save(self, net: Any, best: Any | None) -> None:
+        """Write atomically: a crash leaves the old file or the new one, never half of either."""
+        state = {
+            "format": FORMAT,
+            "token": self.token,
+            "seed": self.seed_,
+            "module": net.module_.state_dict(),
+            "criterion": net.criterion_.state_dict(),
+            "optimizer": net.optimizer_.state_dict(),
+            "scheduler": net.scheduler.state_dict(),
+            "history": [_plain(row) for row in net.history],
+            "best": {} if best is None else best.state(),
+            "numpy": self.rng.bit_generator.state,
+            "generator": self.generator.get_state(),
+            "torch": torch.get_rng_state(),
+        }
+        if self.generator.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.generator.device)
+        draft = self.path.with_suffix(f".{os.getpid()}.tmp")
+        with open(draft, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, self.path)
+
+    def remove(self) -> None:
+        """Forget the fit: it is finished."""
+        self.path.unlink(missing_ok=True)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """One epoch of history without per-batch records, as plain numbers."""
+    return {k: v for k, v in row.items() if isinstance(v, (int, float, str))} | {"batches": []}

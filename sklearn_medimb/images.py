@@ -1,0 +1,373 @@
+"""What ``X`` may be, and which axis is which.
+
+The only file that knows how callers store images. Everywhere else a batch is a tensor of shape
+``(n, C, *spatial)`` (images, volumes) or ``(n, d)`` (feature vectors).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from sklearn.utils import check_array
+from sklearn.utils.validation import _num_samples, validate_data
+
+CHANNEL_COUNTS = (1, 3, 4)  # what an axis of channels may look like when nobody says
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one caller's array maps to ``(n, C, *spatial)``.
+
+    Attributes
+    ----------
+    view : tuple of int
+        Shape of one sample once flat rows are unfolded and a missing channel axis is added.
+    channels_last : bool
+        Whether the last axis of `view` holds the channels.
+    paired : bool
+        Whether axis 0 of `view` counts two registered images of one case. The pair is folded into
+        the channels, ``(2 C, *spatial)``, so that every geometric operation treats both alike.
+    """
+
+    view: tuple[int, ...]
+    channels_last: bool = False
+    paired: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one sample in canonical order: ``(C, *spatial)`` or ``(d,)``."""
+        image = self.view[1:] if self.paired else self.view
+        if self.channels_last:
+            image = (image[-1], *image[:-1])
+        return (2 * image[0], *image[1:]) if self.paired else image
+
+    def canonical(self, batch: torch.Tensor) -> torch.Tensor:
+        """Bring a batch in the caller's layout to ``(n, C, *spatial)``; a view where possible."""
+        batch = batch.reshape(len(batch), *self.view)
+        if self.channels_last:
+            batch = batch.movedim(-1, 2 if self.paired else 1)
+        return batch.flatten(1, 2) if self.paired else batch
+
+
+def infer_layout(
+    shape: Sequence[int],
+    *,
+    image_shape: Sequence[int] | None = None,
+    data_format: str = "auto",
+    spatial_dims: int | None = None,
+    paired: bool = False,
+) -> Layout:
+    """Read the axes of an array of images from its shape.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        Shape of the whole array, samples first.
+    image_shape : sequence of int, default=None
+        Shape of one image, for arrays that hold flattened images: ``(H, W)``, ``(C, H, W)``,
+        ``(D, H, W)`` with ``spatial_dims=3``, ``(C, D, H, W)``, or the same with the channels last.
+    data_format : {"auto", "channels_first", "channels_last"}, default="auto"
+        Where the channel axis is. "auto" takes the last axis if its length is 1, 3 or 4 and the
+        first one's is not, otherwise the first; what could be either is refused.
+    spatial_dims : {2, 3}, default=None
+        Number of spatial axes; None reads 3-D and 4-D arrays as images, 5-D arrays as volumes.
+    paired : bool, default=False
+        Whether axis 1 counts the two registered images of a case.
+
+    Returns
+    -------
+    layout : Layout
+        The mapping of one sample's axes.
+
+    Raises
+    ------
+    ValueError
+        If the shape is ambiguous or wrong; the message names the parameter to set.
+    """
+    sample = tuple(int(side) for side in shape[1:])
+    if image_shape is not None:
+        image_shape = tuple(int(side) for side in image_shape)
+        if len(sample) == 1 and math.prod(image_shape) != sample[0]:
+            raise ValueError(
+                f"image_shape={image_shape} holds {math.prod(image_shape)} values, but the rows of "
+                f"X hold {sample[0]}: set image_shape to the shape of one image."
+            )
+        if len(sample) > 1 and sample != image_shape:
+            raise ValueError(
+                f"image_shape={image_shape} disagrees with X, whose samples have shape {sample}: "
+                "leave image_shape=None for X that is not flattened."
+            )
+        sample = image_shape
+    elif len(sample) == 1 and not paired:
+        return Layout(sample)
+    if 0 in sample:
+        raise ValueError(f"Found an image with an empty axis: the samples of X have shape {sample}.")
+
+    if paired:
+        if len(sample) < 3 or sample[0] != 2:
+            raise ValueError(
+                'reference="paired" needs X of shape (n, 2, ...): the image and its registered '
+                f"reference, stacked on axis 1. The samples of X have shape {sample}."
+            )
+        image = _read_axes(sample[1:], data_format, spatial_dims)
+        return Layout((2, *image.view), image.channels_last, paired=True)
+    return _read_axes(sample, data_format, spatial_dims)
+
+
+def _read_axes(sample: tuple[int, ...], data_format: str, spatial_dims: int | None) -> Layout:
+    """Find the channel axis of one image of shape `sample`."""
+    n_axes = len(sample)
+    dims = spatial_dims or (3 if n_axes == 4 else 2)
+    if n_axes not in (dims, dims + 1):
+        raise ValueError(
+            f"The samples of X have {n_axes} axes, shape {sample}; spatial_dims={spatial_dims} "
+            f"reads {dims} or {dims + 1}: set spatial_dims, or image_shape for flattened images."
+        )
+    if n_axes == dims:  # gray
+        return Layout((1, *sample))
+    if data_format == "auto":
+        first, last = sample[0] in CHANNEL_COUNTS, sample[-1] in CHANNEL_COUNTS
+        if first and last:
+            why = "both its first and its last axis could be the channels"
+        elif not first and not last and sample[0] > min(sample[1:]):
+            why = f"its first axis ({sample[0]}) is longer than a side of the image"
+        else:
+            return Layout(sample, channels_last=last)
+        raise ValueError(
+            f"The layout of X is ambiguous: in samples of shape {sample}, {why}. Set data_format="
+            '"channels_first" or "channels_last".'
+        )
+    return Layout(sample, channels_last=data_format == "channels_last")
+
+
+def is_lazy(X: Any) -> bool:
+    """Whether `X` is a container that loads images on demand.
+
+    It has ``__len__``, ``__getitem__``, ``shape``, ``ndim`` and ``dtype`` and is no array in memory.
+    ``X[i]`` with an integer returns one image; for cross-validation, ``X[rows]`` with an index
+    array, alone or in a tuple before ``...``, returns another such container.
+    """
+    if isinstance(X, (np.ndarray, torch.Tensor, list, tuple)) or hasattr(X, "iloc"):
+        return False
+    if sparse.issparse(X):
+        return False
+    names = ("__len__", "__getitem__", "shape", "ndim", "dtype")
+    return all(hasattr(X, name) for name in names) and X.ndim > 2
+
+
+class Images:
+    """Rows of images, read batch by batch from wherever the caller keeps them.
+
+    Parameters
+    ----------
+    data : ndarray or lazy sequence
+        The images in the caller's layout.
+    layout : Layout
+        Its axes.
+    dtype : numpy dtype
+        dtype of the batches: uint8, float32 or float64.
+    """
+
+    def __init__(self, data: Any, layout: Layout, dtype: np.dtype) -> None:
+        self.data = data
+        self.layout = layout
+        self.dtype = dtype
+        self.lazy = not isinstance(data, np.ndarray)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one canonical image."""
+        return self.layout.shape
+
+    def rows(self, rows: np.ndarray) -> torch.Tensor:
+        """Read some rows: a CPU tensor ``(n, C, *spatial)`` in the stored dtype."""
+        if not self.lazy:
+            # A block copy: NumPy's take is faster here than torch's fancy indexing, and the copy is
+            # writable even where the caller's array is a read-only memory map.
+            block = self.data.take(rows, axis=0)
+        else:
+            block = np.stack([_one_image(self.data, int(row)) for row in rows])
+            if block.shape[1:] != tuple(self.data.shape[1:]):
+                raise ValueError(
+                    f"X announces images of shape {tuple(self.data.shape[1:])} but returned "
+                    f"{block.shape[1:]} for rows {rows[0]} to {rows[-1]}."
+                )
+            block = block.astype(self.dtype, copy=False)
+            _refuse_non_finite(block, names=rows)
+        return self.layout.canonical(torch.from_numpy(block))
+
+
+def _one_image(data: Any, row: int) -> np.ndarray:
+    try:
+        return np.asarray(data[row])
+    except Exception as error:
+        raise ValueError(f"Row {row} of X could not be read: {error!r}.") from error
+
+
+def read_images(
+    estimator: Any,
+    X: Any,
+    *,
+    reset: bool,
+    image_shape: Sequence[int] | None = None,
+    data_format: str = "auto",
+    spatial_dims: int | None = None,
+    paired: bool = False,
+    float_dtype: type[np.floating] = np.float32,
+) -> Images:
+    """Validate `X` for `estimator` and find its axes.
+
+    Parameters
+    ----------
+    estimator : estimator instance
+        Receives `n_features_in_` and `feature_names_in_` when `reset`, and is checked otherwise.
+    X : array-like, DataFrame, torch tensor, list of arrays, or lazy sequence
+        See the package's README for the accepted shapes.
+    reset : bool
+        True in ``fit``.
+    image_shape, data_format, spatial_dims, paired
+        As in :func:`infer_layout`.
+    float_dtype : {numpy.float32, numpy.float64}
+        What everything that is not uint8 is read as.
+
+    Returns
+    -------
+    images : Images
+        The images, not copied where they are uint8 or already of `float_dtype`.
+
+    Raises
+    ------
+    ValueError
+        If `X` is empty, ragged, ambiguous, of another shape than in ``fit``, or not finite.
+    TypeError
+        If `X` is sparse or not numeric.
+    """
+    X = _to_array(X)
+    if not is_lazy(X) and getattr(X, "ndim", 2) <= 2:
+        X = validate_data(estimator, X, reset=reset, dtype="numeric")
+    elif not is_lazy(X):
+        X = check_array(
+            X, allow_nd=True, dtype="numeric", ensure_all_finite=False, input_name="X",
+            estimator=estimator,
+        )  # fmt: skip
+    if _num_samples(X) < 1:
+        raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required: X is empty.")
+
+    layout = infer_layout(
+        X.shape,
+        image_shape=image_shape,
+        data_format=data_format,
+        spatial_dims=spatial_dims,
+        paired=paired,
+    )
+    if reset:
+        if X.ndim > 2:  # validate_data saw two axes at most
+            estimator.__dict__.pop("feature_names_in_", None)
+        estimator.n_features_in_ = math.prod(layout.shape)
+    elif layout.shape != tuple(estimator.image_shape_):
+        raise ValueError(
+            f"X holds images of shape {layout.shape} (channels first), but "
+            f"{type(estimator).__name__} was fitted on images of shape "
+            f"{tuple(estimator.image_shape_)}: resize or crop X, or check data_format."
+        )
+    dtype = np.dtype(np.uint8 if X.dtype == np.uint8 else float_dtype)
+    if not is_lazy(X):
+        if X.dtype.kind not in "buif":
+            raise ValueError(f"X of dtype {X.dtype} cannot be read as images.")
+        X = X.astype(dtype, copy=False)
+        _refuse_non_finite(X)
+    return Images(X, layout, dtype)
+
+
+def _to_array(X: Any) -> Any:
+    """Turn tensors and lists of images into arrays; leave everything else to scikit-learn."""
+    if isinstance(X, torch.Tensor):
+        X = X.detach().cpu()
+        return (X.float() if X.dtype == torch.bfloat16 else X).numpy()
+    if isinstance(X, (list, tuple)) and len(X) and hasattr(X[0], "shape"):
+        images = [_to_array(image) if isinstance(image, torch.Tensor) else image for image in X]
+        shapes = [np.shape(image) for image in images]
+        odd = next((row for row, shape in enumerate(shapes) if shape != shapes[0]), None)
+        if odd is not None:
+            raise ValueError(
+                f"X is a list of images of different sizes: row 0 has shape {shapes[0]}, row {odd} "
+                f"has shape {shapes[odd]}. Resize them to one size first."
+            )
+        return np.stack(images)
+    return X
+
+
+def _refuse_non_finite(X: np.ndarray, names: np.ndarray | None = None) -> None:
+    """Raise, naming the first row that holds NaN or infinity."""
+    if X.dtype.kind != "f":
+        return
+    with np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        if np.isfinite(X.sum(dtype=np.float64)):  # one pass, no boolean copy
+            return
+        for row, image in enumerate(X):
+            if not np.isfinite(image).all():
+                what = "NaN" if np.isnan(image).any() else "infinity"
+                where = row if names is None else names[row]
+                raise ValueError(f"Input X contains {what}: see row {where}.")
+
+
+def channel_statistics(
+    images: Images, rows: np.ndarray, weights: np.ndarray | None = None, block: int = 512
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted mean and standard deviation of each channel over some rows.
+
+    The one normalisation rule of the package: ``(x - mean) / std`` per channel (per feature for
+    vectors), fitted on the training images only, uint8 first divided by 255.
+
+    Parameters
+    ----------
+    images : Images
+        Where to read.
+    rows : ndarray of int
+        The training rows.
+    weights : ndarray of float, default=None
+        One weight per row of `rows`.
+    block : int, default=512
+        Images in memory at a time.
+
+    Returns
+    -------
+    mean, std : ndarray of shape (C,), float64
+        A constant channel has ``std`` 1.
+    """
+    total = square = 0.0
+    weights = np.ones(len(rows)) if weights is None else np.asarray(weights, dtype=np.float64)
+    axes = tuple(range(2, len(images.image_shape) + 1))
+    # The variance is taken around a first guess, so that large offsets do not cancel.
+    shift = None
+    for start in range(0, len(rows), block):
+        part = slice(start, start + block)
+        batch = to_unit_scale(images.rows(rows[part]), torch.float64).numpy()
+        if shift is None:
+            shift = batch.mean(axis=(0, *axes), keepdims=True)
+        batch = batch - shift
+        total = total + weights[part] @ batch.mean(axis=axes)
+        square = square + weights[part] @ (batch**2).mean(axis=axes)
+    mean = total / weights.sum()
+    variance = np.maximum(square / weights.sum() - mean**2, 0.0)
+    mean = mean + shift.ravel()
+    constant = variance <= 1e-12 * np.maximum(mean**2, 1e-12)
+    return mean, np.where(constant, 1.0, np.sqrt(variance))
+
+
+def to_unit_scale(batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Convert a batch to floats; uint8 images become [0, 1]."""
+    if batch.dtype == torch.uint8:
+        return batch.to(dtype).div_(255.0)
+    return batch.to(dtype)

@@ -1,0 +1,118 @@
+"""Classification losses for imbalanced data, as costs per label.
+
+Every function maps logits ``(n, K)`` to costs ``(n, K)``: entry ``[i, k]`` is what sample i pays if
+its label is k. One formula then serves hard labels, soft labels, sample and class weights alike::
+
+    loss = mean_i sum_k mass[i, k] * class_weight[k] * costs[i, k]
+
+where ``mass[i]`` is the one-hot (or mixed) label of sample i times its weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def cross_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Cost of each label under cross-entropy, ``-log softmax(z)_k``."""
+    return -F.log_softmax(logits, dim=1)
+
+
+def focal(logits: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
+    """Focal cost [1]_, ``-(1 - p_k)^gamma log p_k``: easy samples pay less.
+
+    Parameters
+    ----------
+    logits : tensor of shape (n, K)
+        Class scores.
+    gamma : float, default=2.0
+        0 is cross-entropy.
+
+    References
+    ----------
+    .. [1] T.-Y. Lin et al., "Focal loss for dense object detection", ICCV 2017, eq. 4.
+    """
+    log_p = F.log_softmax(logits, dim=1)
+    return -((1 - log_p.exp()) ** gamma) * log_p
+
+
+def logit_adjusted(
+    logits: torch.Tensor, log_prior: torch.Tensor, tau: float = 1.0
+) -> torch.Tensor:
+    """Cross-entropy of ``z + tau log(prior)`` [1]_; with ``tau=1`` it is balanced softmax [2]_.
+
+    Parameters
+    ----------
+    logits : tensor of shape (n, K)
+        Class scores.
+    log_prior : tensor of shape (K,)
+        Log of the class shares in training.
+    tau : float, default=1.0
+        Strength of the adjustment.
+
+    References
+    ----------
+    .. [1] A. K. Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, eq. 10.
+    .. [2] J. Ren et al., "Balanced meta-softmax for long-tailed visual recognition", NeurIPS 2020,
+       eq. 4.
+    """
+    return cross_entropy(logits + tau * log_prior)
+
+
+def ldam(logits: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy with a class-dependent margin on the label's own logit [1]_.
+
+    Parameters
+    ----------
+    logits : tensor of shape (n, K)
+        Scaled cosines, as :class:`~sklearn_medimb.softmax.CosineHead` gives them.
+    margins : tensor of shape (K,)
+        What is taken off logit k where k is the label, on the scale of the logits.
+
+    References
+    ----------
+    .. [1] K. Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss",
+       NeurIPS 2019, eq. 13.
+    """
+    # [i, k, :] holds the logits that sample i has if its label is k.
+    if_label = logits.unsqueeze(1) - torch.diag(margins)
+    return -F.log_softmax(if_label, dim=2).diagonal(dim1=1, dim2=2)
+
+
+def ldam_margins(class_mass: torch.Tensor, max_margin: float = 0.5) -> torch.Tensor:
+    """Margins proportional to ``n_k^(-1/4)``, the largest one being `max_margin`.
+
+    Parameters
+    ----------
+    class_mass : tensor of shape (K,)
+        Training samples (or summed weights) per class.
+    max_margin : float, default=0.5
+        Margin of the rarest class, in cosine units.
+    """
+    margins = class_mass ** (-1 / 4)
+    return margins * (max_margin / margins.max())
+
+
+def effective_number_weights(class_mass: torch.Tensor, beta: float = 0.999) -> torch.Tensor:
+    """Class weights by effective numbers of samples [1]_, ``(1 - beta) / (1 - beta^n_k)``.
+
+    Parameters
+    ----------
+    class_mass : tensor of shape (K,)
+        Training samples (or summed weights) per class.
+    beta : float, default=0.999
+        0 weighs all classes alike, 1 (in the limit) by inverse frequency.
+
+    Returns
+    -------
+    weights : tensor of shape (K,)
+        They sum to K.
+
+    References
+    ----------
+    .. [1] Y. Cui et al., "Class-balanced loss based on effective number of samples", CVPR 2019,
+       eq. 2.
+    """
+    weights = (1 - beta) / (1 - beta**class_mass)
+    return weights * (len(weights) / weights.sum())

@@ -1,0 +1,190 @@
+"""The skorch net inside every estimator.
+
+skorch keeps its ladder (``fit_loop``, ``run_single_epoch``, ``train_step``, ``infer``,
+``get_loss``), its callbacks and its history; what changes is where batches come from and that
+nothing waits for the device inside an epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from skorch import NeuralNet
+from skorch.callbacks import Callback, EpochTimer
+from torch import nn
+
+from sklearn_medimb.batches import Batches
+
+SCHEDULES = ("one_cycle", "cosine", "constant")
+
+
+class Trunk(nn.Module):
+    """A backbone at its own precision: what leaves it is float32 (or float64) again.
+
+    Only the backbone, where the time goes, runs in bfloat16; heads, losses and weights do not.
+
+    Parameters
+    ----------
+    backbone : nn.Module
+        The network.
+    input_shape : tuple of int
+        ``(C, *spatial)`` or ``(d,)``. Image networks hold their weights channels-last.
+    autocast : torch.dtype or None
+        Reduced precision of the forward and backward pass.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        input_shape: tuple[int, ...],
+        *,
+        autocast: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.input_shape = input_shape
+        self.autocast = autocast
+        if len(input_shape) > 2:
+            for parameter in backbone.parameters():
+                if parameter.ndim in (4, 5):
+                    last = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
+                    parameter.data = parameter.data.contiguous(memory_format=last)
+
+    def probe(self) -> torch.Tensor:
+        """Output for one blank image: tells a method the shape of what it will get."""
+        training = self.training
+        try:
+            with torch.no_grad():
+                return self.eval()(torch.zeros(1, *self.input_shape))
+        except Exception as error:
+            raise ValueError(
+                f"backbone={type(self.backbone).__name__} failed on one image of shape "
+                f"{self.input_shape}: {error}"
+            ) from error
+        finally:
+            self.train(training)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode a batch of normalised images."""
+        if self.autocast is None:
+            return self.backbone(images)
+        with torch.autocast(images.device.type, self.autocast):
+            output = self.backbone(images)
+        return output.to(images.dtype)
+
+
+def learning_rate_factor(schedule: str, step: int, n_steps: int, warm_up: float = 0.3) -> float:
+    """Share of the peak learning rate at a step.
+
+    "one_cycle" [1]_ rises along a half cosine from 1/25 to 1 during the first `warm_up` of the
+    steps and falls along another to nearly 0; "cosine" only falls; "constant" stays at 1.
+
+    References
+    ----------
+    .. [1] L. N. Smith, N. Topin, "Super-convergence: very fast training of neural networks using
+       large learning rates", 2019.
+    """
+    if schedule == "constant":
+        return 1.0
+    done = min(step / max(n_steps - 1, 1), 1.0)
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * done))
+    if done < warm_up:
+        start = 1 / 25
+        return start + (1 - start) * 0.5 * (1 - math.cos(math.pi * done / warm_up))
+    return 1e-4 + (1 - 1e-4) * 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
+
+
+class Net(NeuralNet):
+    """A skorch net that trains on :class:`~sklearn_medimb.batches.Batches`.
+
+    ``infer`` and ``get_loss`` are skorch's: ``criterion_(module_(images), targets)``. The history
+    receives one ``train_loss`` per epoch.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As for :class:`skorch.NeuralNet`.
+    """
+
+    schedule: str | None = None
+    stopped_by_callback = False
+
+    @property
+    def _default_callbacks(self) -> list[tuple[str, Callback]]:
+        # skorch's own record and print every batch, which waits for the device each time.
+        return [("epoch_timer", EpochTimer())]
+
+    def get_split_datasets(self, X: Batches, y: None = None, **params: Any) -> tuple[Batches, None]:
+        """Pass the batches through: the estimator split the rows before."""
+        return X, None
+
+    def get_iterator(self, dataset: Batches, training: bool = False) -> Batches:
+        """Pass the batches through: they draw a new plan each time they are iterated."""
+        return dataset
+
+    def start_schedule(self, schedule: str, n_steps: int, lr: float) -> None:
+        """Begin a course of `n_steps` with a fresh optimiser at peak rate `lr`."""
+        self.lr, self.schedule = lr, schedule
+        self.initialize_optimizer()
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer_, lambda step: learning_rate_factor(schedule, step, n_steps)
+        )
+
+    def notify(self, method_name: str, **kwargs: Any) -> None:
+        """Call the callbacks; remember whether one of them ended the training."""
+        try:
+            super().notify(method_name, **kwargs)
+        except KeyboardInterrupt:  # what skorch's callbacks raise to stop
+            self.stopped_by_callback = True
+            raise
+
+    def run(self, batches: Batches, n_epochs: int, callbacks: list[Callback]) -> bool:
+        """Train for some epochs with extra callbacks.
+
+        Returns
+        -------
+        complete : bool
+            False if the user interrupted; what was learned so far is kept, with a warning.
+        """
+        own, before = self.callbacks_, len(self.history)
+        self.callbacks_ = [*own, *((type(cb).__name__, cb) for cb in callbacks)]
+        self.max_epochs, self.stopped_by_callback = n_epochs, False
+        try:
+            self.partial_fit(batches)
+        finally:
+            self.callbacks_ = own
+        ran = len(self.history) - before
+        complete = ran >= n_epochs or self.stopped_by_callback
+        if not complete:
+            warnings.warn(
+                f"Training was interrupted in epoch {ran} of {n_epochs}; the estimator keeps what "
+                "it learned so far.",
+                stacklevel=2,
+            )
+        return complete
+
+    def run_single_epoch(
+        self, iterator: Batches | None, training: bool, prefix: str, step_fn: Any, **fit_params: Any
+    ) -> None:
+        """Train one epoch; the loss is summed on the device and read once at its end."""
+        if iterator is None:
+            return
+        total, count = 0.0, 0
+        for batch in iterator:
+            self.notify("on_batch_begin", batch=batch, training=training)
+            step = step_fn(batch, **fit_params)
+            self.scheduler.step()
+            total = total + step["loss"].detach() * len(batch[1])
+            count += len(batch[1])
+            self.notify("on_batch_end", batch=batch, training=training, **step)
+        loss = float(total) / count
+        self.history.record(f"{prefix}_loss", loss)
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"The training loss became {loss} in epoch {len(self.history)}: lower lr "
+                f"(now {self.lr}) or check X for extreme values."
+            )

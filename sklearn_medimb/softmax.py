@@ -1,0 +1,454 @@
+"""The baseline to beat: one network, one softmax, and every classical loss for imbalance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from numbers import Real
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.base import _fit_context
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.class_weight import compute_class_weight
+from torch import nn
+
+from sklearn_medimb import losses
+from sklearn_medimb._docs import shared_parameters
+from sklearn_medimb.backbones import as_features
+from sklearn_medimb.base import BaseImageClassifier, TrainingSet
+from sklearn_medimb.batches import Batches, class_balanced, shuffled
+from sklearn_medimb.images import Images
+from sklearn_medimb.net import Trunk
+
+LOSSES = (
+    "cross_entropy",
+    "focal",
+    "class_balanced",
+    "ldam",
+    "balanced_softmax",
+    "logit_adjusted",
+)
+
+
+class CosineHead(nn.Module):
+    """Scaled cosines between features and class vectors, as LDAM needs them."""
+
+    scale = 30.0
+
+    def __init__(self, n_features: int, n_classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_classes, n_features))
+        nn.init.normal_(self.weight)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits of shape (n, n_classes), within ``+-scale``."""
+        return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
+
+
+class SoftmaxNetwork(nn.Module):
+    """Backbone, pooled features, head."""
+
+    def __init__(self, trunk: Trunk, head: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.n_features = as_features(trunk.probe()).shape[1]
+        self.head = head(self.n_features)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Embedding of shape (n, n_features)."""
+        return as_features(self.trunk(images))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits of shape (n, n_classes)."""
+        return self.head(self.features(images))
+
+
+class LabelLoss(nn.Module):
+    """``mean_i sum_k mass[i, k] w[k] costs[i, k]``, with `w` changing once where asked.
+
+    Parameters
+    ----------
+    costs : callable
+        Logits (n, K) to costs (n, K), see :mod:`sklearn_medimb.losses`.
+    weight : tensor of shape (K,)
+        Class weights from the first step on.
+    late_weight : tensor of shape (K,), default=None
+        Class weights from step `switch` on (deferred re-weighting).
+    switch : int, default=0
+        That step.
+    """
+
+    def __init__(
+        self,
+        costs: Callable[[torch.Tensor], torch.Tensor],
+        weight: torch.Tensor,
+        late_weight: torch.Tensor | None = None,
+        switch: int = 0,
+    ) -> None:
+        super().__init__()
+        self.costs = costs
+        self.switch = switch
+        self.step = 0
+        self.register_buffer("weight", weight)
+        self.register_buffer("late_weight", late_weight)
+
+    def forward(self, logits: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+        """Loss of one batch."""
+        late = self.late_weight is not None and self.step >= self.switch
+        self.step += 1
+        weight = self.late_weight if late else self.weight
+        return (mass * weight * self.costs(logits)).sum() / len(logits)
+
+    def get_extra_state(self) -> int:
+        """Step count, so that a resumed fit re-weights on time."""
+        return self.step
+
+    def set_extra_state(self, state: int) -> None:
+        """Restore the step count."""
+        self.step = state
+
+
+class MixedBatches:
+    """Convex combinations of samples and of their label masses.
+
+    Plain mixup [1]_ mixes a batch with itself in another order; balanced mixup [2]_ mixes it with a
+    second, class-balanced draw, the balanced side weighing ``lambda ~ Beta(alpha, 1)``.
+
+    Parameters
+    ----------
+    batches : Batches
+        Where the samples come from.
+    alpha : float
+        Of the Beta distribution.
+    partners : Batches, default=None
+        The balanced draw; None mixes within the batch.
+
+    References
+    ----------
+    .. [1] H. Zhang et al., "mixup: beyond empirical risk minimization", ICLR 2018.
+    .. [2] A. Galdran et al., "Balanced-MixUp for highly imbalanced medical image classification",
+       MICCAI 2021, eq. 4.
+    """
+
+    def __init__(self, batches: Batches, alpha: float, partners: Batches | None = None) -> None:
+        self.batches = batches
+        self.alpha = alpha
+        self.partners = partners
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        rng = self.batches.rng
+        b = self.alpha if self.partners is None else 1.0
+        partners = None if self.partners is None else iter(self.partners)
+        for images, mass in self.batches:
+            if partners is None:
+                order = torch.from_numpy(rng.permutation(len(images))).to(images.device)
+                others, other_mass = images[order], mass[order]
+            else:
+                others, other_mass = (part[: len(images)] for part in next(partners))
+            share = torch.from_numpy(rng.beta(self.alpha, b, len(images)))
+            share = share.to(images.device, images.dtype)
+            column = share.view(-1, *[1] * (images.ndim - 1))
+            yield (
+                torch.lerp(images, others, column),
+                torch.lerp(mass, other_mass, share.unsqueeze(1)),
+            )
+
+
+@shared_parameters
+class SoftmaxClassifier(BaseImageClassifier):
+    """A network with a softmax head and the classical remedies for class imbalance.
+
+    The strong baseline of the package: whatever a paper promises has to beat this one with the same
+    backbone, augmentation and optimiser.
+
+    Parameters
+    ----------
+    {backbone}
+
+    loss : {{"cross_entropy", "focal", "class_balanced", "ldam", "balanced_softmax", \
+"logit_adjusted"}}, default="cross_entropy"
+        "focal" [1]_; "class_balanced": cross-entropy weighted by effective numbers [2]_; "ldam":
+        label-distribution-aware margins on a cosine head, with deferred re-weighting [3]_;
+        "balanced_softmax" [4]_; "logit_adjusted" [5]_.
+
+    class_weight : dict, "balanced" or None, default=None
+        Weights of the classes, on top of `loss`.
+
+    focal_gamma : float, default=2.0
+        Focusing exponent of the focal loss.
+
+    beta : float, default=0.999
+        Of the effective numbers, for "class_balanced" and re-weighting.
+
+    max_margin : float, default=0.5
+        Largest LDAM margin, in cosine units.
+
+    tau : float, default=1.0
+        Strength of "logit_adjusted".
+
+    post_hoc_tau : float, default=0.0
+        Subtracts ``post_hoc_tau * log(prior)`` from the logits at predict [5]_; use it with
+        ``loss="cross_entropy"``, where 1 aims at balanced accuracy.
+
+    reweight_after : float, "auto" or None, default="auto"
+        Share of the steps after which effective-number class weights switch on (deferred
+        re-weighting). "auto": 0.8 with "ldam", never otherwise.
+
+    mixup : {{"mixup", "balanced"}} or None, default=None
+        Mix samples and labels; "balanced" mixes each batch with a class-balanced one [6]_.
+
+    mixup_alpha : float, default=0.2
+        Of the Beta distribution behind the mixing shares.
+
+    {training}
+
+    Attributes
+    ----------
+    {attributes}
+
+    class_prior_ : ndarray of shape (n_classes,)
+        Class shares of the (resampled, weighted) training rows.
+
+    See Also
+    --------
+    sklearn_medimb.CSSNClassifier : Classification by comparison with a support bank.
+    imblearn.ensemble.BalancedRandomForestClassifier : A baseline without a network.
+
+    References
+    ----------
+    .. [1] T.-Y. Lin et al., "Focal loss for dense object detection", ICCV 2017.
+    .. [2] Y. Cui et al., "Class-balanced loss based on effective number of samples", CVPR 2019.
+    .. [3] K. Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss",
+       NeurIPS 2019.
+    .. [4] J. Ren et al., "Balanced meta-softmax for long-tailed visual recognition", NeurIPS 2020.
+    .. [5] A. K. Menon et al., "Long-tail learning via logit adjustment", ICLR 2021.
+    .. [6] A. Galdran et al., "Balanced-MixUp for highly imbalanced medical image classification",
+       MICCAI 2021.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn_medimb import SoftmaxClassifier
+    >>> X, y = load_digits(n_class=3, return_X_y=True)
+    >>> clf = SoftmaxClassifier(image_shape=(8, 8), loss="balanced_softmax", max_epochs=3,
+    ...                         random_state=0)
+    >>> clf.fit(X[:300], y[:300]).predict(X[300:]).shape
+    (237,)
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **BaseImageClassifier._parameter_constraints,
+        "loss": [StrOptions(set(LOSSES))],
+        "class_weight": [dict, StrOptions({"balanced"}), None],
+        "focal_gamma": [Interval(Real, 0, None, closed="left")],
+        "beta": [Interval(Real, 0, 1, closed="left")],
+        "max_margin": [Interval(Real, 0, None, closed="neither")],
+        "tau": [Interval(Real, 0, None, closed="left")],
+        "post_hoc_tau": [Interval(Real, 0, None, closed="left")],
+        "reweight_after": [StrOptions({"auto"}), Interval(Real, 0, 1, closed="both"), None],
+        "mixup": [StrOptions({"mixup", "balanced"}), None],
+        "mixup_alpha": [Interval(Real, 0, None, closed="neither")],
+    }
+
+    def __init__(
+        self,
+        backbone: Any = "auto",
+        *,
+        loss: str = "cross_entropy",
+        class_weight: Any = None,
+        focal_gamma: float = 2.0,
+        beta: float = 0.999,
+        max_margin: float = 0.5,
+        tau: float = 1.0,
+        post_hoc_tau: float = 0.0,
+        reweight_after: Any = "auto",
+        mixup: str | None = None,
+        mixup_alpha: float = 0.2,
+        max_epochs: Any = "auto",
+        batch_size: int = 64,
+        lr: float = 2e-3,
+        weight_decay: float = 1e-2,
+        lr_schedule: str = "one_cycle",
+        augment: Any = "medical",
+        sampler: Any = None,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.2,
+        n_iter_no_change: int = 10,
+        scoring: Any = "balanced_accuracy",
+        callbacks: list[Any] | None = None,
+        checkpoint_dir: Any = None,
+        image_shape: tuple[int, ...] | None = None,
+        data_format: str = "auto",
+        spatial_dims: int | None = None,
+        device: Any = "auto",
+        precision: str = "auto",
+        compile: bool = False,
+        warm_start: bool = False,
+        net_params: dict[str, Any] | None = None,
+        random_state: Any = None,
+        verbose: Any = 0,
+    ) -> None:
+        self.backbone = backbone
+        self.loss = loss
+        self.class_weight = class_weight
+        self.focal_gamma = focal_gamma
+        self.beta = beta
+        self.max_margin = max_margin
+        self.tau = tau
+        self.post_hoc_tau = post_hoc_tau
+        self.reweight_after = reweight_after
+        self.mixup = mixup
+        self.mixup_alpha = mixup_alpha
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.lr_schedule = lr_schedule
+        self.augment = augment
+        self.sampler = sampler
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.scoring = scoring
+        self.callbacks = callbacks
+        self.checkpoint_dir = checkpoint_dir
+        self.image_shape = image_shape
+        self.data_format = data_format
+        self.spatial_dims = spatial_dims
+        self.device = device
+        self.precision = precision
+        self.compile = compile
+        self.warm_start = warm_start
+        self.net_params = net_params
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(
+        self, X: Any, y: Any, *, sample_weight: Any = None, groups: Any = None
+    ) -> SoftmaxClassifier:
+        """Train the network.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            Images in any layout of the package's README, uint8 or float.
+        y : array-like of shape (n,)
+            Class labels: numbers or strings, at least two classes.
+        sample_weight : array-like of shape (n,), default=None
+            Non-negative weights; only their ratios matter.
+        groups : array-like of shape (n,), default=None
+            Patient of each image: the inner validation split keeps every group whole.
+
+        Returns
+        -------
+        self : SoftmaxClassifier
+            The fitted classifier.
+
+        Raises
+        ------
+        ValueError
+            If the input is wrong or ambiguous; the message names the parameter or row to mend.
+        """
+        return self._fit(X, y, sample_weight=sample_weight, groups=groups)
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def partial_fit(
+        self, X: Any, y: Any, classes: Any = None, *, sample_weight: Any = None
+    ) -> SoftmaxClassifier:
+        """Train one more epoch on the given images, at a constant learning rate.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            A portion of the training images. The first portion decides the normalisation.
+        y : array-like of shape (n,)
+            Their labels.
+        classes : array-like of shape (n_classes,), default=None
+            All classes; needed in the first call unless `y` holds them all.
+        sample_weight : array-like of shape (n,), default=None
+            Non-negative weights.
+
+        Returns
+        -------
+        self : SoftmaxClassifier
+            The classifier so far.
+        """
+        return self._fit(X, y, sample_weight=sample_weight, classes=classes, partial=True)
+
+    # ---------------------------------------------------------------- network, loss, batches
+
+    def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
+        n_classes = len(self.classes_)
+        head = CosineHead if self.loss == "ldam" else nn.Linear
+        return SoftmaxNetwork(trunk(), lambda n_features: head(n_features, n_classes))
+
+    def _make_criterion(self, train: TrainingSet, n_steps: int) -> nn.Module:
+        class_mass = train.class_mass(len(self.classes_))
+        mass = torch.from_numpy(class_mass)
+        effective = losses.effective_number_weights(mass, self.beta)
+        weight = torch.from_numpy(self._class_weights(class_mass))
+        late = None
+        reweight_after = self.reweight_after
+        if reweight_after == "auto":
+            reweight_after = 0.8 if self.loss == "ldam" else None
+        if self.loss == "class_balanced":
+            weight = weight * effective
+        elif reweight_after is not None:
+            late = weight * effective
+        switch = 0 if late is None else round(reweight_after * n_steps)
+        return LabelLoss(self._label_costs(mass), weight, late, switch)
+
+    def _label_costs(self, mass: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Choose the formula."""
+        if self.loss in ("cross_entropy", "class_balanced"):
+            return losses.cross_entropy
+        if self.loss == "focal":
+            return partial(losses.focal, gamma=self.focal_gamma)
+        device, dtype = self.net_.device, self.net_.dtype
+        if self.loss == "ldam":
+            margins = CosineHead.scale * losses.ldam_margins(mass, self.max_margin)
+            return partial(losses.ldam, margins=margins.to(device, dtype))
+        log_prior = (mass / mass.sum()).log().to(device, dtype)
+        tau = 1.0 if self.loss == "balanced_softmax" else self.tau
+        return partial(losses.logit_adjusted, log_prior=log_prior, tau=tau)
+
+    def _class_weights(self, class_mass: np.ndarray) -> np.ndarray:
+        """Constructor's `class_weight`, per encoded class."""
+        if self.class_weight == "balanced":
+            return class_mass.sum() / (len(class_mass) * class_mass)
+        return compute_class_weight(self.class_weight, classes=self.classes_, y=self.classes_)
+
+    def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
+        n, n_classes = len(train.y), len(self.classes_)
+        mass = np.eye(n_classes)[train.y]
+        if train.weight is not None:
+            mass *= train.weight[:, None]
+        mass = torch.as_tensor(mass, dtype=self.net_.dtype, device=self.net_.device)
+        args = (train.images, train.rows, mass)
+        plain = Batches(*args, lambda rng: shuffled(n, self.batch_size, rng), **common)
+        if self.mixup is None:
+            return plain
+        size = min(self.batch_size, n)
+        steps = self._steps_per_epoch(n)
+        balanced = Batches(*args, lambda rng: class_balanced(train.y, size, steps, rng), **common)
+        return MixedBatches(
+            plain, self.mixup_alpha, balanced if self.mixup == "balanced" else None
+        )
+
+    def _steps_per_epoch(self, n_samples: int) -> int:
+        return -(-n_samples // self.batch_size)
+
+    def _inference_state(self, train: TrainingSet) -> dict[str, Any]:
+        mass = train.class_mass(len(self.classes_))
+        return {"class_prior_": mass / mass.sum()}
+
+    def _scores(self, images: Images) -> np.ndarray:
+        logits = self._map(images, self.net_.module_).cpu().numpy().astype(np.float64)
+        if self.post_hoc_tau:
+            logits -= self.post_hoc_tau * np.log(self.class_prior_)
+        return logits
+

@@ -1,0 +1,608 @@
+import math
+import pickle
+
+import pytest
+import torch
+from sklearn.base import clone
+
+from sklearn_medimb.augment import (
+    _RANGES,
+    AUGMENTATIONS,
+    Augmentation,
+    affine_matrix,
+    resolve_augmentation,
+)
+
+SHAPES = [(1, 12, 9), (2, 9, 12), (3, 8, 8), (6, 7, 5), (1, 6, 8, 7), (2, 5, 5, 5)]
+
+# One setting per operation, each certain to act.
+SINGLE = {
+    "horizontal_flip": {"horizontal_flip": 1.0},
+    "vertical_flip": {"vertical_flip": 1.0},
+    "rotation": {"rotation": 40.0},
+    "shear": {"shear": 20.0},
+    "scale": {"scale": 0.5},
+    "translate": {"translate": 0.3},
+    "crop": {"crop": 0.5},
+    "blur": {"blur": 1.5, "blur_probability": 1.0},
+    "gamma": {"gamma": 0.5},
+    "contrast": {"contrast": 0.5},
+    "brightness": {"brightness": 0.5},
+    "noise": {"noise": 0.2, "noise_probability": 1.0},
+    "cutout": {"cutout": 0.9, "cutout_probability": 1.0},
+}
+EVERYTHING = {
+    **{key: value for options in SINGLE.values() for key, value in options.items()},
+    "horizontal_flip": 0.5,
+    "vertical_flip": 0.5,
+    "depth_flip": 0.5,
+    "tilt": 10.0,
+}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_images(n, shape, seed=1, dtype=torch.float32):
+    return 200 * torch.rand((n, *shape), generator=seeded(seed), dtype=dtype) - 50
+
+
+def smooth_images(n, height, width):
+    y = torch.linspace(0, 2, height)[:, None]
+    x = torch.linspace(0, 3, width)[None]
+    phase = torch.arange(n)[:, None, None, None]
+    return torch.sin(x + phase) + torch.cos(2 * y) * x + torch.zeros(n, 1, 1, 1)
+
+
+def affine(spatial, n=1, *, angles=(), shear=0.0, zoom=1.0, shift=None, sign=None):
+    """Build the map of one known warp, repeated n times."""
+    dims = len(spatial)
+    return affine_matrix(
+        spatial,
+        angles=[torch.full((n,), math.radians(angle)) for angle in angles],
+        shear=torch.full((n,), math.radians(shear)),
+        zoom=torch.full((n,), zoom),
+        shift=torch.tensor([shift or [0.0] * dims]).repeat(n, 1),
+        sign=torch.tensor([sign or [1.0] * dims]).repeat(n, 1),
+    )
+
+
+# Interface
+
+
+def test_every_parameter_has_a_range_and_defaults_lie_in_it():
+    params = Augmentation().get_params()
+    assert list(params) == sorted(_RANGES)
+    assert all(_RANGES[name][0] <= value <= _RANGES[name][1] for name, value in params.items())
+
+
+def test_defaults_are_the_identity():
+    augment = Augmentation()
+    images = random_images(3, (2, 5, 4))
+    assert augment.is_identity
+    assert augment.draw(3, (2, 5, 4), seeded()) == {}
+    assert torch.equal(augment(images, seeded()), images)
+
+
+@pytest.mark.parametrize("options", SINGLE.values(), ids=SINGLE)
+def test_each_operation_changes_images_and_is_not_the_identity(options):
+    augment = Augmentation(**options)
+    images = random_images(4, (1, 9, 9))
+    before = images.clone()
+    out = augment(images, seeded())
+    assert torch.equal(images, before), "the input was written to"
+    assert not augment.is_identity
+    assert torch.isfinite(out).all()
+    # A blur may be drawn too narrow to reach the next pixel.
+    assert (out != images).flatten(1).any(dim=1).sum() >= 3
+
+
+@pytest.mark.parametrize("name", ["blur", "noise", "cutout"])
+def test_probability_zero_switches_off(name):
+    augment = Augmentation(**{name: 0.5, f"{name}_probability": 0.0})
+    assert augment.is_identity
+    assert augment.draw(2, (1, 4, 4), seeded()) == {}
+
+
+@pytest.mark.parametrize("name", ["blur", "noise", "cutout"])
+def test_images_that_are_not_selected_are_unchanged(name):
+    augment = Augmentation(**{name: 0.9, f"{name}_probability": 0.5})
+    images = random_images(64, (2, 8, 8))
+    changed = (augment(images, seeded()) != images).flatten(1).any(dim=1)
+    assert 15 < changed.sum() < 49
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_everything_at_once_on_any_shape(shape, dtype):
+    augment = Augmentation(**EVERYTHING)
+    images = random_images(5, shape, dtype=dtype)
+    before = images.clone()
+    params = augment.draw(5, shape, seeded())
+    out = augment.apply(images, params)
+    assert out.shape == images.shape
+    assert out.dtype == dtype
+    assert torch.isfinite(out).all()
+    assert not torch.equal(out, images)
+    assert torch.equal(images, before), "the input was written to"
+    assert all(value.dtype == torch.float32 and len(value) == 5 for value in params.values())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 7), (3, 5, 1), (1, 1, 1, 1), (2, 3, 1, 5)])
+@pytest.mark.parametrize("n", [0, 1, 2])
+def test_tiny_and_odd_sizes(n, shape):
+    images = random_images(n, shape)
+    out = Augmentation(**EVERYTHING)(images, seeded())
+    assert out.shape == images.shape
+    assert torch.isfinite(out).all()
+
+
+def test_double_precision_agrees_with_single():
+    augment = Augmentation(**EVERYTHING)
+    images = random_images(4, (2, 9, 11), dtype=torch.float64)
+    params = augment.draw(4, (2, 9, 11), seeded())
+    single = augment.apply(images.float(), params)
+    torch.testing.assert_close(single.double(), augment.apply(images, params), rtol=0, atol=5e-2)
+
+
+def test_channels_last_is_preserved_and_gives_the_same_values():
+    augment = Augmentation(**EVERYTHING)
+    images = random_images(3, (3, 8, 6))
+    params = augment.draw(3, (3, 8, 6), seeded())
+    out = augment.apply(images.to(memory_format=torch.channels_last), params)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, augment.apply(images, params))
+    assert augment.apply(images, params).is_contiguous()
+
+
+def test_gradients_flow_and_are_finite():
+    images = random_images(3, (2, 6, 6))
+    images[1] = 4.0
+    images.requires_grad_()
+    Augmentation(**EVERYTHING)(images, seeded()).square().sum().backward()
+    assert torch.isfinite(images.grad).all()
+    assert images.grad[0].abs().sum() > 0
+
+
+# Randomness
+
+
+def test_replay_and_same_draw_for_all_channels():
+    augment = Augmentation(**EVERYTHING)
+    images = random_images(6, (1, 10, 9))
+    params = augment.draw(6, (1, 10, 9), seeded())
+    copies = {name: value.clone() for name, value in params.items()}
+    out = augment.apply(images, params)
+    assert torch.equal(out, augment.apply(images, params))
+    assert all(torch.equal(params[name], copies[name]) for name in params)
+    stacked = augment.apply(images.repeat(1, 3, 1, 1), params)
+    torch.testing.assert_close(stacked, out.repeat(1, 3, 1, 1))
+
+
+def test_same_seed_same_result_and_no_global_state():
+    augment = Augmentation(**EVERYTHING)
+    images = random_images(4, (1, 8, 8))
+    state = torch.get_rng_state()
+    first, second, third = (augment(images, seeded(seed)) for seed in (3, 3, 4))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_generator_moves_on():
+    augment, generator = Augmentation(rotation=30), seeded()
+    images = random_images(4, (1, 8, 8))
+    assert not torch.equal(augment(images, generator), augment(images, generator))
+
+
+@pytest.mark.parametrize("options", [v for k, v in SINGLE.items() if "flip" not in k])
+def test_draws_differ_within_a_batch(options):
+    images = random_images(1, (1, 9, 9)).repeat(5, 1, 1, 1)
+    out = Augmentation(**options)(images, seeded()).flatten(1)
+    different = (out[:, None] != out[None]).any(dim=2)
+    # Boxes may coincide, by chance; nothing else does.
+    assert different.sum() >= (20 if "cutout" not in options else 14)
+
+
+def test_order_of_the_batch_is_kept():
+    images = torch.arange(8.0).reshape(8, 1, 1, 1) * 100 + random_images(8, (1, 6, 6)) / 100
+    out = AUGMENTATIONS["strong"]()(images, seeded())
+    assert torch.equal((out.mean((1, 2, 3)) / 100).round(), torch.arange(8.0))
+
+
+def test_draws_depend_neither_on_the_batch_size_nor_on_other_operations():
+    small = Augmentation(rotation=20, contrast=0.3).draw(3, (1, 8, 8), seeded())
+    large = Augmentation(rotation=20, contrast=0.3, blur=1, cutout=0.2, gamma=0.2).draw(
+        7, (1, 8, 8), seeded()
+    )
+    assert all(torch.equal(small[name], large[name][:3]) for name in small)
+
+
+def test_draws_fill_their_documented_ranges():
+    n = 2000
+    params = Augmentation(
+        gamma=0.5, contrast=0.3, brightness=0.2, horizontal_flip=0.25, scale=1.0
+    ).draw(n, (1, 4, 4), seeded())
+    for name, low, high in [
+        ("gamma", math.exp(-0.5), math.exp(0.5)),
+        ("contrast", 0.7, 1.3),
+        ("brightness", -0.2, 0.2),
+    ]:
+        assert low <= params[name].min() < low + 0.01
+        assert high - 0.01 < params[name].max() <= high
+    step = params["affine"][:, 0, 0]
+    assert abs((step < 0).float().mean() - 0.25) < 0.04
+    assert 0.5 - 1e-6 <= step.abs().min() < 0.51
+    assert 1.97 < step.abs().max() <= 2 + 1e-6
+    assert abs((step.abs() > 1).float().mean() - 0.5) < 0.05
+
+
+# Geometry
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"), [("horizontal_flip", -1), ("vertical_flip", -2), ("depth_flip", -3)]
+)
+def test_flips_are_exact(name, axis):
+    images = random_images(64, (2, 4, 5, 3))
+    augment = Augmentation(**{name: 0.5})
+    params = augment.draw(64, images.shape[1:], seeded())
+    out = augment.apply(images, params)
+    flipped = params[name].bool()
+    assert 15 < flipped.sum() < 49
+    assert torch.equal(out[flipped], images[flipped].flip(axis))
+    assert torch.equal(out[~flipped], images[~flipped])
+
+
+def test_all_flips_together_are_exact():
+    images = random_images(2, (3, 4, 5, 6))
+    augment = Augmentation(horizontal_flip=1, vertical_flip=1, depth_flip=1)
+    assert torch.equal(augment(images, seeded()), images.flip((-1, -2, -3)))
+
+
+def test_depth_flip_and_tilt_leave_2d_images_alone():
+    images = random_images(3, (1, 5, 6))
+    assert torch.equal(Augmentation(depth_flip=1.0, tilt=30)(images, seeded()), images)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 6), (1, 5, 6, 4)])
+def test_flips_within_a_warp_agree_with_exact_flips(shape):
+    images = random_images(16, shape)
+    flips = {"horizontal_flip": 0.5, "vertical_flip": 0.5, "depth_flip": 0.5}
+    # A shift too small to see makes the flips part of the affine map.
+    warped = Augmentation(**flips, translate=1e-7)(images, seeded())
+    torch.testing.assert_close(warped, Augmentation(**flips)(images, seeded()), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 7, 7), (1, 5, 6, 6)])
+def test_rotation_by_a_right_angle_of_a_square_is_rot90(shape):
+    images = random_images(2, shape)
+    params = {"affine": affine(shape[1:], 2, angles=[90.0])}
+    torch.testing.assert_close(
+        Augmentation().apply(images, params), torch.rot90(images, 1, (-2, -1)), rtol=0, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize(("height", "width"), [(6, 12), (13, 7)])
+def test_rotation_by_a_right_angle_is_true_in_pixels(height, width):
+    images = random_images(2, (1, height, width))
+    out = Augmentation().apply(images, {"affine": affine((height, width), 2, angles=[90.0])})
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    centre = (..., slice(top, top + side), slice(left, left + side))
+    expected = torch.rot90(images[centre], 1, (-2, -1))
+    torch.testing.assert_close(out[centre], expected, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize(("plane", "axes"), [(1, (-3, -1)), (2, (-3, -2))])
+def test_tilt_turns_a_volume_out_of_its_plane(plane, axes):
+    images = random_images(1, (1, 6, 6, 6))
+    angles = [0.0, 0.0, 0.0]
+    angles[plane] = 90.0
+    out = Augmentation().apply(images, {"affine": affine((6, 6, 6), angles=angles)})
+    torch.testing.assert_close(out, torch.rot90(images, 1, axes), rtol=0, atol=1e-2)
+
+
+def test_tilt_is_drawn_for_volumes():
+    images = random_images(2, (1, 6, 6, 6))
+    assert not torch.equal(Augmentation(tilt=20)(images, seeded()), images)
+
+
+def test_warp_agrees_with_sampling_pixel_by_pixel():
+    height, width, angle, zoom, shear = 21, 15, 25.0, 1.6, 10.0
+    shift = (0.2, -0.1)
+    image = smooth_images(1, height, width)
+    matrix = affine((height, width), angles=[angle], zoom=zoom, shear=shear, shift=list(shift))
+    out = Augmentation().apply(image, {"affine": matrix})[0, 0]
+
+    cos, sin, tan = (
+        math.cos(math.radians(angle)),
+        math.sin(math.radians(angle)),
+        math.tan(math.radians(shear)),
+    )
+    compared = 0
+    for row in range(height):
+        for col in range(width):
+            y, x = row - (height - 1) / 2, col - (width - 1) / 2
+            x = x + tan * y
+            x, y = (cos * x - sin * y) / zoom, (sin * x + cos * y) / zoom
+            x = x + shift[0] * width / 2 + (width - 1) / 2
+            y = y + shift[1] * height / 2 + (height - 1) / 2
+            if not (0 <= x < width - 1 and 0 <= y < height - 1):
+                continue
+            i, j = int(y), int(x)
+            b, a = y - i, x - j
+            p = image[0, 0, i : i + 2, j : j + 2]
+            expected = (1 - b) * ((1 - a) * p[0, 0] + a * p[0, 1]) + b * (
+                (1 - a) * p[1, 0] + a * p[1, 1]
+            )
+            assert out[row, col] == pytest.approx(expected.item(), abs=1e-4)
+            compared += 1
+    assert compared > 150
+
+
+def test_translation_moves_by_whole_pixels():
+    images = random_images(2, (1, 8, 10))
+    params = {"affine": affine((8, 10), 2, shift=[2 * 3 / 10, -2 * 2 / 8])}
+    out = Augmentation().apply(images, params)
+    torch.testing.assert_close(out[..., 2:, :7], images[..., :6, 3:], rtol=0, atol=1e-2)
+
+
+def test_translation_and_crop_stay_within_their_bounds():
+    shift = Augmentation(translate=0.1).draw(500, (1, 8, 8), seeded())["affine"][:, :, 2]
+    assert 0.19 < shift.abs().max() <= 0.2
+    matrix = Augmentation(crop=0.4).draw(500, (1, 8, 8), seeded())["affine"]
+    kept, centre = matrix[:, 0, 0], matrix[:, :, 2]
+    assert 0.4 - 1e-6 <= kept.min() < 0.42
+    assert 0.98 < kept.max() <= 1
+    # The window ends at the border of the image at most, and sometimes almost there.
+    assert (kept[:, None] + centre.abs()).max() <= 1 + 1e-6
+    assert (kept[:, None] + centre.abs()).max() > 0.99
+
+
+def test_crop_shows_an_enlarged_window():
+    images = smooth_images(1, 32, 32)
+    params = {"affine": affine((32, 32), zoom=2.0, shift=[0.5, -0.5])}
+    out = Augmentation().apply(images, params)
+    window = images[..., :16, 16:]
+    expected = torch.nn.functional.interpolate(
+        window, scale_factor=2, mode="bilinear", align_corners=False
+    )
+    inner = (..., slice(1, -1), slice(1, -1))
+    torch.testing.assert_close(out[inner], expected[inner], rtol=0, atol=1e-4)
+
+
+def test_rotation_stays_within_its_bound():
+    matrix = Augmentation(rotation=30).draw(1000, (1, 8, 8), seeded())["affine"]
+    angle = torch.rad2deg(torch.atan2(matrix[:, 1, 0], matrix[:, 0, 0]))
+    assert angle.min() == pytest.approx(-30, abs=0.5)
+    assert angle.max() == pytest.approx(30, abs=0.5)
+    assert angle.abs().max() <= 30 + 1e-4
+
+
+# Intensity
+
+
+def drawn(shape=(2, 7, 8), n=6, **options):
+    augment = Augmentation(**options)
+    images = random_images(n, shape, dtype=torch.float64)
+    params = augment.draw(n, shape, seeded())
+    return images, params, augment.apply(images, params)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 8), (1, 4, 5, 6)])
+def test_contrast_brightness_and_gamma_follow_their_formulas(shape):
+    images, params, out = drawn(shape, gamma=0.7, contrast=0.5, brightness=0.3)
+    for i, image in enumerate(images):
+        low, high = image.min(), image.max()
+        expected = low + (high - low) * ((image - low) / (high - low)) ** params["gamma"][i]
+        for channel in expected:
+            mean = channel.mean()
+            channel.copy_(mean + params["contrast"][i] * (channel - mean))
+        expected += params["brightness"][i] * (high - low)
+        torch.testing.assert_close(out[i], expected, rtol=0, atol=1e-4)
+
+
+def test_gamma_alone_keeps_the_extremes():
+    images, params, out = drawn(gamma=0.7)
+    torch.testing.assert_close(out.amin((1, 2, 3)), images.amin((1, 2, 3)))
+    torch.testing.assert_close(out.amax((1, 2, 3)), images.amax((1, 2, 3)))
+    darker = params["gamma"] > 1
+    assert ((out.mean((1, 2, 3)) < images.mean((1, 2, 3))) == darker).all()
+
+
+def test_contrast_alone_keeps_the_mean_and_scales_the_spread():
+    images, params, out = drawn(contrast=0.5)
+    torch.testing.assert_close(out.mean((2, 3)), images.mean((2, 3)))
+    ratio = out.std((2, 3)) / images.std((2, 3))
+    expected = params["contrast"].double()[:, None].expand_as(ratio)
+    torch.testing.assert_close(ratio, expected)
+
+
+def test_brightness_alone_shifts_by_a_fraction_of_the_range():
+    images, params, out = drawn(brightness=0.5)
+    for i in range(len(images)):
+        shift = params["brightness"][i].double() * (images[i].max() - images[i].min())
+        torch.testing.assert_close(out[i], images[i] + shift)
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 7), (1, 5, 6, 7)])
+def test_blur_is_a_gaussian_convolution(shape):
+    images, params, out = drawn(shape, n=3, blur=1.2, blur_probability=1.0)
+    kernels = params["blur"].double()
+    reach = kernels.shape[1] // 2
+    steps = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    for image, kernel, result in zip(images, kernels, out, strict=True):
+        # The width follows from the ratio of the two central weights.
+        sigma = (-0.5 / torch.log(kernel[reach + 1] / kernel[reach])).sqrt()
+        assert 0 < sigma <= 1.2
+        weights = torch.exp(-0.5 * (steps / sigma) ** 2)
+        weights /= weights.sum()
+        expected = image
+        for axis in range(1, image.ndim):
+            index = torch.arange(image.shape[axis])
+            expected = sum(
+                weight
+                * expected.index_select(axis, (index + int(step)).clamp(0, image.shape[axis] - 1))
+                for weight, step in zip(weights, steps, strict=True)
+            )
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-3)
+
+
+def test_blur_has_the_drawn_widths():
+    kernels = Augmentation(blur=2.0, blur_probability=1.0).draw(500, (1, 4, 4), seeded())["blur"]
+    assert kernels.shape[1] == 13
+    torch.testing.assert_close(kernels.sum(1), torch.ones(500))
+    width = (kernels * torch.arange(-6, 7) ** 2).sum(1).sqrt()
+    assert width.max() == pytest.approx(2.0, abs=0.06)
+    assert width.min() < 0.1
+
+
+def test_noise_has_the_drawn_spread_of_the_range_of_the_image():
+    images, params, out = drawn((2, 40, 40), n=40, noise=0.3, noise_probability=1.0)
+    added = out - images
+    span = images.amax((1, 2, 3)) - images.amin((1, 2, 3))
+    fraction = added[:, 0].flatten(1).std(1) / span
+    torch.testing.assert_close(fraction, params["noise"].double().flatten(1).std(1))
+    assert 0.27 < fraction.max() < 0.32
+    assert fraction.min() < 0.05
+    assert (added.mean((1, 2, 3)).abs() < 0.04 * span).all()
+    torch.testing.assert_close(added[:, 0], added[:, 1])
+    assert abs(torch.corrcoef(added[:2, 0].flatten(1))[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("shape", [(2, 10, 14), (1, 6, 8, 7)])
+def test_cutout_fills_one_box_with_the_mean_of_each_channel(shape):
+    images, params, out = drawn(shape, n=20, cutout=0.5, cutout_probability=1.0)
+    for image, result, box in zip(images, out, params["cutout"].int().tolist(), strict=True):
+        expected = image.clone()
+        area = 1
+        for side, (start, stop) in zip(shape[1:], box, strict=True):
+            assert 0 <= start < stop <= side
+            assert stop - start <= math.ceil(0.5 * side)
+            area *= stop - start
+        where = (slice(None), *(slice(*bounds) for bounds in box))
+        expected[where] = image.flatten(1).mean(1).reshape(-1, *[1] * (image.ndim - 1))
+        assert (result != image).sum() == shape[0] * area
+        torch.testing.assert_close(result, expected)
+
+
+def test_cutout_reaches_everywhere():
+    images, _, out = drawn((1, 8, 8), n=300, cutout=0.3, cutout_probability=1.0)
+    assert (out != images).any(dim=0).all()
+
+
+@pytest.mark.parametrize("value", [0.0, -1000.0, 3.7])
+def test_a_constant_image_stays_constant(value):
+    images = torch.full((4, 2, 6, 6), value)
+    out = Augmentation(**EVERYTHING)(images, seeded())
+    torch.testing.assert_close(out, images)
+
+
+def test_effects_do_not_depend_on_the_scale_of_the_intensities():
+    augment = AUGMENTATIONS["strong"]()
+    images = random_images(4, (1, 12, 12), dtype=torch.float64)
+    params = augment.draw(4, (1, 12, 12), seeded())
+    scaled = augment.apply(30 * images - 1000, params)
+    torch.testing.assert_close(
+        scaled, 30 * augment.apply(images, params) - 1000, rtol=1e-4, atol=1e-2
+    )
+
+
+# Errors
+
+
+@pytest.mark.parametrize("name", list(_RANGES))
+@pytest.mark.parametrize("value", [-0.1, 1e6, float("nan"), "much", None, True])
+def test_bad_values_are_reported_when_drawing(name, value):
+    augment = Augmentation(**{name: value})
+    with pytest.raises(ValueError, match=rf"^{name} must be a number in \[.*\], got"):
+        augment.draw(2, (1, 4, 4), seeded())
+
+
+def test_bad_shapes_and_generators():
+    augment = Augmentation(rotation=10)
+    with pytest.raises(ValueError, match="image_shape"):
+        augment.draw(2, (4, 4), seeded())
+    with pytest.raises(TypeError, match="generator"):
+        augment.draw(2, (1, 4, 4), None)
+    params = augment.draw(2, (1, 4, 4), seeded())
+    with pytest.raises(ValueError, match="affine was drawn for 2 images, got 3"):
+        augment.apply(torch.rand(3, 1, 4, 4), params)
+    with pytest.raises(ValueError, match="floating-point"):
+        augment.apply(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), params)
+    with pytest.raises(ValueError, match="images must be"):
+        augment.apply(torch.rand(2, 4, 4), params)
+
+
+# Presets
+
+
+@pytest.mark.parametrize("name", list(AUGMENTATIONS))
+@pytest.mark.parametrize("shape", [(3, 12, 12), (1, 6, 6, 6)])
+def test_presets_change_images_but_none_does_not(name, shape):
+    augment = resolve_augmentation(name)
+    images = random_images(8, shape)
+    out = augment(images, seeded())
+    assert isinstance(augment, Augmentation)
+    assert augment.is_identity == (name == "none")
+    changed = (out != images).flatten(1).any(dim=1)
+    assert changed.all() if name != "none" else not changed.any()
+    assert torch.isfinite(out).all()
+
+
+def test_presets_are_new_each_time():
+    resolve_augmentation("light").set_params(rotation=90)
+    assert resolve_augmentation("light").rotation == 10
+
+
+def test_resolve_augmentation():
+    class Own:
+        def draw(self, n, image_shape, generator):
+            return {}
+
+        def apply(self, images, params):
+            return images
+
+    own, augment = Own(), Augmentation(rotation=3)
+    assert resolve_augmentation(own) is own
+    assert resolve_augmentation(augment) is augment
+    assert resolve_augmentation(None).is_identity
+    with pytest.raises(ValueError, match=r"augment must be one of 'none', 'light'.*'heavy'"):
+        resolve_augmentation("heavy")
+    for bad in (3, Augmentation, object()):
+        with pytest.raises(TypeError, match=r"augment must be one of 'none', 'light'"):
+            resolve_augmentation(bad)
+
+
+def test_clone_pickle_and_params_round_trip():
+    augment = Augmentation(**EVERYTHING)
+    images = random_images(3, (1, 8, 8))
+    expected = augment(images, seeded())
+    for copy in (
+        clone(augment),
+        pickle.loads(pickle.dumps(augment)),
+        Augmentation(**augment.get_params()),
+    ):
+        assert copy.get_params() == augment.get_params()
+        assert torch.equal(copy(images, seeded()), expected)
+
+
+# Devices
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nothing_waits_for_the_device():
+    augment = Augmentation(**EVERYTHING)
+    images = random_images(4, (3, 16, 16)).cuda()
+    generator = torch.Generator("cuda").manual_seed(0)
+    augment(images, generator)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        params = augment.draw(4, images.shape[1:], generator)
+        out = augment.apply(images, params)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    params = {name: value.cpu() for name, value in params.items()}
+    torch.testing.assert_close(out.cpu(), augment.apply(images.cpu(), params), rtol=0, atol=0.05)
