@@ -382,18 +382,28 @@ class BaseImageClassifier(
             float_dtype=np.float64 if self.precision == "float64" else np.float32,
         )
 
-    def _map(self, images: Images, forward: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Apply `forward` to every image, in evaluation mode and in blocks; stays on the device."""
+    def _map(
+        self,
+        images: Images,
+        forward: Callable[[torch.Tensor], torch.Tensor],
+        rows: np.ndarray | None = None,
+    ) -> torch.Tensor:
+        """Apply `forward` to images, in evaluation mode and in blocks; stays on the device."""
         module, prepare = self.net_.module_, self._preprocessor()
         module.eval()
         block = inference_block(images.image_shape)
-        rows = np.arange(len(images))
+        rows = np.arange(len(images)) if rows is None else rows
+        n = len(rows)
+        if len(images.image_shape) == 1:
+            # Matrix products of other sizes round otherwise: with whole blocks only, the result
+            # for one row of vectors does not depend on the rows beside it.
+            rows = np.pad(rows, (0, -n % block), mode="edge")
         with torch.inference_mode(), one_thread_in_workers():
             parts = [
                 forward(prepare(images.rows(rows[start : start + block])))
                 for start in range(0, len(rows), block)
             ]
-        return torch.cat(parts)
+        return torch.cat(parts)[:n]
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Class scores on a log scale.

@@ -118,5 +118,5 @@ def one_thread_in_workers() -> Iterator[None]:
 def inference_block(shape: tuple[int, ...]) -> int:
     """Images per forward pass at predict: enough to fill the cores, few enough to stay in cache."""
     if len(shape) == 1:
-        return 4096
+        return 256
     return min(max(2**18 // math.prod(shape[1:]), 4), 512)

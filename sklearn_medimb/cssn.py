@@ -1,0 +1,834 @@
+"""CSSN: classification as comparison with a bank of labelled support images.
+
+X. Gao et al., "Cross-Supervision Similarity Network for Medical Image Classification on Imbalanced
+Small Datasets", IEEE Transactions on Medical Imaging, 2026, doi 10.1109/TMI.2026.3656364.
+
+The file reads as the method does: the loss, the head, the network, the estimator. Symbols are the
+paper's: n images a step, L patch tokens of width C, z(q, s) the pair logit of the patch branch, p
+its sigmoid, k(q, s) the cosine of the class branch, y_qs = 1 for two images of one class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.base import _fit_context
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
+from torch import nn
+
+from sklearn_medimb._docs import shared_parameters
+from sklearn_medimb.backbones import as_tokens
+from sklearn_medimb.base import BaseImageClassifier, TrainingSet
+from sklearn_medimb.batches import Batches, class_balanced
+from sklearn_medimb.images import Images
+from sklearn_medimb.net import Trunk
+
+
+def soft_log_target(same: torch.Tensor, p: torch.Tensor, soft_ratio: float = 0.7) -> torch.Tensor:
+    """Soft logarithmic target of the class branch.
+
+    ``t(y, p) = y (1 - log2(2^r - (2^r - 1) p))``: a positive pair is asked for no more certainty
+    than its patches have reached. t(1, 0) = 1 - r, t(1, 1) = 1, t(0, p) = 0.
+
+    Parameters
+    ----------
+    same : tensor
+        y, 1 for pairs of one class, else 0.
+    p : tensor of the same shape
+        Patch-branch probability; no gradient flows into it.
+    soft_ratio : float, default=0.7
+        r; 0 gives hard targets.
+
+    Returns
+    -------
+    target : tensor of the same shape
+        Values in [0, 1].
+    """
+    top = 2.0**soft_ratio
+    return same * (1 - torch.log2(top - (top - 1) * p.detach()))
+
+
+class Mlp(nn.Sequential):
+    """Linear, GELU, dropout, linear."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int, dropout: float) -> None:
+        super().__init__(
+            nn.Linear(width_in, hidden),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, width_out),
+        )
+
+
+class Encoded(NamedTuple):
+    """An image as the comparison sees it: pooled patches (n, L // 2, C), class embedding (n, C)."""
+
+    patches: torch.Tensor
+    embedding: torch.Tensor
+
+
+class CSSNHead(nn.Module):
+    """From tokens to pair scores (the method card's steps 1 to 10).
+
+    Parameters
+    ----------
+    n_tokens : int
+        L, patch tokens per image, at least 4.
+    width : int
+        C, token width.
+    lam : float, default=3.0
+        Weight of the class token added to every patch.
+    scorer_hidden : int, default=256
+        Hidden width of the patch scorer.
+    dropout : float, default=0.1
+        Inside every MLP.
+    gate : bool, default=True
+        Whether patches are fused with those of a reference image.
+    """
+
+    def __init__(
+        self,
+        n_tokens: int,
+        width: int,
+        *,
+        lam: float = 3.0,
+        scorer_hidden: int = 256,
+        dropout: float = 0.1,
+        gate: bool = True,
+    ) -> None:
+        super().__init__()
+        self.lam = lam
+        self.gate = gate
+        self.context = Mlp(width, max(width // 4, 1), width, dropout)
+        self.context_norm = nn.LayerNorm(width)
+        if gate:
+            self.mix = Mlp(n_tokens, 128, n_tokens, dropout)
+            self.mix_norm = nn.LayerNorm(n_tokens)
+            self.fuse = Mlp(width, 96, width, dropout)
+            self.fuse_norm = nn.LayerNorm(width)
+        self.scorer = Mlp((n_tokens // 2) ** 2, scorer_hidden, 1, dropout)
+        self.embed = Mlp(width, 96, width, dropout)
+
+    def with_context(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Step 1: add what the mean over all tokens says to each of them."""
+        return self.context_norm(tokens + self.context(tokens.mean(dim=1, keepdim=True)))
+
+    def forward(self, tokens: torch.Tensor, reference: torch.Tensor | None = None) -> Encoded:
+        """Encode images once, for any number of comparisons.
+
+        Parameters
+        ----------
+        tokens : tensor of shape (n, 1 + L, C)
+            Class token, then patch tokens.
+        reference : tensor of the same shape, default=None
+            Tokens of the registered second image; None takes the image itself.
+
+        Returns
+        -------
+        encoded : Encoded
+            Pooled patches and class embedding.
+        """
+        tokens = self.with_context(tokens)
+        class_token, patches = tokens[:, :1], tokens[:, 1:]  # step 2
+        if self.gate:
+            other = tokens if reference is None else self.with_context(reference)
+            other = self.mix_norm(self.mix(other[:, 1:].transpose(1, 2))).transpose(1, 2)  # step 3
+            patches = self.fuse_norm(self.fuse(patches * other))  # step 4
+        patches = patches + self.lam * class_token  # step 5
+        patches = F.normalize(patches, dim=2)  # step 6, in this order
+        patches = patches - patches.mean(dim=2, keepdim=True)
+        # Steps 7 and 8: the mean over a 2 x 2 block of inner products is the inner product of the
+        # two pair means, so pooling neighbours first gives the same at a quarter of the cost.
+        even = patches[:, : patches.shape[1] // 2 * 2]
+        return Encoded(even.unflatten(1, (-1, 2)).mean(dim=2), self.embed(class_token[:, 0]))
+
+    def similarity_maps(self, queries: torch.Tensor, supports: torch.Tensor) -> torch.Tensor:
+        """Pooled patch-to-patch similarities M of all pairs: (n_q, n_s, L // 2, L // 2)."""
+        return torch.einsum("qlc,smc->qslm", queries, supports)
+
+    def patch_logits(self, maps: torch.Tensor) -> torch.Tensor:
+        """Step 9: z, one logit per similarity map."""
+        return self.scorer(maps.square().flatten(-2)).squeeze(-1)
+
+
+def class_cosines(queries: torch.Tensor, supports: torch.Tensor) -> torch.Tensor:
+    """Step 10: k of all pairs, (n_q, n_s), from class embeddings."""
+    return F.normalize(queries, dim=1) @ F.normalize(supports, dim=1).T
+
+
+class PairScores(NamedTuple):
+    """z and k of the pairs of a step, and the auxiliary class logits of its views."""
+
+    z: torch.Tensor
+    k: torch.Tensor
+    logits: torch.Tensor | None
+
+
+class CSSNNetwork(nn.Module):
+    """Backbone, head, and where asked a linear classifier on the class token.
+
+    In training a batch holds two views of each of n images, queries first, and every query meets
+    every support: n^2 ordered pairs from 2 n encodings. With ``paired_views`` it holds 2 n^2 views,
+    a fresh one for each member of each pair, as published.
+    """
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        *,
+        max_tokens: int,
+        reference: str,
+        n_classes: int,
+        auxiliary: bool,
+        paired_views: bool,
+        **head: Any,
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.max_tokens = max_tokens
+        self.reference = reference
+        self.paired_views = paired_views
+        _, n_tokens, self.n_features = as_tokens(trunk.probe(), max_tokens).shape
+        if n_tokens < 5:
+            raise ValueError(
+                f"CSSN compares at least 4 patch tokens, but backbone gives {n_tokens - 1} for "
+                f"images of shape {trunk.input_shape}: use larger images or a backbone that "
+                "reduces them less."
+            )
+        self.head = CSSNHead(n_tokens - 1, self.n_features, gate=reference != "none", **head)
+        self.classifier = nn.Linear(self.n_features, n_classes) if auxiliary else None
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """Tokens of shape (n, 1 + L, C)."""
+        return as_tokens(self.trunk(images), self.max_tokens)
+
+    def encode(self, images: torch.Tensor) -> tuple[Encoded, torch.Tensor]:
+        """Encode images; also give their tokens."""
+        if self.reference != "paired":
+            tokens = self.tokens(images)
+            return self.head(tokens), tokens
+        # A pair lies in the channels; one pass of the backbone serves both halves.
+        tokens, reference = self.tokens(torch.cat(images.chunk(2, dim=1))).chunk(2)
+        return self.head(tokens, reference), tokens
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Class token with context, shape (n, C)."""
+        images = images.chunk(2, dim=1)[0] if self.reference == "paired" else images
+        return self.head.with_context(self.tokens(images))[:, 0]
+
+    def forward(self, views: torch.Tensor) -> PairScores:
+        """Score the pairs of a training step: z and k of shape (n, n), or (n^2,)."""
+        encoded, tokens = self.encode(views)
+        (queries, supports), (c_q, c_s) = (part.chunk(2) for part in encoded)
+        if self.paired_views:
+            z = self.head.patch_logits(queries @ supports.transpose(1, 2))
+            k = F.cosine_similarity(c_q, c_s)
+        else:
+            z = self.head.patch_logits(self.head.similarity_maps(queries, supports))
+            k = class_cosines(c_q, c_s)
+        logits = None if self.classifier is None else self.classifier(tokens[:, 0])
+        return PairScores(z, k, logits)
+
+
+class CSSNLoss(nn.Module):
+    """``(1 - w) BCE(p, y) + w BCE(q, t(y, p)) + aux CE``, averaged over pairs.
+
+    Parameters
+    ----------
+    soft_ratio : float
+        r of :func:`soft_log_target`.
+    class_loss_weight : float
+        w.
+    class_link : {"affine", "double_sigmoid"}
+        From the cosine k to the probability q: ``(1 + k) / 2``, or the published
+        ``sigmoid(sigmoid(k))``, which can only reach 0.567 to 0.675.
+    balance_pairs : bool
+        Whether the positive and the negative pairs of a step weigh the same in total.
+    aux_weight : float
+        Weight of cross-entropy on the class token.
+    """
+
+    def __init__(
+        self,
+        *,
+        soft_ratio: float,
+        class_loss_weight: float,
+        class_link: str,
+        balance_pairs: bool,
+        aux_weight: float,
+    ) -> None:
+        super().__init__()
+        self.soft_ratio = soft_ratio
+        self.class_loss_weight = class_loss_weight
+        self.class_link = class_link
+        self.balance_pairs = balance_pairs
+        self.aux_weight = aux_weight
+
+    def forward(self, scores: PairScores, y: torch.Tensor) -> torch.Tensor:
+        """Loss of a step.
+
+        Parameters
+        ----------
+        scores : PairScores
+            Output of the network.
+        y : tensor of int, shape (n,), or (2 n^2,) with paired views
+            Class of each image or view.
+        """
+        if scores.z.ndim == 2:
+            same = y.unsqueeze(1) == y.unsqueeze(0)
+        else:
+            same = torch.eq(*y.chunk(2))
+        target = same.to(scores.z.dtype)
+        weight = self.pair_weights(target)
+        patch = F.binary_cross_entropy_with_logits(scores.z, target, weight)
+        soft = soft_log_target(target, scores.z.sigmoid(), self.soft_ratio)
+        if self.class_link == "affine":
+            q = ((1 + scores.k) / 2).clamp(1e-4, 1 - 1e-4)
+            cosine = F.binary_cross_entropy(q, soft, weight)
+        else:
+            cosine = F.binary_cross_entropy_with_logits(scores.k.sigmoid(), soft, weight)
+        loss = (1 - self.class_loss_weight) * patch + self.class_loss_weight * cosine
+        if scores.logits is not None:
+            labels = y.repeat(len(scores.logits) // len(y))
+            loss = loss + self.aux_weight * F.cross_entropy(scores.logits, labels)
+        return loss
+
+    def pair_weights(self, target: torch.Tensor) -> torch.Tensor | None:
+        """Weights of mean 1 that give positive and negative pairs one half each."""
+        if not self.balance_pairs:
+            return None
+        positive = target.mean().clamp(1e-6, 1 - 1e-6)
+        return 0.5 * (target / positive + (1 - target) / (1 - positive))
+
+
+class Evidence(NamedTuple):
+    """What :meth:`CSSNClassifier.explain` found, for n queries and their m nearest supports.
+
+    Attributes
+    ----------
+    indices : ndarray of int of shape (n, m)
+        Rows of the training images.
+    labels : ndarray of shape (n, m)
+        Their classes.
+    scores : ndarray of shape (n, m)
+        Probability that query and support are of one class, descending.
+    maps : ndarray of shape (n, m, L // 2, L // 2)
+        Contribution of each pooled query patch (axis 2) with each pooled support patch (axis 3)
+        to the score's logit: gradient times input of the scorer.
+    """
+
+    indices: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    maps: np.ndarray
+
+
+@shared_parameters
+class CSSNClassifier(BaseImageClassifier):
+    """Cross-Supervision Similarity Network: classify by comparing with labelled supports.
+
+    One binary scorer learns "same class?" on all ordered pairs of a class-balanced batch; an image
+    gets the class whose support images it resembles most. The class prior enters neither training
+    nor decision, which is why the method suits small, imbalanced sets with few classes.
+
+    Parameters
+    ----------
+    {backbone}
+
+    lam : float, default=3.0
+        Weight of the class token added to each patch.
+
+    soft_ratio : float, default=0.7
+        Softness r of the class branch's target; 0 gives hard targets.
+
+    class_loss_weight : float, default=0.1
+        Weight w of the class branch, between 0 and 1.
+
+    class_link : {{"affine", "double_sigmoid"}}, default="affine"
+        How the class cosine becomes a probability; "double_sigmoid" is the published form.
+
+    reference : {{"self", "none", "paired"}}, default="self"
+        Second image fused into the patches: the image itself, none, or a registered one (before and
+        after treatment, say). "paired" reads X as ``(n, 2, ...)``, image and reference stacked.
+
+    n_tokens : int, default=16
+        Upper limit of patch tokens per image; more are pooled. The published network has 196.
+
+    scorer_hidden : int, default=256
+        Hidden width of the pair scorer.
+
+    dropout : float, default=0.1
+        In the head.
+
+    pair_weighting : {{"auto", "balanced"}} or None, default="auto"
+        "balanced" gives positive and negative pairs the same total weight; "auto" does so for more
+        than two classes.
+
+    aux_weight : float or "auto", default="auto"
+        Weight of an auxiliary cross-entropy on the class token; "auto": 0.5 for more than two
+        classes, else 0.
+
+    pair_view : {{"image", "pair"}}, default="image"
+        Augment each image twice per step, once as query and once as support, or afresh for every
+        member of every pair: 2 n or the published 2 n^2 encodings for the same n^2 pairs.
+
+    n_support : int, default=10
+        Supports per class and draw; a smaller class gives all its images.
+
+    support_strategy : {{"random", "all", "medoid"}}, default="random"
+        Random draws, every training image, or the images closest to their class's mean embedding.
+
+    n_support_draws : int, default=5
+        Random draws that are averaged.
+
+    symmetric : bool, default=False
+        Whether to average z(q, s) and z(s, q) at predict.
+
+    head_lr : float or None, default=None
+        Learning rate of everything but the backbone; None takes `lr`.
+
+    {training}
+
+    Attributes
+    ----------
+    {attributes}
+
+    support_indices_ : ndarray of int of shape (n_supports,)
+        Rows of the training images (after `sampler`, if any) in the support bank.
+
+    support_labels_ : ndarray of shape (n_supports,)
+        Their classes.
+
+    support_weights_ : ndarray of shape (n_supports,)
+        Share of each support in its class's mean score.
+
+    support_patches_ : ndarray of shape (n_supports, L // 2, C)
+        Their pooled patches.
+
+    support_embeddings_ : ndarray of shape (n_supports, C)
+        Their class embeddings.
+
+    See Also
+    --------
+    SoftmaxClassifier : The same network with a softmax head and the classical losses.
+
+    Notes
+    -----
+    Stated by the paper's abstract and the authors' code: the head, the pairs, the losses, the
+    inference by summed patch scores. Ours: any backbone, two views per image instead of two per
+    pair, mean instead of sum over supports, averaged support draws, and for more than two classes
+    balanced pair weights and an auxiliary loss, without which training from scratch fails there.
+    Probabilities are shares of similarity, not calibrated. There is no ``sample_weight`` and no
+    ``class_weight``: batches and supports are balanced by class.
+
+    References
+    ----------
+    .. [1] X. Gao et al., "Cross-Supervision Similarity Network for Medical Image Classification on
+       Imbalanced Small Datasets", IEEE Trans. Medical Imaging, 2026.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn_medimb import CSSNClassifier
+    >>> X, y = load_digits(n_class=2, return_X_y=True)
+    >>> clf = CSSNClassifier(image_shape=(8, 8), max_epochs=2, random_state=0).fit(X[:200], y[:200])
+    >>> clf.similarity(X[200:]).shape
+    (160, 2)
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **BaseImageClassifier._parameter_constraints,
+        "lam": [Interval(Real, 0, None, closed="left")],
+        "soft_ratio": [Interval(Real, 0, 1, closed="both")],
+        "class_loss_weight": [Interval(Real, 0, 1, closed="both")],
+        "class_link": [StrOptions({"affine", "double_sigmoid"})],
+        "reference": [StrOptions({"self", "none", "paired"})],
+        "n_tokens": [Interval(Integral, 4, None, closed="left")],
+        "scorer_hidden": [Interval(Integral, 1, None, closed="left")],
+        "dropout": [Interval(Real, 0, 1, closed="left")],
+        "pair_weighting": [StrOptions({"auto", "balanced"}), None],
+        "aux_weight": [StrOptions({"auto"}), Interval(Real, 0, None, closed="left")],
+        "pair_view": [StrOptions({"image", "pair"})],
+        "n_support": [Interval(Integral, 1, None, closed="left")],
+        "support_strategy": [StrOptions({"random", "all", "medoid"})],
+        "n_support_draws": [Interval(Integral, 1, None, closed="left")],
+        "symmetric": ["boolean"],
+        "head_lr": [Interval(Real, 0, None, closed="neither"), None],
+        "batch_size": [Interval(Integral, 2, None, closed="left")],
+    }
+
+    # Elements of similarity maps in memory at a time, at predict.
+    _chunk_elements = 2**23
+
+    def __init__(
+        self,
+        backbone: Any = "auto",
+        *,
+        lam: float = 3.0,
+        soft_ratio: float = 0.7,
+        class_loss_weight: float = 0.1,
+        class_link: str = "affine",
+        reference: str = "self",
+        n_tokens: int = 16,
+        scorer_hidden: int = 256,
+        dropout: float = 0.1,
+        pair_weighting: str | None = "auto",
+        aux_weight: Any = "auto",
+        pair_view: str = "image",
+        n_support: int = 10,
+        support_strategy: str = "random",
+        n_support_draws: int = 5,
+        symmetric: bool = False,
+        head_lr: float | None = None,
+        max_epochs: Any = "auto",
+        batch_size: int = 32,
+        lr: float = 2e-3,
+        weight_decay: float = 1e-2,
+        lr_schedule: str = "one_cycle",
+        augment: Any = "medical",
+        sampler: Any = None,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.2,
+        n_iter_no_change: int = 10,
+        scoring: Any = "balanced_accuracy",
+        callbacks: list[Any] | None = None,
+        checkpoint_dir: Any = None,
+        image_shape: tuple[int, ...] | None = None,
+        data_format: str = "auto",
+        spatial_dims: int | None = None,
+        device: Any = "auto",
+        precision: str = "auto",
+        compile: bool = False,
+        warm_start: bool = False,
+        net_params: dict[str, Any] | None = None,
+        random_state: Any = None,
+        verbose: Any = 0,
+    ) -> None:
+        self.backbone = backbone
+        self.lam = lam
+        self.soft_ratio = soft_ratio
+        self.class_loss_weight = class_loss_weight
+        self.class_link = class_link
+        self.reference = reference
+        self.n_tokens = n_tokens
+        self.scorer_hidden = scorer_hidden
+        self.dropout = dropout
+        self.pair_weighting = pair_weighting
+        self.aux_weight = aux_weight
+        self.pair_view = pair_view
+        self.n_support = n_support
+        self.support_strategy = support_strategy
+        self.n_support_draws = n_support_draws
+        self.symmetric = symmetric
+        self.head_lr = head_lr
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.lr_schedule = lr_schedule
+        self.augment = augment
+        self.sampler = sampler
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.scoring = scoring
+        self.callbacks = callbacks
+        self.checkpoint_dir = checkpoint_dir
+        self.image_shape = image_shape
+        self.data_format = data_format
+        self.spatial_dims = spatial_dims
+        self.device = device
+        self.precision = precision
+        self.compile = compile
+        self.warm_start = warm_start
+        self.net_params = net_params
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @classmethod
+    def published(cls, **params: Any) -> CSSNClassifier:
+        """Make a classifier with the settings of the authors' code.
+
+        ViT-S/16 at 224 pixels with stochastic depth 0.5, 8 images a step, fresh views for every
+        pair, w = 0.01, the double sigmoid, 196 tokens, Adam at 1e-5 (backbone) and 1e-3 (head)
+        over 70 epochs. It presumes pre-trained weights:
+        ``published(backbone=ViT.small(drop_path=0.5, weights=path))``.
+
+        Parameters
+        ----------
+        **params
+            Further constructor parameters; they take precedence.
+
+        Returns
+        -------
+        classifier : CSSNClassifier
+            Not fitted.
+        """
+        from sklearn_medimb.backbones import ViT
+
+        settings: dict[str, Any] = {
+            "backbone": ViT.small(drop_path=0.5),
+            "class_loss_weight": 0.01,
+            "class_link": "double_sigmoid",
+            "n_tokens": 196,
+            "pair_weighting": None,
+            "aux_weight": 0.0,
+            "pair_view": "pair",
+            "batch_size": 8,
+            "max_epochs": 70,
+            "lr": 1e-5,
+            "head_lr": 1e-3,
+            "weight_decay": 1e-3,
+            "lr_schedule": "cosine",
+            "net_params": {"optimizer": torch.optim.Adam},
+        }
+        return cls(**{**settings, **params})
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: Any, *, groups: Any = None) -> CSSNClassifier:
+        """Train the comparison and fill the support bank.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            Images in any layout of the package's README, uint8 or float.
+        y : array-like of shape (n,)
+            Class labels: numbers or strings, at least two classes.
+        groups : array-like of shape (n,), default=None
+            Patient of each image: the inner validation split keeps every group whole.
+
+        Returns
+        -------
+        self : CSSNClassifier
+            The fitted classifier.
+
+        Raises
+        ------
+        ValueError
+            If the input is wrong or ambiguous; the message names the parameter or row to mend.
+        """
+        return self._fit(X, y, groups=groups)
+
+    # ---------------------------------------------------------------- network, loss, batches
+
+    def _auxiliary_weight(self) -> float:
+        few = len(self.classes_) == 2
+        return (0.0 if few else 0.5) if self.aux_weight == "auto" else self.aux_weight
+
+    def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
+        channels, *sides = self.image_shape_
+        paired = self.reference == "paired"
+        return CSSNNetwork(
+            trunk((channels // 2, *sides)) if paired else trunk(),
+            max_tokens=self.n_tokens,
+            reference=self.reference,
+            n_classes=len(self.classes_),
+            auxiliary=self._auxiliary_weight() > 0,
+            paired_views=self.pair_view == "pair",
+            lam=self.lam,
+            scorer_hidden=self.scorer_hidden,
+            dropout=self.dropout,
+        )
+
+    def _optimizer_groups(self) -> list[tuple[str, dict[str, Any]]]:
+        if self.head_lr is None:
+            return []
+        return [(part, {"lr": self.head_lr}) for part in ("head.*", "classifier.*")]
+
+    def _make_criterion(self, train: TrainingSet, n_steps: int) -> nn.Module:
+        few = len(self.classes_) == 2
+        return CSSNLoss(
+            soft_ratio=self.soft_ratio,
+            class_loss_weight=self.class_loss_weight,
+            class_link=self.class_link,
+            balance_pairs=self.pair_weighting == "balanced"
+            or (self.pair_weighting == "auto" and not few),
+            aux_weight=self._auxiliary_weight(),
+        )
+
+    def _steps_per_epoch(self, n_samples: int) -> int:
+        return max(1, round(n_samples / self.batch_size))
+
+    def _make_batches(self, train: TrainingSet, **common: Any) -> Batches:
+        n = min(self.batch_size, len(train.y))
+        n_batches = self._steps_per_epoch(len(train.y))
+        pairwise = self.pair_view == "pair"
+
+        def plan(rng: np.random.Generator) -> list[np.ndarray]:
+            batches = class_balanced(train.y, n, n_batches, rng)
+            if pairwise:  # every member of every ordered pair, queries first
+                return [np.concatenate([np.repeat(b, len(b)), np.tile(b, len(b))]) for b in batches]
+            return batches
+
+        y = torch.as_tensor(train.y, device=self.net_.device)
+        return Batches(
+            train.images, train.rows, y, plan, n_views=1 if pairwise else 2, **common
+        )
+
+    # ---------------------------------------------------------------- support bank
+
+    def _inference_state(self, train: TrainingSet) -> dict[str, Any]:
+        """Choose the supports and encode each of them once."""
+        rng = np.random.default_rng(self.random_seed_)
+        picks, weights, everything = [], [], None
+        if self.support_strategy == "medoid":
+            everything = self._encode(train.images, train.rows).embedding
+        for label in range(len(self.classes_)):
+            members = np.flatnonzero(train.y == label)
+            n = min(self.n_support, len(members))
+            if self.support_strategy == "all":
+                chosen, counts = members, np.ones(len(members))
+            elif everything is not None:
+                centre = everything[members].mean(dim=0, keepdim=True)
+                nearness = class_cosines(everything[members], centre)[:, 0]
+                chosen, counts = members[nearness.topk(n).indices.cpu().numpy()], np.ones(n)
+            else:
+                # The mean over draws of a draw's mean score is a weighted mean over their union.
+                draws = [rng.choice(members, n, replace=False) for _ in range(self.n_support_draws)]
+                chosen, counts = np.unique(draws, return_counts=True)
+            picks.append(chosen)
+            weights.append(counts / counts.sum())
+        rows = np.concatenate(picks)
+        bank = self._encode(train.images, train.rows[rows])
+        return {
+            "support_indices_": train.rows[rows],
+            "support_labels_": self.classes_[train.y[rows]],
+            "support_weights_": np.concatenate(weights),
+            "support_patches_": bank.patches.cpu().numpy(),
+            "support_embeddings_": bank.embedding.cpu().numpy(),
+        }
+
+    def _encode(self, images: Images, rows: np.ndarray | None = None) -> Encoded:
+        """Encode images, or some of their rows, each once."""
+        module = self.net_.module_
+
+        def forward(batch: torch.Tensor) -> torch.Tensor:
+            encoded, _ = module.encode(batch)
+            return torch.cat([encoded.patches, encoded.embedding.unsqueeze(1)], dim=1)
+
+        both = self._map(images, forward, rows)
+        return Encoded(both[:, :-1], both[:, -1])
+
+    def _bank(self) -> Encoded:
+        """Encoded supports on the device of the network."""
+        arrays = (self.support_patches_, self.support_embeddings_)
+        return Encoded(*(torch.as_tensor(a, device=self.net_.device) for a in arrays))
+
+    # ---------------------------------------------------------------- comparison
+
+    def _pair_logits(self, queries: torch.Tensor, supports: torch.Tensor) -> torch.Tensor:
+        """z of all pairs, (n_q, n_s); encoded patches in."""
+        head = self.net_.module_.head
+        z = head.patch_logits(head.similarity_maps(queries, supports))
+        if self.symmetric:
+            maps = head.similarity_maps(supports, queries)
+            z = (z + head.patch_logits(maps).T) / 2
+        return z
+
+    def _scores(self, images: Images) -> np.ndarray:
+        """Log of each class's mean pair probability, (n, n_classes)."""
+        queries, bank = self._encode(images).patches, self._bank()
+        codes = np.searchsorted(self.classes_, self.support_labels_)
+        shares = torch.as_tensor(np.log(self.support_weights_), device=queries.device)
+        members = [
+            torch.as_tensor(np.flatnonzero(codes == k), device=queries.device)
+            for k in range(len(self.classes_))
+        ]
+        per_query = len(codes) * math.prod(bank.patches.shape[1:2] * 2)
+        scores = []
+        with torch.inference_mode():
+            for part in queries.split(max(1, self._chunk_elements // per_query)):
+                log_p = F.logsigmoid(self._pair_logits(part, bank.patches)).double() + shares
+                scores.append(
+                    torch.stack([torch.logsumexp(log_p[:, rows], 1) for rows in members], 1)
+                )
+        return torch.cat(scores).cpu().numpy()
+
+    def similarity(self, X: Any) -> np.ndarray:
+        """Mean probability of being of one class with each class's supports.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            In any layout that ``fit`` accepts.
+
+        Returns
+        -------
+        similarity : ndarray of shape (n, n_classes)
+            Values in (0, 1); rows need not sum to 1. `predict` takes the largest.
+        """
+        check_is_fitted(self)
+        return np.exp(self._scores(self._read(X)))
+
+    def compare(self, XA: Any, XB: Any) -> np.ndarray:
+        """Probability that the i-th image of `XA` and the i-th of `XB` are of one class.
+
+        Parameters
+        ----------
+        XA, XB : array-like or lazy sequences of n images
+            In any layout that ``fit`` accepts.
+
+        Returns
+        -------
+        p : ndarray of shape (n,)
+            ``sigmoid(z(a_i, b_i))``; not symmetric unless ``symmetric=True``.
+        """
+        check_is_fitted(self)
+        a, b = (self._encode(self._read(X)).patches for X in (XA, XB))
+        check_consistent_length(a, b)
+        head = self.net_.module_.head
+        with torch.inference_mode():
+            z = head.patch_logits(a @ b.transpose(1, 2))
+            if self.symmetric:
+                z = (z + head.patch_logits(b @ a.transpose(1, 2))) / 2
+        return z.sigmoid().cpu().numpy()
+
+    def explain(self, X: Any, n_neighbors: int = 3) -> Evidence:
+        """For each query the supports it resembles most, and which patches say so.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            In any layout that ``fit`` accepts.
+        n_neighbors : int, default=3
+            Supports per query.
+
+        Returns
+        -------
+        evidence : Evidence
+            Training rows, labels, scores and patch-to-patch maps of the nearest supports.
+        """
+        check_is_fitted(self)
+        if not 1 <= n_neighbors <= len(self.support_indices_):
+            raise ValueError(
+                f"n_neighbors={n_neighbors} must lie between 1 and the number of supports, "
+                f"{len(self.support_indices_)}."
+            )
+        queries, bank, head = self._encode(self._read(X)).patches, self._bank(), self.net_.module_.head
+        per_query = len(bank.patches) * math.prod(bank.patches.shape[1:2] * 2)
+        found, scores, maps = [], [], []
+        for part in queries.clone().split(max(1, self._chunk_elements // per_query)):
+            with torch.no_grad():
+                top = self._pair_logits(part, bank.patches).sigmoid().topk(n_neighbors, dim=1)
+            # Gradient times input, on the squares that the scorer reads.
+            squares = torch.einsum("qlc,qsmc->qslm", part, bank.patches[top.indices]).square()
+            squares = squares.detach().requires_grad_()
+            z = head.scorer(squares.flatten(-2))
+            (gradient,) = torch.autograd.grad(z.sum(), squares)
+            found.append(top.indices)
+            scores.append(top.values)
+            maps.append((gradient * squares).detach())
+        indices = torch.cat(found).cpu().numpy()
+        return Evidence(
+            self.support_indices_[indices],
+            self.support_labels_[indices],
+            torch.cat(scores).cpu().numpy(),
+            torch.cat(maps).cpu().numpy(),
+        )
