@@ -281,10 +281,11 @@ class CSSNLoss(nn.Module):
         y : tensor of int, shape (n,), or (2 n^2,) with paired views
             Class of each image or view.
         """
-        if scores.z.ndim == 2:
-            same = y.unsqueeze(1) == y.unsqueeze(0)
-        else:
+        n = len(scores.z)
+        if scores.z.ndim == 1:  # aligned pairs
             same = torch.eq(*y.chunk(2))
+        else:  # every query with every support: views of the same images, or other images
+            same = y[:n].unsqueeze(1) == y[-n:].unsqueeze(0)
         target = same.to(scores.z.dtype)
         weight = self.pair_weights(target)
         patch = F.binary_cross_entropy_with_logits(scores.z, target, weight)
@@ -455,7 +456,7 @@ class CSSNClassifier(BaseImageClassifier):
         "dropout": [Interval(Real, 0, 1, closed="left")],
         "pair_weighting": [StrOptions({"auto", "balanced"}), None],
         "aux_weight": [StrOptions({"auto"}), Interval(Real, 0, None, closed="left")],
-        "pair_view": [StrOptions({"image", "pair"})],
+        "pair_view": [StrOptions({"image", "pair", "disjoint"})],
         "n_support": [Interval(Integral, 1, None, closed="left")],
         "support_strategy": [StrOptions({"random", "all", "medoid"})],
         "n_support_draws": [Interval(Integral, 1, None, closed="left")],
@@ -657,7 +658,7 @@ class CSSNClassifier(BaseImageClassifier):
         return max(1, round(n_samples / self.batch_size))
 
     def _make_batches(self, train: TrainingSet, **common: Any) -> Batches:
-        n = min(self.batch_size, len(train.y))
+        n = min(self.batch_size * (2 if self.pair_view == "disjoint" else 1), len(train.y)//2*2)
         n_batches = self._steps_per_epoch(len(train.y))
         pairwise = self.pair_view == "pair"
 
@@ -669,7 +670,7 @@ class CSSNClassifier(BaseImageClassifier):
 
         y = torch.as_tensor(train.y, device=self.net_.device)
         return Batches(
-            train.images, train.rows, y, plan, n_views=1 if pairwise else 2, **common
+            train.images, train.rows, y, plan, n_views=1 if self.pair_view != "image" else 2, **common
         )
 
     # ---------------------------------------------------------------- support bank

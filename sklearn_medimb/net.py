@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ class Net(NeuralNet):
         self.lr, self.schedule = lr, schedule
         self.initialize_optimizer()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer_, lambda step: learning_rate_factor(schedule, step, n_steps)
+            self.optimizer_, partial(learning_rate_factor, schedule, n_steps=n_steps)
         )
 
     def notify(self, method_name: str, **kwargs: Any) -> None:

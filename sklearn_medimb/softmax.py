@@ -195,7 +195,8 @@ class SoftmaxClassifier(BaseImageClassifier):
 
     reweight_after : float, "auto" or None, default="auto"
         Share of the steps after which effective-number class weights switch on (deferred
-        re-weighting). "auto": 0.8 with "ldam", never otherwise.
+        re-weighting). "auto": 0.5 with "ldam", never otherwise; the paper's 0.8 would leave the
+        one-cycle schedule too little learning rate to act.
 
     mixup : {{"mixup", "balanced"}} or None, default=None
         Mix samples and labels; "balanced" mixes each batch with a class-balanced one [6]_.
@@ -394,7 +395,7 @@ class SoftmaxClassifier(BaseImageClassifier):
         late = None
         reweight_after = self.reweight_after
         if reweight_after == "auto":
-            reweight_after = 0.8 if self.loss == "ldam" else None
+            reweight_after = 0.5 if self.loss == "ldam" else None
         if self.loss == "class_balanced":
             weight = weight * effective
         elif reweight_after is not None:

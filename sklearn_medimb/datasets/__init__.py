@@ -1,0 +1,6 @@
+"""Data sets: readers, and makers of imbalance."""
+
+from sklearn_medimb.datasets._long_tail import make_long_tailed
+from sklearn_medimb.datasets._npz import load_npz
+
+__all__ = ["load_npz", "make_long_tailed"]

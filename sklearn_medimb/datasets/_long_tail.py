@@ -1,0 +1,117 @@
+"""Make a balanced, or less imbalanced, set long-tailed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from sklearn.utils import _safe_indexing, check_consistent_length, check_random_state, column_or_1d
+
+
+def make_long_tailed(
+    X: Any,
+    y: Any,
+    imbalance_ratio: float = 10.0,
+    kind: str = "exponential",
+    random_state: Any = None,
+    *,
+    n_samples: int | None = None,
+    class_order: Sequence[Any] | None = None,
+    return_indices: bool = False,
+) -> tuple[Any, ...]:
+    """Draw a long-tailed subset without replacement.
+
+    With K classes ordered from head to tail, class k keeps a number of images proportional to
+    ``imbalance_ratio ** (-k / (K - 1))`` ("exponential") or, in the second half of the classes,
+    ``1 / imbalance_ratio`` ("step") [1]_. The whole profile is scaled to the largest set that `X`
+    can fill, or to `n_samples`.
+
+    Parameters
+    ----------
+    X : array-like or lazy sequence of n samples
+        Images or feature vectors.
+    y : array-like of shape (n,)
+        Their classes.
+    imbalance_ratio : float, default=10.0
+        Size of the largest class over that of the smallest, at least 1.
+    kind : {"exponential", "step"}, default="exponential"
+        Course of the class sizes.
+    random_state : int, RandomState or None, default=None
+        Chooses the images.
+    n_samples : int, default=None
+        Size of the subset; None keeps as many images as the profile allows.
+    class_order : sequence of labels, default=None
+        Classes from head to tail; None sorts by frequency.
+    return_indices : bool, default=False
+        Whether to return the chosen rows as well.
+
+    Returns
+    -------
+    X, y : same types as given
+        The subset, in the order of the original rows.
+    indices : ndarray of int
+        Its rows; only with ``return_indices=True``.
+
+    Raises
+    ------
+    ValueError
+        If a parameter is out of range, or a class has too few images for the profile.
+
+    References
+    ----------
+    .. [1] K. Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss",
+       NeurIPS 2019, section 4.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn_medimb.datasets import make_long_tailed
+    >>> X, y = load_digits(n_class=4, return_X_y=True)
+    >>> _, y_tail = make_long_tailed(X, y, imbalance_ratio=8, random_state=0)
+    >>> np.bincount(y_tail).tolist()
+    [89, 182, 44, 22]
+    """
+    check_consistent_length(X, y)
+    labels = column_or_1d(y)
+    if imbalance_ratio < 1:
+        raise ValueError(f"imbalance_ratio={imbalance_ratio} must be at least 1.")
+    if kind not in ("exponential", "step"):
+        raise ValueError(f'kind={kind!r} must be "exponential" or "step".')
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) < 2:
+        raise ValueError(f"y holds one class only, {classes.tolist()}: nothing to imbalance.")
+    order = np.argsort(-counts, kind="stable")
+    if class_order is not None:
+        if sorted(np.unique(class_order).tolist()) != sorted(classes.tolist()):
+            raise ValueError(f"class_order must name each class of y once: {classes.tolist()}.")
+        order = np.searchsorted(classes, np.asarray(class_order))
+    position = np.empty(len(classes))
+    position[order] = np.arange(len(classes)) / (len(classes) - 1)
+    exponent = position if kind == "exponential" else (position >= 0.5).astype(float)
+    profile = float(imbalance_ratio) ** -exponent
+
+    scale = (counts / profile).min()
+    if n_samples is not None:
+        if not isinstance(n_samples, Integral) or n_samples < len(classes):
+            raise ValueError(f"n_samples={n_samples} must be an integer >= {len(classes)}.")
+        if n_samples > round(scale * profile.sum()):
+            raise ValueError(
+                f"n_samples={n_samples} is more than the {int(scale * profile.sum())} images that "
+                f"imbalance_ratio={imbalance_ratio} allows with class sizes {counts.tolist()}."
+            )
+        scale = n_samples / profile.sum()
+    sizes = np.maximum(np.round(scale * profile).astype(int), 1)
+
+    rng = check_random_state(random_state)
+    rows = np.sort(
+        np.concatenate(
+            [
+                rng.choice(np.flatnonzero(labels == label), size, replace=False)
+                for label, size in zip(classes, sizes, strict=True)
+            ]
+        )
+    )
+    subset = (_safe_indexing(X, rows), _safe_indexing(y, rows))
+    return (*subset, rows) if return_indices else subset

@@ -1,0 +1,45 @@
+"""Small images and networks for every test."""
+
+from __future__ import annotations
+
+import os
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+
+from sklearn_medimb.backbones import ConvNet
+
+mpl.use("Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # two processes with two threads each starve one another
+
+
+@pytest.fixture
+def tiny() -> dict:
+    """Constructor parameters of a network that trains in well under a second."""
+    return {
+        "backbone": ConvNet(widths=(8, 16)),
+        "max_epochs": 3,
+        "batch_size": 16,
+        "random_state": 0,
+    }
+
+
+@pytest.fixture
+def blobs() -> tuple[np.ndarray, np.ndarray]:
+    """60 uint8 images of three classes, 36 : 16 : 8; the class is the place of a bright spot."""
+    return make_blobs()
+
+
+def make_blobs(counts=(36, 16, 8), size=12, channels=3, seed=0):
+    """Noise images whose class is the corner that holds a bright spot."""
+    rng = np.random.default_rng(seed)
+    y = rng.permutation(np.repeat(np.arange(len(counts)), counts))
+    X = rng.integers(0, 90, (len(y), channels, size, size))
+    half = size // 2
+    for row, label in enumerate(y):
+        top, left = (label % 2) * half, (label // 2) * half
+        X[row, :, top + 1 : top + half - 1, left + 1 : left + half - 1] += 120
+    return X.astype(np.uint8), y

@@ -1,0 +1,385 @@
+"""The training floor: precision, early stopping, callbacks, checkpoints, threads, persistence."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from joblib import Parallel, delayed
+from sklearn.metrics import balanced_accuracy_score
+from skorch.callbacks import Callback, EarlyStopping
+
+from sklearn_medimb import CSSNClassifier, SoftmaxClassifier
+from sklearn_medimb.backbones import ConvNet
+from sklearn_medimb.net import SCHEDULES, Trunk, learning_rate_factor
+from sklearn_medimb.runtime import has_native_bf16, resolve_precision
+from tests.conftest import make_blobs
+
+BOTH = pytest.mark.parametrize("Classifier", [SoftmaxClassifier, CSSNClassifier])
+CPU = torch.device("cpu")
+
+
+class CrashAfter(Callback):
+    """Raise at the end of an epoch, like a machine that goes down."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_epoch_begin(self, net, **kwargs):
+        if len(net.history) == self.epoch + 1:
+            raise RuntimeError("power cut")
+
+
+class TestPrecision:
+    @BOTH
+    @pytest.mark.parametrize("precision", ["float32", "bf16", "float64"])
+    def test_weights_and_backbone_arithmetic(self, Classifier, precision, tiny, blobs):
+        clf = Classifier(**tiny, precision=precision).fit(*blobs)
+        module = clf.net_.module_
+        dtype = torch.float64 if precision == "float64" else torch.float32
+        assert {p.dtype for p in module.parameters()} == {dtype}
+        inner = []
+        module.trunk.backbone.register_forward_hook(lambda m, a, out: inner.append(out.dtype))
+        clf.predict(blobs[0])
+        assert inner[0] == (torch.bfloat16 if precision == "bf16" else dtype)
+
+    def test_auto_takes_bf16_only_for_images_on_hardware_that_has_it(self):
+        expected = torch.bfloat16 if has_native_bf16(CPU) else None
+        assert resolve_precision("auto", CPU, 3) == (torch.float32, expected)
+        assert resolve_precision("auto", CPU, 1) == (torch.float32, None)
+
+    def test_bf16_predictions_are_close_to_float32(self, tiny, blobs):
+        X, y = blobs
+        params = {**tiny, "max_epochs": 20, "augment": "none"}
+        one = SoftmaxClassifier(**params, precision="float32").fit(X, y)
+        two = SoftmaxClassifier(**params, precision="bf16").fit(X, y)
+        assert np.abs(one.predict_proba(X) - two.predict_proba(X)).mean() < 0.1
+
+
+class TestSchedule:
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    def test_course(self, schedule):
+        course = np.array([learning_rate_factor(schedule, step, 100) for step in range(120)])
+        assert course.max() == pytest.approx(1, abs=1e-3)
+        if schedule == "one_cycle":
+            assert course[0] == pytest.approx(1 / 25)
+            assert 28 <= course.argmax() <= 31
+        if schedule != "constant":
+            assert course[99] < 1e-3
+            assert np.array_equal(course[100:], course[[99] * 20])
+
+    def test_net_follows_it(self, tiny, blobs):
+        seen = []
+
+        class Watch(Callback):
+            def on_batch_begin(self, net, **kwargs):
+                seen.append(net.optimizer_.param_groups[0]["lr"])
+
+        SoftmaxClassifier(**tiny, lr=0.1, callbacks=[Watch()]).fit(*blobs)
+        expected = [0.1 * learning_rate_factor("one_cycle", step, 12) for step in range(12)]
+        assert seen == pytest.approx(expected)
+
+
+class TestEarlyStopping:
+    @BOTH
+    def test_keeps_the_best_epoch_and_stops(self, Classifier, tiny, blobs):
+        X, y = blobs
+        scripted = iter([0.2, 0.5, 0.9, 0.9, 0.4, 0.3, 0.1, 0.1])
+        snapshots = []
+
+        def scoring(estimator, X_held, y_held):
+            snapshots.append(estimator.weights_)
+            return next(scripted)
+
+        clf = Classifier(
+            **{**tiny, "max_epochs": 8}, early_stopping=True, n_iter_no_change=3, scoring=scoring
+        ).fit(X, y)
+        assert clf.n_iter_ == 6
+        assert clf.best_score_ == 0.9
+        assert [row["valid_score"] for row in clf.history_] == [0.2, 0.5, 0.9, 0.9, 0.4, 0.3]
+        for name, value in clf.weights_.items():  # equal scores: the later epoch
+            assert np.array_equal(value, snapshots[3][name]), name
+
+    @BOTH
+    def test_scores_held_out_rows_only(self, Classifier, tiny, blobs):
+        X, y = blobs
+        held = []
+        clf = Classifier(
+            **tiny, early_stopping=True, validation_fraction=0.25,
+            scoring=lambda e, X_held, y_held: held.append((X_held, y_held)) or 0.0,
+        ).fit(X, y)  # fmt: skip
+        assert np.bincount(held[0][1]).tolist() == [9, 4, 2]
+        if Classifier is CSSNClassifier:
+            rows = {image.tobytes() for image in held[0][0]}
+            assert not any(X[i].tobytes() in rows for i in clf.support_indices_)
+
+
+class TestCallbacks:
+    @BOTH
+    def test_user_callbacks_are_cloned(self, Classifier, tiny, blobs):
+        callback = EarlyStopping(monitor="train_loss", patience=1, threshold=10.0)
+        before = copy.deepcopy(vars(callback))
+        clf = Classifier(**{**tiny, "max_epochs": 9}, callbacks=[callback]).fit(*blobs)
+        assert clf.n_iter_ < 9
+        assert vars(callback) == before
+
+    def test_keyboard_interrupt_keeps_what_was_learned(self, tiny, blobs):
+        # A signal arrives in the training step, not from a callback's own decision.
+        clf = SoftmaxClassifier(**{**tiny, "max_epochs": 50})
+        interrupt_in_step(clf, epoch=2)
+        with pytest.warns(UserWarning, match="interrupted"):
+            clf.fit(*blobs)
+        assert clf.predict(blobs[0]).shape == (60,)
+        assert clf.n_iter_ == 2
+
+    @BOTH
+    def test_scikit_learn_callbacks_see_every_epoch(self, Classifier, tiny, blobs):
+        callback_module = pytest.importorskip("sklearn.callback")
+        monitor = callback_module.ScoringMonitor(scoring="balanced_accuracy")
+        clf = Classifier(**tiny)
+        clf.set_callbacks(monitor)
+        clf.fit(*blobs)
+        log = monitor.get_logs().data_as_pandas
+        assert len(log) == 1 + 3  # the fit and its epochs
+        assert log["balanced_accuracy"].between(0, 1).all()
+        assert log["balanced_accuracy"].iloc[0] == balanced(clf, *blobs)  # of the final model
+
+    def test_diverging_training_says_so(self, tiny, blobs):
+        with pytest.raises(ValueError, match="lower lr"):
+            SoftmaxClassifier(**tiny, lr=1e30, lr_schedule="constant").fit(*blobs)
+
+
+def balanced(clf, X, y):
+    return balanced_accuracy_score(y, clf.predict(X))
+
+
+def interrupt_in_step(clf, epoch):
+    """Make the given classifier's net receive Ctrl-C inside a step of some epoch."""
+    build = clf._build_net
+
+    def build_and_wrap(*args, **kwargs):
+        build(*args, **kwargs)
+        step = clf.net_.train_step
+
+        def train_step(batch, **params):
+            if len(clf.net_.history) == epoch:
+                raise KeyboardInterrupt
+            return step(batch, **params)
+
+        clf.net_.train_step = train_step
+
+    clf._build_net = build_and_wrap
+
+
+class TestVerbose:
+    @BOTH
+    def test_progress_bar_shows_loss_score_and_time_left(self, Classifier, tiny, blobs, capsys):
+        Classifier(**tiny, verbose=1, early_stopping=True).fit(*blobs)
+        err = capsys.readouterr().err
+        assert Classifier.__name__ in err
+        assert "loss=" in err
+        assert "score=" in err
+        assert "<" in err  # tqdm's "elapsed<remaining"
+
+    def test_silent_by_default(self, tiny, blobs, capsys):
+        SoftmaxClassifier(**tiny).fit(*blobs)
+        out = capsys.readouterr()
+        assert out.out == out.err == ""
+
+
+class TestCheckpoint:
+    @BOTH
+    @pytest.mark.parametrize("stopping", [False, True])
+    def test_resumed_fit_equals_uninterrupted_fit(self, Classifier, stopping, tiny, blobs, tmp_path):
+        X, y = blobs
+        params = {**tiny, "max_epochs": 6, "augment": "strong", "early_stopping": stopping}
+        whole = Classifier(**params).fit(X, y)
+        with pytest.raises(RuntimeError, match="power cut"):
+            Classifier(**params, checkpoint_dir=tmp_path, callbacks=[CrashAfter(4)]).fit(X, y)
+        assert len(list(tmp_path.iterdir())) == 1
+        epochs = []
+
+        class Count(Callback):
+            def on_epoch_end(self, net, **kwargs):
+                epochs.append(len(net.history))
+
+        resumed = Classifier(**params, checkpoint_dir=tmp_path, callbacks=[Count()]).fit(X, y)
+        assert epochs[0] == 5  # four epochs were not repeated
+        assert np.array_equal(resumed.predict_proba(X), whole.predict_proba(X))
+        assert [r["train_loss"] for r in resumed.history_] == [
+            r["train_loss"] for r in whole.history_
+        ]
+        assert not list(tmp_path.iterdir())
+
+    def test_unseeded_fit_resumes_its_own_seed(self, tiny, blobs, tmp_path):
+        params = {**tiny, "random_state": None, "checkpoint_dir": tmp_path}
+        with pytest.raises(RuntimeError, match="power cut"):
+            SoftmaxClassifier(**params, callbacks=[CrashAfter(2)]).fit(*blobs)
+        (path,) = tmp_path.iterdir()
+        seed = torch.load(path, weights_only=True)["seed"]
+        assert SoftmaxClassifier(**params).fit(*blobs).random_seed_ == seed
+
+    def test_other_data_or_parameters_start_afresh(self, tiny, blobs, tmp_path):
+        X, y = blobs
+        crashing = SoftmaxClassifier(**tiny, checkpoint_dir=tmp_path, callbacks=[CrashAfter(2)])
+        with pytest.raises(RuntimeError, match="power cut"):
+            crashing.fit(X, y)
+        assert SoftmaxClassifier(**tiny, checkpoint_dir=tmp_path).fit(X + 1, y).n_iter_ == 3
+        other = {**tiny, "lr": 1e-4}
+        assert SoftmaxClassifier(**other, checkpoint_dir=tmp_path).fit(X, y).n_iter_ == 3
+        assert len(list(tmp_path.iterdir())) == 1  # the crashed fit can still resume
+
+    def test_no_half_written_file_is_ever_visible(self, tiny, blobs, tmp_path, monkeypatch):
+        X, y = blobs
+        params = {**tiny, "checkpoint_dir": tmp_path}
+        with pytest.raises(RuntimeError, match="power cut"):
+            SoftmaxClassifier(**params, callbacks=[CrashAfter(2)]).fit(X, y)
+        (path,) = tmp_path.iterdir()
+        before = path.read_bytes()
+
+        def dies_halfway(state, file):
+            file.write(b"half")
+            raise OSError("disk full")
+
+        monkeypatch.setattr(torch, "save", dies_halfway)
+        with pytest.raises(OSError, match="disk full"):
+            SoftmaxClassifier(**params).fit(X, y)
+        assert path.read_bytes() == before
+
+
+class TestWarmStartAndPartialFit:
+    def test_warm_start_goes_on_from_present_weights(self, tiny, blobs):
+        X, y = blobs
+        clf = SoftmaxClassifier(**tiny, warm_start=True).fit(X, y)
+        first = clf.history_[-1]["train_loss"]
+        clf.fit(X, y)
+        assert clf.n_iter_ == 6
+        assert clf.history_[-1]["train_loss"] < first
+        cold = SoftmaxClassifier(**tiny).fit(X, y).fit(X, y)
+        assert cold.n_iter_ == 3
+
+    def test_partial_fit_trains_one_epoch_a_call(self, tiny):
+        X, y = make_blobs((60, 40))
+        clf = SoftmaxClassifier(**{**tiny, "augment": "none"})
+        for _ in range(10):
+            for rows in np.array_split(np.arange(100), 2):
+                clf.partial_fit(X[rows], y[rows], classes=[0, 1])
+        assert clf.n_iter_ == 20
+        assert clf.score(X, y) > 0.9
+
+    def test_partial_fit_after_fit_keeps_learning(self, tiny, blobs):
+        X, y = blobs
+        clf = SoftmaxClassifier(**tiny).fit(X, y)
+        before = clf.weights_
+        clf.partial_fit(X, y)
+        assert clf.net_.optimizer_.param_groups[0]["lr"] == clf.lr
+        assert any(not np.array_equal(before[k], v) for k, v in clf.weights_.items())
+
+    def test_partial_fit_survives_pickling(self, tiny, blobs):
+        X, y = blobs
+        clf = pickle.loads(pickle.dumps(SoftmaxClassifier(**tiny).partial_fit(X, y)))
+        assert clf.partial_fit(X, y).n_iter_ >= 1
+
+
+class TestPersistence:
+    @BOTH
+    def test_pickle_holds_arrays_only_and_is_small(self, Classifier, tiny, blobs):
+        clf = Classifier(**tiny).fit(*blobs)
+        state = clf.__getstate__()
+        assert "net_" not in state
+        tensors = [k for k, v in state.items() if isinstance(v, (torch.Tensor, torch.nn.Module))]
+        assert not tensors
+        assert len(pickle.dumps(clf)) < 0.6 * len(pickle.dumps(clf.net_))
+
+    @BOTH
+    def test_loads_without_the_weights_file_it_started_from(self, Classifier, tiny, blobs, tmp_path):
+        path = tmp_path / "start.pt"
+        torch.save(ConvNet(widths=(8, 16)).build((3, 12, 12)).state_dict(), path)
+        params = {**tiny, "backbone": ConvNet(widths=(8, 16), weights=str(path))}
+        clf = Classifier(**params).fit(*blobs)
+        saved = pickle.dumps(clf)
+        path.unlink()
+        loaded = pickle.loads(saved)
+        assert np.array_equal(loaded.predict_proba(blobs[0]), clf.predict_proba(blobs[0]))
+
+    def test_model_from_an_absent_gpu_loads_on_the_cpu(self, tiny, blobs):
+        clf = SoftmaxClassifier(**tiny).fit(*blobs)
+        clf.device = "cuda:7"
+        with pytest.warns(UserWarning, match="using the CPU"):
+            loaded = pickle.loads(pickle.dumps(clf))
+        assert np.array_equal(loaded.predict(blobs[0]), clf.predict(blobs[0]))
+
+    def test_weights_round_trip(self, tiny, blobs):
+        one = SoftmaxClassifier(**tiny).fit(*blobs)
+        two = SoftmaxClassifier(**{**tiny, "random_state": 1}).fit(*blobs)
+        two.weights_ = one.weights_
+        assert np.array_equal(one.decision_function(blobs[0]), two.decision_function(blobs[0]))
+
+
+class TestThreads:
+    def test_one_thread_in_worker_processes(self, tiny):
+        def threads_during_fit():
+            torch.set_num_threads(2)
+            seen = []
+
+            class Watch(Callback):
+                def on_batch_end(self, net, **kwargs):
+                    seen.append(torch.get_num_threads())
+
+            X, y = make_blobs()
+            SoftmaxClassifier(**tiny, callbacks=[Watch()]).fit(X, y)
+            return set(seen), torch.get_num_threads()
+
+        during, after = Parallel(n_jobs=2)(delayed(threads_during_fit)() for _ in range(2))[0]
+        assert during == {1}
+        assert after == 2
+
+    def test_trunk_probe_restores_training_mode(self):
+        trunk = Trunk(torch.nn.Dropout(), (4,), autocast=None).train()
+        trunk.probe()
+        assert trunk.training
+
+
+class TestLoop:
+    def test_no_number_is_read_from_the_device_inside_an_epoch(self, tiny, blobs, monkeypatch):
+        inside, reads = [False], []
+        item = torch.Tensor.item
+
+        def spying(self):
+            if inside[0]:
+                reads.append(1)
+            return item(self)
+
+        class Mark(Callback):
+            def on_batch_begin(self, net, **kwargs):
+                inside[0] = True
+
+            def on_batch_end(self, net, **kwargs):
+                inside[0] = False
+
+        monkeypatch.setattr(torch.Tensor, "item", spying)
+        for Classifier in (SoftmaxClassifier, CSSNClassifier):
+            Classifier(**tiny, callbacks=[Mark()]).fit(*blobs)
+        assert not reads
+
+    def test_augmentation_reaches_training_and_not_prediction(self, tiny, blobs):
+        X, y = blobs
+        plain = SoftmaxClassifier(**tiny, augment="none").fit(X, y)
+        strong = SoftmaxClassifier(**tiny, augment="strong").fit(X, y)
+        assert not np.allclose(plain.predict_proba(X), strong.predict_proba(X))
+        assert np.array_equal(strong.predict_proba(X), strong.predict_proba(X))
+
+    def test_net_params_reach_skorch(self, tiny, blobs):
+        clf = SoftmaxClassifier(
+            **tiny, net_params={"optimizer": torch.optim.SGD, "optimizer__momentum": 0.9}
+        ).fit(*blobs)
+        assert isinstance(clf.net_.optimizer_, torch.optim.SGD)
+        assert clf.net_.optimizer_.param_groups[0]["momentum"] == 0.9
+
+    def test_vectors_do_not_feel_the_rows_beside_them(self):
+        X, y = np.random.default_rng(0).normal(size=(300, 5)), np.arange(300) % 2
+        clf = SoftmaxClassifier(max_epochs=2, random_state=0).fit(X, y)
+        assert np.array_equal(clf.predict_proba(X)[:7], clf.predict_proba(X[:7]))
