@@ -14,11 +14,8 @@ backbone : str, Backbone, nn.Module or class, default="auto"
         ``nn.Module``, class or instance.""",
     "training": """\
 max_epochs : int or "auto", default="auto"
-        Passes over the training images. "auto" aims at 180 steps and 60 more per class, and at
-        least 10 epochs.
-
-    batch_size : int, default={batch_size}
-        Images per step.
+        Passes over the training images. "auto" aims at 180 steps and 60 more per class (a third
+        of that for vectors), and at least 10 epochs.
 
     lr : float, default=2e-3
         Peak learning rate of AdamW.
@@ -130,11 +127,7 @@ T = TypeVar("T", bound=type)
 def shared_parameters(cls: T) -> T:
     """Fill the placeholders of a class docstring with the shared text."""
     if cls.__doc__ is not None:
-        defaults = cls.__init__.__kwdefaults__
-        text = {
-            "backbone": _SHARED["backbone"],
-            "training": _SHARED["training"].format(batch_size=defaults["batch_size"]),
-            "attributes": _SHARED["attributes"],
-        }
-        cls.__doc__ = cls.__doc__.format(**text)
+        cls.__doc__ = cls.__doc__.format(
+            **{name: text.replace("{{", "{").replace("}}", "}") for name, text in _SHARED.items()}
+        )
     return cls

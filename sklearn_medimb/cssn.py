@@ -395,6 +395,10 @@ class CSSNClassifier(BaseImageClassifier):
     head_lr : float or None, default=None
         Learning rate of everything but the backbone; None takes `lr`.
 
+    batch_size : int or "auto", default="auto"
+        n, images per step; "auto" is 32, and 16 for vectors. Below 16 training from scratch fails:
+        there are too few pairs.
+
     {training}
 
     Attributes
@@ -462,7 +466,7 @@ class CSSNClassifier(BaseImageClassifier):
         "n_support_draws": [Interval(Integral, 1, None, closed="left")],
         "symmetric": ["boolean"],
         "head_lr": [Interval(Real, 0, None, closed="neither"), None],
-        "batch_size": [Interval(Integral, 2, None, closed="left")],
+        "batch_size": [StrOptions({"auto"}), Interval(Integral, 2, None, closed="left")],
     }
 
     # Elements of similarity maps in memory at a time, at predict.
@@ -489,7 +493,7 @@ class CSSNClassifier(BaseImageClassifier):
         symmetric: bool = False,
         head_lr: float | None = None,
         max_epochs: Any = "auto",
-        batch_size: int = 32,
+        batch_size: Any = "auto",
         lr: float = 2e-3,
         weight_decay: float = 1e-2,
         lr_schedule: str = "one_cycle",
@@ -654,11 +658,17 @@ class CSSNClassifier(BaseImageClassifier):
             aux_weight=self._auxiliary_weight(),
         )
 
+    def _n_images(self) -> int:
+        """n: images per step."""
+        if self.batch_size != "auto":
+            return self.batch_size
+        return 16 if len(self.image_shape_) == 1 else 32
+
     def _steps_per_epoch(self, n_samples: int) -> int:
-        return max(1, round(n_samples / self.batch_size))
+        return max(1, round(n_samples / self._n_images()))
 
     def _make_batches(self, train: TrainingSet, **common: Any) -> Batches:
-        n = min(self.batch_size * (2 if self.pair_view == "disjoint" else 1), len(train.y)//2*2)
+        n = min(self._n_images() * (2 if self.pair_view == "disjoint" else 1), len(train.y)//2*2)
         n_batches = self._steps_per_epoch(len(train.y))
         pairwise = self.pair_view == "pair"
 

@@ -204,6 +204,9 @@ class SoftmaxClassifier(BaseImageClassifier):
     mixup_alpha : float, default=0.2
         Of the Beta distribution behind the mixing shares.
 
+    batch_size : int, default=64
+        Images per step.
+
     {training}
 
     Attributes

@@ -7,9 +7,9 @@ import pytest
 import torch
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 from scipy import sparse
-from skorch.callbacks import Callback
 from sklearn.exceptions import NotFittedError
 from sklearn.utils._param_validation import InvalidParameterError
+from skorch.callbacks import Callback
 from torch import nn
 
 from sklearn_medimb import CSSNClassifier, SoftmaxClassifier
@@ -186,7 +186,11 @@ class NeedsWidth(nn.Module):
 BACKBONES = {
     "unknown name": ("resnet99", ValueError, "backbone='resnet99' is unknown.*resnet18"),
     "no module": (dict, TypeError, "backbone must be a name.*dict"),
-    "class that needs arguments": (NeedsWidth, ValueError, r"backbone: NeedsWidth\(\) failed.*width"),
+    "class that needs arguments": (
+        NeedsWidth,
+        ValueError,
+        r"backbone: NeedsWidth\(\) failed.*width",
+    ),
     "output no tensor": (NoTensor(), ValueError, "backbone must return a tensor.*tuple"),
     "output a scalar": (Scalar(), ValueError, r"backbone must return a tensor.*shape \(\)"),
     "refuses the image": (nn.Linear(3, 4), ValueError, r"backbone=Linear failed.*\(1, 8, 8\)"),
@@ -228,7 +232,12 @@ def channels(*shape):
 
 
 IMAGES = {
-    "wrong product": (FLAT, {"image_shape": (8, 9)}, ValueError, r"image_shape=\(8, 9\) holds 72.*64"),
+    "wrong product": (
+        FLAT,
+        {"image_shape": (8, 9)},
+        ValueError,
+        r"image_shape=\(8, 9\) holds 72.*64",
+    ),
     "rank 0": (FLAT, {"image_shape": ()}, ValueError, r"image_shape=\(\)"),
     "rank 1": (FLAT, {"image_shape": (64,)}, ValueError, r"1 axes.*image_shape"),
     "rank 5": (FLAT, {"image_shape": (1, 1, 1, 8, 8)}, ValueError, r"5 axes.*image_shape"),
@@ -288,7 +297,9 @@ def test_images(case):
     assert_refuses(make(**params), error, match, X=images)
 
 
-@pytest.mark.parametrize("case", ["NaN", "ragged arrays", "wrong product", "3 and 3 channels", "6-D"])
+@pytest.mark.parametrize(
+    "case", ["NaN", "ragged arrays", "wrong product", "3 and 3 channels", "6-D"]
+)
 def test_images_of_cssn(case):
     images, params, error, match = IMAGES[case]
     assert_refuses(make(CSSNClassifier, **params), error, match, X=images)
@@ -310,7 +321,11 @@ LABELS = {
     "short": (Y[:-1], ValueError, r"inconsistent numbers of samples: \[24, 23\]"),
     "empty": ([], ValueError, r"inconsistent numbers of samples: \[24, 0\]"),
     "one class": (np.zeros(24), ValueError, r"at least 2 classes in y, but found 1 class: \[0"),
-    "a missing label": (np.array(["a", "b", None] * 8, dtype=object), (TypeError, ValueError), r"\by\b"),
+    "a missing label": (
+        np.array(["a", "b", None] * 8, dtype=object),
+        (TypeError, ValueError),
+        r"\by\b",
+    ),
     "mixed types": (np.array(["a", 1] * 12, dtype=object), (TypeError, ValueError), r"\by\b"),
 }
 
@@ -361,7 +376,11 @@ GROUPS = {
     "short": (np.arange(5), ValueError, "groups"),
     "2-D": (np.zeros((24, 2)), ValueError, "groups"),
     "one group": (np.zeros(24), ValueError, "groups holds a single group"),
-    "a class in one group": (Y, ValueError, "some class lies within one group.*early_stopping=False"),
+    "a class in one group": (
+        Y,
+        ValueError,
+        "some class lies within one group.*early_stopping=False",
+    ),
 }
 
 
@@ -599,27 +618,25 @@ def model(request):
 
 
 REFITS = {
-    "images with NaN": ({}, spoilt(X, 5, np.nan), Y),
-    "one class": ({}, X, np.zeros(24)),
-    "labels missing": ({}, X, None),
-    "other size and one class": ({}, X[:, :6, :6], np.zeros(24)),
-    "backbone": ({"backbone": "nope"}, X, Y),
-    "parameter": ({"lr": -1}, X, Y),
-    "augmentation": ({"augment": Augmentation(rotation=999)}, X, Y),
-    "sampler": ({"sampler": SMOTE()}, X, minority_of_two()),
-    "diverging": ({"lr": 1e30, "max_epochs": 5, "augment": None}, X, Y * 10),
-    "crash": ({"callbacks": [Crash()], "max_epochs": 3}, X[:, :6, :6], Y + 5),
+    "images with NaN": ({}, spoilt(X, 5, np.nan), Y, "see row 5"),
+    "one class": ({}, X, np.zeros(24), "at least 2 classes"),
+    "labels missing": ({}, X, None, "y to be passed"),
+    "other size and one class": ({}, X[:, :6, :6], np.zeros(24), "at least 2 classes"),
+    "backbone": ({"backbone": "nope"}, X, Y, "backbone='nope'"),
+    "parameter": ({"lr": -1}, X, Y, "'lr' parameter"),
+    "augmentation": ({"augment": Augmentation(rotation=999)}, X, Y, "rotation must be"),
+    "sampler": ({"sampler": SMOTE()}, X, minority_of_two(), "n_neighbors"),
+    "diverging": ({"lr": 1e38, "max_epochs": 5, "augment": None}, X, Y * 10, "lower lr"),
+    "crash": ({"callbacks": [Crash()], "max_epochs": 3}, X[:, :6, :6], Y + 5, "out of power"),
 }
 
 
 @pytest.mark.parametrize("case", REFITS)
 def test_failed_refit_leaves_the_model(model, case):
-    params, images, y = REFITS[case]
-    if case == "diverging" and isinstance(model, CSSNClassifier):
-        params = {**params, "lr": 1e38}
+    params, images, y, match = REFITS[case]
     before, proba = model.get_params(deep=False), model.predict_proba(X)
     attributes = set(fitted_attributes(model))
-    with pytest.raises(Exception, match="."):
+    with pytest.raises((ValueError, RuntimeError), match=match):
         model.set_params(**params).fit(images, y)
     model.set_params(**before)
     assert set(fitted_attributes(model)) == attributes
@@ -747,7 +764,8 @@ def test_compare_different_lengths():
 
 
 @pytest.mark.parametrize(
-    "method", ["predict", "predict_proba", "decision_function", "transform", "similarity", "explain"]
+    "method",
+    ["predict", "predict_proba", "decision_function", "transform", "similarity", "explain"],
 )
 def test_nothing_works_before_fit(method):
     with pytest.raises(NotFittedError, match="CSSNClassifier instance is not fitted"):

@@ -11,7 +11,8 @@ containers that load on demand, rare classes, patients, persistence and random s
 
 The estimator comes as its user configured it, small and fast. The checks set no more than
 ``random_state``, ``image_shape``, ``data_format``, ``spatial_dims``, ``early_stopping``,
-``scoring`` and ``precision``, always on a clone, and leave out what an estimator does not have.
+``scoring``, ``warm_start`` and ``precision``, always on a clone, and leave out what an estimator
+does not have.
 Checks that compare two computations which round differently ask for float64.
 """
 
@@ -77,7 +78,7 @@ def check_image_estimator(estimator: Any) -> None:
     for candidate, check in image_checks(estimator):
         try:
             check(candidate)
-        except SkipTest as reason:
+        except SkipTest as reason:  # noqa: PERF203
             warnings.warn(str(reason), SkipTestWarning, stacklevel=2)
 
 
@@ -261,7 +262,7 @@ def _import(module: str) -> Any:
 
 
 def _output(estimator: Any, X: Any) -> np.ndarray:
-    """What an estimator says of images, as numbers."""
+    """Ask an estimator for what it says of images, in numbers."""
     method = "predict_proba" if hasattr(estimator, "predict_proba") else "transform"
     return getattr(estimator, method)(X)
 
@@ -348,6 +349,10 @@ def check_uint8_images(name: str, estimator: Any) -> None:
     message = f"{name} reads uint8 images otherwise than floats: divide them by 255, once."
     _assert_close(_output(fitted, X), expected, message)
     _assert_close(_output(fitted, scaled), expected, message)
+    _assert_close(_output(fitted, LazyImages(X)), expected, f"Lazy: {message}")
+    flat = _prepare(estimator, precision="float64", image_shape=X.shape[1:])
+    flat.fit(X.reshape(len(X), -1), y)
+    _assert_close(_output(flat, X.reshape(len(X), -1)), expected, f"Flattened: {message}")
 
 
 def check_image_size_at_predict(name: str, estimator: Any) -> None:
@@ -483,13 +488,11 @@ def check_lazy_images_in_cross_validation(name: str, estimator: Any) -> None:
     X = LazyImages(images)
     options: dict[str, Any] = {"cv": 2, "error_score": "raise"}
     if not hasattr(prepared, "score"):
-        options["scoring"] = lambda fitted, X, y=None: float(_output(fitted, X).mean())
+        options["scoring"] = lambda fitted, X, _=None: float(_output(fitted, X).mean())
     scores = cross_val_score(prepared, X, y, **options)
     assert not X.was_converted, f"{name} converted a lazy X to an array: read it row by row."
     message = f"{name} has other cross-validation scores for a lazy X than for the array."
-    _assert_same_fit(
-        prepared, scores, cross_val_score(prepared, images, y, **options), message
-    )
+    _assert_same_fit(prepared, scores, cross_val_score(prepared, images, y, **options), message)
 
 
 # -------------------------------------------------------------------- samples
@@ -572,7 +575,7 @@ def check_fewer_images_than_batch_size(name: str, estimator: Any) -> None:
         result = _output(_prepare(estimator).fit(X, y), X)
     except ValueError as error:
         raise AssertionError(
-            f"{name} refuses {n_images} images for being fewer than batch_size: make them one batch."
+            f"{name} refuses {n_images} images, fewer than batch_size: make them one batch."
         ) from error
     assert len(result) == n_images
     assert np.isfinite(result).all(), f"{name} is not finite after a fit on {n_images} images."
@@ -663,7 +666,7 @@ def check_groups_stay_whole(name: str, estimator: Any) -> None:
     shown: list[frozenset[int]] = []
 
     # A function, which clone leaves as it is: a callable object would be copied with its notes.
-    def scoring(fitted: Any, X_held: Any, y_held: Any) -> float:
+    def scoring(_fitted: Any, X_held: Any, _y_held: Any) -> float:
         shown.append(frozenset(np.rint(X_held[:, 0, 0, 0] * len(X)).astype(int).tolist()))
         return 0.0
 
@@ -790,7 +793,7 @@ def check_repeatable(name: str, estimator: Any) -> None:
     params = {} if _on_cpu(estimator) else {"precision": "float64"}
     fitted = _prepare(estimator, **params).fit(X, y)
     expected = _output(fitted, X)
-    random.random(), np.random.random(), torch.rand(1)  # noqa: B018, NPY002, S311
+    random.random(), np.random.random(), torch.rand(1)  # noqa: NPY002, S311
     message = f"{name} depends on more than random_state: draw from a generator made of it."
     again = _prepare(estimator, **params).fit(X, y)
     _assert_same_fit(fitted, _output(again, X), expected, message)
@@ -848,14 +851,38 @@ def check_failed_refit(name: str, estimator: Any) -> None:
     breaks at the door or in the middle of training.
     """
     images, y = make_images()
-    fitted = _prepare(estimator).fit(images, y)
+    fitted = _prepare(estimator, warm_start=False).fit(images, y)
     expected = _output(fitted, images)
-    message = f"{name} is not the model it was after a refit that failed: undo what fit sets."
+    # Other shapes and classes than before, so that anything left behind shows.
+    gray, labels = images[:, :1], (y + 1) % 2
     with raises(ValueError, err_msg=f"{name} must refuse NaN by a ValueError."):
-        fitted.fit(np.full_like(images[:, :1], np.nan), y)
-    _assert_equal(_output(fitted, images), expected, message)
-    _fail_in_training(name, fitted, images[:, :1], (y + 1) % 2)
-    _assert_equal(_output(fitted, images), expected, message)
+        fitted.fit(np.full_like(gray, np.nan), labels)
+    _assert_unchanged(name, fitted, images, expected)
+    _fail_in_training(name, fitted, gray, labels)
+    _assert_unchanged(name, fitted, images, expected)
+
+
+def check_failed_warm_start(name: str, estimator: Any) -> None:
+    """Demand that a warm start which failed leaves the weights where it found them.
+
+    It goes on from the very weights that are in service, so that undoing it takes a copy of them.
+    """
+    _require(estimator, "warm_start")
+    images, y = make_images()
+    fitted = _prepare(estimator, warm_start=True).fit(images, y)
+    expected = _output(fitted, images)
+    _fail_in_training(name, fitted, images, y)
+    _assert_unchanged(name, fitted, images, expected)
+
+
+def _assert_unchanged(name: str, fitted: Any, images: np.ndarray, expected: np.ndarray) -> None:
+    """Demand the result of before a failed fit."""
+    message = f"{name} is not the model it was before a fit that failed: undo what that fit did."
+    try:
+        result = _output(fitted, images)
+    except (NotFittedError, ValueError) as error:
+        raise AssertionError(message) from error
+    _assert_equal(result, expected, message)
 
 
 def _fail_in_training(name: str, estimator: Any, images: np.ndarray, y: np.ndarray) -> None:
@@ -890,6 +917,7 @@ IMAGE_CHECKS: tuple[Callable[[str, Any], None], ...] = (
     check_global_random_state,
     check_failed_fit,
     check_failed_refit,
+    check_failed_warm_start,
 )
 
 LABEL_CHECKS: tuple[Callable[[str, Any], None], ...] = (

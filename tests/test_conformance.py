@@ -1,0 +1,385 @@
+"""Every public estimator keeps scikit-learn's contract and the package's own."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import BaseEstimator, clone
+from sklearn.exceptions import SkipTestWarning
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import sklearn_medimb
+from sklearn_medimb import SoftmaxClassifier
+from sklearn_medimb.backbones import ConvNet
+from sklearn_medimb.images import is_lazy, read_images
+from sklearn_medimb.utils import estimator_checks
+from sklearn_medimb.utils.estimator_checks import (
+    LazyImages,
+    check_image_estimator,
+    image_checks,
+    make_images,
+    parametrize_with_image_checks,
+)
+
+SHARED = {"backbone": ConvNet(widths=(4, 8)), "max_epochs": 3, "batch_size": 8}
+
+# One row per public estimator: what makes it small and fast on images.
+TINY: dict[str, dict] = {
+    "CSSNClassifier": SHARED,
+    "SoftmaxClassifier": SHARED,
+}
+
+
+def public_estimators() -> dict[str, type[BaseEstimator]]:
+    public = {name: getattr(sklearn_medimb, name) for name in sklearn_medimb.__all__}
+    return {
+        name: cls
+        for name, cls in public.items()
+        if inspect.isclass(cls) and issubclass(cls, BaseEstimator)
+    }
+
+
+def tiny_estimators() -> list[BaseEstimator]:
+    return [cls(**TINY[name]) for name, cls in public_estimators().items() if name in TINY]
+
+
+def test_every_estimator_has_a_tiny_configuration():
+    public = set(public_estimators())
+    assert public, "sklearn_medimb.__all__ names no estimator."
+    missing, stale = public - set(TINY), set(TINY) - public
+    assert not missing, f"{sorted(missing)} are public: give each a row in TINY of this file."
+    assert not stale, f"{sorted(stale)} are no longer public: remove their rows from TINY."
+
+
+# scikit-learn demands agreement to 1e-9 between weighted and repeated rows: float64 only.
+@parametrize_with_checks([cls(precision="float64") for cls in public_estimators().values()])
+def test_scikit_learn_checks(estimator, check):
+    check(estimator)
+
+
+@parametrize_with_image_checks(tiny_estimators())
+def test_image_checks(estimator, check):
+    check(estimator)
+
+
+# -------------------------------------------------------------------- the suite itself
+
+
+def all_checks() -> set:
+    return {
+        function
+        for name, function in inspect.getmembers(estimator_checks, inspect.isfunction)
+        if name.startswith("check_")
+        and function.__module__ == estimator_checks.__name__
+        and function is not check_image_estimator
+    }
+
+
+def test_suite_runs_every_check_once():
+    ran = [check.func for _, check in image_checks(SoftmaxClassifier(**SHARED))]
+    assert len(ran) == len(set(ran))
+    assert set(ran) == all_checks(), "List each check in IMAGE_CHECKS or LABEL_CHECKS."
+
+
+def test_suite_spares_encoders_the_checks_of_labels():
+    class Encoder(BaseEstimator):
+        def fit(self, X, y=None):
+            return self
+
+    ran = {check.func for _, check in image_checks(Encoder())}
+    assert ran == set(estimator_checks.IMAGE_CHECKS)
+
+
+def test_check_image_estimator_runs_all_and_warns_of_skipped_ones(monkeypatch):
+    ran = []
+    functions = {name: getattr(estimator_checks, name) for name in ("check_pickle", "check_skops")}
+
+    def spied(function):
+        return lambda name, estimator: ran.append(function) or function(name, estimator)
+
+    monkeypatch.setattr(estimator_checks, "IMAGE_CHECKS", tuple(map(spied, functions.values())))
+    monkeypatch.setattr(estimator_checks, "LABEL_CHECKS", ())
+    monkeypatch.setitem(sys.modules, "skops.io", None)
+    estimator = SoftmaxClassifier(**SHARED)
+    with pytest.warns(SkipTestWarning, match=r"skops\.io is not installed"):
+        check_image_estimator(estimator)
+    assert ran == list(functions.values())
+    assert not hasattr(estimator, "classes_")
+
+
+def test_lazy_images_keep_books():
+    images, _ = make_images(n_images=6)
+    X = LazyImages(images)
+    view = X[np.array([4, 2, 0]), ...][1:]
+    assert view.shape == (2, *images.shape[1:])
+    np.testing.assert_array_equal(view[1], images[0])
+    assert (X.n_reads, X.peak) == (1, 1)
+    kept = [X[0], X[1]]
+    for _ in range(3):
+        X[2]
+    assert (X.n_reads, X.peak) == (6, 3)
+    del kept
+    assert not X.was_converted
+    with pytest.raises(AssertionError, match="converted"):
+        np.asarray(view)
+    assert X.was_converted
+    with pytest.raises(IndexError):
+        X[6]
+    broken = LazyImages(images, fail_after=2)
+    with pytest.raises(OSError, match="disk"):
+        list(broken[np.arange(6)])
+
+
+# One broken estimator for each check: a check that no mutant fails would check nothing.
+
+
+class Mutant(SoftmaxClassifier):
+    """Sound until a subclass breaks it; `breaks` names the check that must notice."""
+
+    breaks: str
+
+
+class ReadsChannelsLastAsFirst(Mutant):
+    breaks = "check_channel_layouts"
+
+    def _read(self, X, *, reset=False):
+        if X.shape[-1] == 3:
+            X = X.reshape(len(X), 3, *X.shape[1:3])
+        return super()._read(X, reset=reset)
+
+
+class RepeatsGray(Mutant):
+    breaks = "check_gray_images"
+
+    def _read(self, X, *, reset=False):
+        return super()._read(np.stack([X] * 3, axis=1) if X.ndim == 3 else X, reset=reset)
+
+
+class ForgetsToDivide(Mutant):
+    breaks = "check_uint8_images"
+
+    def _read(self, X, *, reset=False):
+        return super()._read(X.astype(float), reset=reset)
+
+
+class TakesAnySize(Mutant):
+    breaks = "check_image_size_at_predict"
+
+    def _read(self, X, *, reset=False):
+        return super()._read(
+            X if reset else np.resize(X, (len(X), *self.image_shape_)), reset=reset
+        )
+
+
+class IgnoresSpatialDims(Mutant):
+    breaks = "check_volumes"
+
+    def _read(self, X, *, reset=False):
+        return read_images(self, X, reset=reset, float_dtype=np.float64)
+
+
+class ReadsInMemoryOrder(Mutant):
+    breaks = "check_memory_order"
+
+    def _read(self, X, *, reset=False):
+        return super()._read(X.ravel(order="K").reshape(X.shape), reset=reset)
+
+
+class ReversesLists(Mutant):
+    breaks = "check_lists_and_tensors"
+
+    def _read(self, X, *, reset=False):
+        return super()._read(X[::-1] if isinstance(X, list) else X, reset=reset)
+
+
+class Materialises(Mutant):
+    breaks = "check_lazy_images_stay_lazy"
+
+    def _read(self, X, *, reset=False):
+        return super()._read(np.stack(list(X)) if is_lazy(X) else X, reset=reset)
+
+
+class MixesUpLazyRows(Mutant):
+    breaks = "check_lazy_images_same_as_array"
+
+    def _read(self, X, *, reset=False):
+        return super()._read(X[np.arange(len(X))[::-1]] if is_lazy(X) else X, reset=reset)
+
+
+class ConvertsAtPredict(Mutant):
+    breaks = "check_lazy_images_in_cross_validation"
+
+    def predict(self, X):
+        return super().predict(np.asarray(X))
+
+
+class ScalesByBatch(Mutant):
+    breaks = "check_one_image"
+
+    def predict_proba(self, X):
+        return super().predict_proba(X - X.mean(axis=0))
+
+
+class SortsResults(Mutant):
+    breaks = "check_sample_order"
+
+    def predict_proba(self, X):
+        return np.sort(super().predict_proba(X), axis=0)
+
+
+class SwallowsNaN(Mutant):
+    breaks = "check_non_finite_images"
+
+    def _read(self, X, *, reset=False):
+        return super()._read(X if is_lazy(X) else np.nan_to_num(X), reset=reset)
+
+
+class DividesByContrast(Mutant):
+    breaks = "check_constant_images"
+
+    def predict_proba(self, X):
+        with np.errstate(all="ignore"):
+            return super().predict_proba(X) * (X.std() / X.std())
+
+
+class NeedsAFullBatch(Mutant):
+    breaks = "check_fewer_images_than_batch_size"
+
+    def fit(self, X, y, **params):
+        if len(X) < self.batch_size:
+            raise ValueError("No batch is complete.")
+        return super().fit(X, y, **params)
+
+
+class CloneLosesTheSeed(Mutant):
+    breaks = "check_clone"
+
+    def __sklearn_clone__(self):
+        params = {"random_state": 1} if hasattr(self, "classes_") else {}
+        return type(self)(**{**self.get_params(deep=False), **params})
+
+
+class StoresRounded(Mutant):
+    breaks = "check_pickle"
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        if "_weights" in state:
+            state["_weights"] = {key: value.round(1) for key, value in state["_weights"].items()}
+        return state
+
+
+class StoresRoundedToDisk(StoresRounded):
+    breaks = "check_joblib"
+
+
+class HoldsAForeignObject(Mutant):
+    breaks = "check_skops"
+
+    def fit(self, X, y, **params):
+        self.share_ = Fraction(1, 2)
+        return super().fit(X, y, **params)
+
+
+class IgnoresAssignedWeights(Mutant):
+    breaks = "check_safetensors"
+
+    @property
+    def weights_(self):
+        return super().weights_
+
+    @weights_.setter
+    def weights_(self, weights):
+        pass
+
+
+class DrawsFromTheGlobalGenerator(Mutant):
+    breaks = "check_repeatable"
+
+    def fit(self, X, y, **params):
+        self.random_state = np.random.randint(2**31 - 1)  # noqa: NPY002
+        return super().fit(X, y, **params)
+
+
+class SeedsTheGlobalGenerator(Mutant):
+    breaks = "check_global_random_state"
+
+    def fit(self, X, y, **params):
+        torch.manual_seed(0)
+        return super().fit(X, y, **params)
+
+
+class KeepsAHalfTrainedModel(Mutant):
+    breaks = "check_failed_fit"
+
+    def fit(self, X, y, **params):
+        try:
+            return super().fit(X, y, **params)
+        except ValueError:
+            vars(self).update(vars(clone(self).fit(X._images, y)))
+            raise
+
+
+class LosesTheOldModel(Mutant):
+    breaks = "check_failed_refit"
+
+    def fit(self, X, y, **params):
+        for name in [name for name in vars(self) if name.endswith("_")]:
+            delattr(self, name)
+        return super().fit(X, y, **params)
+
+
+class LosesTheOldModelWhenWarm(LosesTheOldModel):
+    breaks = "check_failed_warm_start"
+
+
+class PredictsCodes(Mutant):
+    breaks = "check_label_types"
+
+    def predict(self, X):
+        return np.searchsorted(self.classes_, super().predict(X))
+
+
+class DropsRareClasses(Mutant):
+    breaks = "check_class_with_one_sample"
+
+    def fit(self, X, y, **params):
+        keep = np.bincount(y)[y] > 1
+        return super().fit(X[keep], y[keep], **params)
+
+
+class AlwaysThreeColumns(Mutant):
+    breaks = "check_class_missing_from_fold"
+
+    def predict_proba(self, X):
+        proba = super().predict_proba(X)
+        return np.pad(proba, [(0, 0), (0, 3 - proba.shape[1])])
+
+
+class IgnoresGroups(Mutant):
+    breaks = "check_groups_stay_whole"
+
+    def fit(self, X, y, groups=None):
+        return super().fit(X, y)
+
+
+def mutants(cls: type = Mutant) -> list[type]:
+    return [m for sub in cls.__subclasses__() for m in (sub, *mutants(sub))]
+
+
+@pytest.mark.parametrize("mutant", mutants(), ids=lambda mutant: mutant.__name__)
+def test_checks_notice_broken_estimators(mutant):
+    check = getattr(estimator_checks, mutant.breaks)
+    # The message names the estimator, or is that of the container which someone converted.
+    with pytest.raises(AssertionError, match=f"{mutant.__name__}|lazy X was converted"):
+        check(mutant.__name__, mutant(**SHARED))
+
+
+def test_every_check_has_a_mutant():
+    broken = {mutant.breaks for mutant in mutants()}
+    assert broken == {check.__name__ for check in all_checks()}

@@ -1,0 +1,370 @@
+"""Making sets long-tailed, and reading archives."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sklearn_medimb.datasets import load_npz, make_long_tailed
+
+# ---------------------------------------------------------------- make_long_tailed
+
+
+def problem(counts, seed=0):
+    y = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    return np.arange(len(y))[:, None], y
+
+
+class Lazy:
+    """Images that refuse to be loaded; slices stay lazy."""
+
+    def __init__(self, rows):
+        self.rows = np.asarray(rows)
+        self.shape, self.ndim, self.dtype = (len(self.rows), 8, 8), 3, np.dtype(np.uint8)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        key = key[0] if isinstance(key, tuple) else key
+        if np.ndim(key) == 0:
+            raise AssertionError("an image was loaded")
+        return Lazy(self.rows[key])
+
+
+@pytest.mark.parametrize("ratio", [1, 2.0, 10, 50])
+@pytest.mark.parametrize("n_classes", [2, 3, 5, 8])
+def test_exponential_profile(n_classes, ratio):
+    X, y = problem([200] * n_classes)
+    _, tail = make_long_tailed(X, y, ratio, random_state=0)
+    expected = [200 * ratio ** (-k / (n_classes - 1)) for k in range(n_classes)]
+    np.testing.assert_allclose(np.bincount(tail), expected, atol=0.5001)
+
+
+@pytest.mark.parametrize("ratio", [1, 4, 25])
+@pytest.mark.parametrize("n_classes", [2, 4, 5])
+def test_step_profile(n_classes, ratio):
+    X, y = problem([100] * n_classes)
+    _, tail = make_long_tailed(X, y, ratio, "step", random_state=0)
+    counts = np.bincount(tail)
+    head = [k for k in range(n_classes) if k / (n_classes - 1) < 0.5]
+    assert set(counts[head]) == {100}
+    assert set(counts[len(head) :]) == {100 / ratio}
+
+
+def test_the_documented_example():
+    from sklearn.datasets import load_digits
+
+    X, y = load_digits(n_class=4, return_X_y=True)
+    _, tail = make_long_tailed(X, y, imbalance_ratio=8, random_state=0)
+    counts = np.sort(np.bincount(tail))[::-1]
+    assert counts[0] / counts[-1] == pytest.approx(8, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "step"])
+@pytest.mark.parametrize("seed", range(10))
+def test_a_subset_without_repeats(kind, seed):
+    rng = np.random.default_rng(seed)
+    X, y = problem(rng.integers(1, 60, rng.integers(2, 7)), seed)
+    got, tail, rows = make_long_tailed(X, y, 7.0, kind, seed, return_indices=True)
+    assert np.all(np.diff(rows) > 0)
+    np.testing.assert_array_equal(got, X[rows])
+    np.testing.assert_array_equal(tail, y[rows])
+    assert set(tail) == set(y)
+
+
+def test_as_large_as_possible():
+    """Some class is used up."""
+    for counts in ([60, 30, 20], [100, 5, 40], [10, 10, 10]):
+        X, y = problem(counts)
+        _, tail = make_long_tailed(X, y, 4.0, random_state=0)
+        left = np.bincount(y) - np.bincount(tail)
+        assert left.min() == 0
+
+
+@pytest.mark.parametrize("kind", ["exponential", "step"])
+def test_n_samples(kind):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        X, y = problem(rng.integers(5, 60, rng.integers(2, 7)), seed)
+        ratio = rng.uniform(1, 8)
+        most = len(make_long_tailed(X, y, ratio, kind, 0)[1])
+        for n in (most // 2, most - 1, most):
+            if n < len(set(y)):
+                continue
+            _, tail = make_long_tailed(X, y, ratio, kind, 0, n_samples=n)
+            assert len(tail) == n
+            assert set(tail) == set(y)
+
+
+def test_class_order():
+    X, y = problem([50, 50, 50])
+    _, tail = make_long_tailed(X, y, 5, random_state=0, class_order=[2, 0, 1])
+    counts = np.bincount(tail)
+    assert counts[2] > counts[0] > counts[1]
+    assert counts[2] == 5 * counts[1]
+
+
+def test_frequent_classes_stay_the_head():
+    X, y = problem([30, 90, 60])
+    counts = np.bincount(make_long_tailed(X, y, 5, random_state=0)[1])
+    assert counts[1] > counts[2] > counts[0]
+
+
+def test_random_state():
+    X, y = problem([50, 50, 50])
+    one, two, other = (make_long_tailed(X, y, 5, random_state=s)[0] for s in (1, 1, 2))
+    np.testing.assert_array_equal(one, two)
+    assert not np.array_equal(one, other)
+
+
+def test_containers_keep_their_type():
+    X, y = problem([40, 40])
+    _, _, rows = make_long_tailed(X, y, 5, random_state=0, return_indices=True)
+    frame, series = pd.DataFrame(X, columns=["a"]), pd.Series(np.array(["n", "t"])[y])
+    got, tail = make_long_tailed(frame, series, 5, random_state=0)
+    assert isinstance(got, pd.DataFrame)
+    assert isinstance(tail, pd.Series)
+    np.testing.assert_array_equal(got["a"], rows)
+    np.testing.assert_array_equal(tail.index, rows)
+    listed, labels = make_long_tailed(X.tolist(), y.tolist(), 5, random_state=0)
+    assert listed == X[rows].tolist()
+    assert labels == y[rows].tolist()
+
+
+def test_lazy_images_are_not_loaded():
+    X, y = problem([40, 40])
+    got, _, rows = make_long_tailed(Lazy(X[:, 0]), y, 5, random_state=0, return_indices=True)
+    assert isinstance(got, Lazy)
+    np.testing.assert_array_equal(got.rows, rows)
+
+
+# ---------------------------------------------------------------- load_npz
+
+
+def images(n, shape=(8, 8), dtype=np.uint8, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, *shape)).astype(dtype)
+
+
+def medmnist(path, shape=(8, 8), **more):
+    """An archive as MedMNIST stores them: labels (n, 1)."""
+    arrays = {}
+    for i, (name, n) in enumerate({"train": 9, "val": 4, "test": 6}.items()):
+        arrays[f"{name}_images"] = images(n, shape, seed=i)
+        arrays[f"{name}_labels"] = (np.arange(n) % 3)[:, None].astype(np.uint8)
+    arrays.update(more)
+    np.savez(path, **arrays)
+    return arrays
+
+
+def test_all_splits(tmp_path):
+    stored = medmnist(tmp_path / "a.npz")
+    data = load_npz(tmp_path / "a.npz")
+    names = ("train", "val", "test")
+    np.testing.assert_array_equal(
+        data.images, np.concatenate([stored[f"{name}_images"] for name in names])
+    )
+    np.testing.assert_array_equal(
+        data.target, np.concatenate([stored[f"{name}_labels"][:, 0] for name in names])
+    )
+    assert data.images.dtype == np.uint8
+    assert data.target.dtype == np.int64
+    assert data.target.ndim == 1
+    assert data.split.tolist() == ["train"] * 9 + ["val"] * 4 + ["test"] * 6
+    assert data.target_names.tolist() == ["0", "1", "2"]
+    assert data.groups is None
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_one_split(tmp_path, split):
+    stored = medmnist(tmp_path / "a.npz")
+    data = load_npz(str(tmp_path / "a.npz"), split)
+    np.testing.assert_array_equal(data.images, stored[f"{split}_images"])
+    np.testing.assert_array_equal(data.target, stored[f"{split}_labels"][:, 0])
+    assert set(data.split) == {split}
+    assert len(data.split) == len(data.target)
+
+
+def test_some_splits(tmp_path):
+    np.savez(tmp_path / "a.npz", val_images=images(4), val_labels=[0, 1, 1, 0])
+    assert load_npz(tmp_path / "a.npz").split.tolist() == ["val"] * 4
+    with pytest.raises(ValueError, match=r"split='train'.*\['val_images', 'val_labels'\]"):
+        load_npz(tmp_path / "a.npz", "train")
+
+
+def test_no_splits(tmp_path):
+    X = images(4, (8, 8, 3), np.float32)
+    np.savez(
+        tmp_path / "a.npz",
+        images=X,
+        labels=[1, 0, 1, 1],
+        class_names=["benign", "malignant"],
+        groups=["p1", "p1", "p2", "p3"],
+    )
+    data = load_npz(tmp_path / "a.npz")
+    np.testing.assert_array_equal(data.images, X)
+    assert data.images.dtype == np.float32
+    assert data.target_names[data.target].tolist() == ["malignant", "benign"] + ["malignant"] * 2
+    assert data.groups.tolist() == ["p1", "p1", "p2", "p3"]
+    assert data.split is None
+    with pytest.raises(ValueError, match='has no splits: use split="all"'):
+        load_npz(tmp_path / "a.npz", "train")
+
+
+def test_groups_of_splits(tmp_path):
+    groups = {f"{name}_groups": np.arange(n) for name, n in (("train", 9), ("val", 4), ("test", 6))}
+    medmnist(tmp_path / "a.npz", **groups)
+    expected = np.concatenate([np.arange(9), np.arange(4), np.arange(6)])
+    np.testing.assert_array_equal(load_npz(tmp_path / "a.npz").groups, expected)
+    np.testing.assert_array_equal(load_npz(tmp_path / "a.npz", "val").groups, np.arange(4))
+
+
+def averaged(X, size, colour):
+    """Mean over the area of each new pixel, one by one; areas of uneven sizes share a border."""
+    sides = X.shape[1:-1] if colour else X.shape[1:]
+    out = np.empty((len(X), *[size] * len(sides), *X.shape[1 + len(sides) :]))
+    for place in np.ndindex(*[size] * len(sides)):
+        area = tuple(
+            slice(i * side // size, -(-(i + 1) * side // size))
+            for i, side in zip(place, sides, strict=True)
+        )
+        axes = tuple(range(1, 1 + len(sides)))
+        out[(slice(None), *place)] = X[(slice(None), *area)].astype(float).mean(axis=axes)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+@pytest.mark.parametrize("size", [1, 3, 4, 8])
+@pytest.mark.parametrize(
+    "shape", [(8, 8), (8, 12), (8, 8, 3), (9, 8, 1), (8, 8, 8), (8, 9, 10, 3)], ids=str
+)
+def test_image_size_averages_areas(tmp_path, shape, size, dtype):
+    X = images(3, shape, dtype)
+    np.savez(tmp_path / "a.npz", images=X, labels=[0, 1, 0])
+    got = load_npz(tmp_path / "a.npz", image_size=size).images
+    colour = shape[-1] in (1, 3)
+    expected = averaged(X, size, colour)
+    assert got.shape == expected.shape
+    assert got.dtype == dtype
+    tolerance = 0.5001 if np.dtype(dtype).kind in "ui" else 1e-3
+    assert np.abs(got - expected).max() <= tolerance
+
+
+def test_more_images_than_a_block(tmp_path):
+    X = images(300)
+    np.savez(tmp_path / "a.npz", images=X, labels=np.arange(300) % 2)
+    got = load_npz(tmp_path / "a.npz", image_size=4).images
+    assert np.abs(got - averaged(X, 4, colour=False)).max() <= 0.5001
+
+
+def test_image_size_beyond_the_images(tmp_path):
+    medmnist(tmp_path / "a.npz", shape=(8, 12))
+    with pytest.raises(ValueError, match=r"image_size=9 exceeds.*\(8, 12\)"):
+        load_npz(tmp_path / "a.npz", image_size=9)
+
+
+WRONG = {
+    "no images": ({"labels": [0, 1]}, r"neither images and labels.*\['labels'\]"),
+    "no labels": ({"train_images": images(2)}, "images without labels"),
+    "no labels in one split": (
+        {"train_images": images(2), "train_labels": [0, 1], "val_images": images(2)},
+        "images without labels",
+    ),
+    "several labels": (
+        {"images": images(2), "labels": np.eye(2, dtype=int)},
+        "has 2 labels per image",
+    ),
+    "fewer labels": ({"images": images(3), "labels": [0, 1]}, r"labels|\b3\b.*\b2\b"),
+    "fewer groups": (
+        {"images": images(3), "labels": [0, 1, 0], "groups": [1, 2]},
+        "groups",
+    ),
+    "fewer names": (
+        {"images": images(3), "labels": [0, 1, 2], "class_names": ["a"]},
+        "class_names",
+    ),
+    "fractional labels": ({"images": images(3), "labels": [0.5, 1.0, 2.0]}, "labels"),
+    "negative labels": ({"images": images(3), "labels": [0, 1, -1]}, "labels"),
+    "labels of text": ({"images": images(3), "labels": ["a", "b", "a"]}, "labels"),
+    "empty": ({"images": images(0), "labels": np.zeros((0, 1), int)}, r"a\.npz.*(no|0) images"),
+    "splits of other sizes": (
+        {
+            "train_images": images(2),
+            "train_labels": [0, 1],
+            "val_images": images(2, (6, 6)),
+            "val_labels": [0, 1],
+        },
+        "train.*val|images",
+    ),
+    "objects": (
+        {"images": np.array([{}] * 3, dtype=object), "labels": [0, 1, 0]},
+        "no .npz archive of plain arrays",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_archive(tmp_path, case):
+    arrays, match = WRONG[case]
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=match):
+        load_npz(tmp_path / "a.npz")
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("how", ["in an array", "as the file"])
+def test_nothing_is_executed(tmp_path, how):
+    bomb, path = Bomb(tmp_path / "executed"), tmp_path / "a.npz"
+    if how == "as the file":
+        path.write_bytes(pickle.dumps(bomb))
+    else:
+        np.savez(path, images=images(1), labels=np.array([bomb], dtype=object))
+    with pytest.raises(ValueError, match=r"no \.npz archive of plain arrays"):
+        load_npz(path)
+    assert not (tmp_path / "executed").exists()
+
+
+DAMAGE = {
+    "empty": lambda data: b"",
+    "text": lambda data: b"hello world",
+    "head only": lambda data: data[:10],
+    "half": lambda data: data[: len(data) // 2],
+    "tail missing": lambda data: data[:-10],
+    "signature": lambda data: b"\x55" * 8 + data[8:],
+    "start of the data": lambda data: data[:60] + b"\x55" * 8 + data[68:],
+    "middle of the data": lambda data: data[:400] + b"\x55" * 8 + data[408:],
+    "directory": lambda data: data[:-30] + b"\x55" * 8 + data[-22:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_archive(tmp_path, damage):
+    """Refused, and the file is closed: it can be replaced at once."""
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, images=images(30), labels=np.arange(30) % 2)
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    with pytest.raises(ValueError, match=r"path='.*a.npz' is no .npz archive"):
+        load_npz(path)
+
+
+def test_single_array(tmp_path):
+    np.save(tmp_path / "a.npy", images(3))
+    with pytest.raises(ValueError, match=r"no \.npz archive"):
+        load_npz(tmp_path / "a.npy")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing\.npz"):
+        load_npz(tmp_path / "missing.npz")
