@@ -130,9 +130,13 @@ def draw(rows: dict[str, Any], recalls: dict[str, np.ndarray], names: Any, path:
 def main() -> None:
     """Run the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("npz", nargs="?", help="MedMNIST-style file; default: scikit-learn's digits")
+    parser.add_argument(
+        "npz", nargs="?", help="MedMNIST-style file; default: scikit-learn's digits"
+    )
     parser.add_argument("--positive", help="class to tell from all others, by name")
-    parser.add_argument("--image-size", type=int, help="pixels a side; default 48, or 32 from 4 classes")
+    parser.add_argument(
+        "--image-size", type=int, help="pixels a side; default 48, or 32 from 4 classes"
+    )
     parser.add_argument("--max-images", type=int, default=600, help="training images at most")
     parser.add_argument("--figure", type=Path, default=Path("quickstart.png"))
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -140,7 +144,9 @@ def main() -> None:
 
     X_train, y_train, X_test, y_test, names = archive(args) if args.npz else digits()
     counts = np.bincount(y_train, minlength=len(names))
-    print(f"training on {len(y_train)} images of shape {X_train.shape[1:]}, testing on {len(y_test)}")
+    print(
+        f"training on {len(y_train)} images of shape {X_train.shape[1:]}, testing on {len(y_test)}"
+    )
     print("training images per class:", dict(zip(names.tolist(), counts.tolist(), strict=True)))
 
     # A mirrored digit is no digit: only medical images are flipped.
@@ -160,7 +166,9 @@ def main() -> None:
     columns = list(next(iter(rows.values())))
     print("\n" + " " * 24 + "".join(f"{column:>15}" for column in columns))
     for label, row in rows.items():
-        cells = "".join(f"{row[c]:15.2f}" if c.endswith(" s") else f"{row[c]:15.3f}" for c in columns)
+        cells = "".join(
+            f"{row[c]:15.2f}" if c.endswith(" s") else f"{row[c]:15.3f}" for c in columns
+        )
         print(f"{label:24}{cells}")
     ticks = [f"{name}\n({count})" for name, count in zip(names, counts, strict=True)]
     draw(rows, recalls, ticks, args.figure)

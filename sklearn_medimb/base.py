@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +59,13 @@ except ImportError:  # scikit-learn < 1.9
         """Stand-in: this scikit-learn has no callbacks."""
 
 
+# What the estimator decides about its skorch net; everything else may come in `net_params`.
+_RESERVED = {
+    "module", "criterion", "lr", "max_epochs", "callbacks", "train_split", "device", "compile",
+    "dataset", "iterator_train", "iterator_valid", "warm_start",
+}  # fmt: skip
+
+
 @dataclass
 class TrainingSet:
     """Validated training data: row numbers into `images`, with one class and weight per row."""
@@ -67,8 +76,13 @@ class TrainingSet:
     weight: np.ndarray | None = None
 
     def class_mass(self, n_classes: int) -> np.ndarray:
-        """Summed weight of each class, shape (n_classes,)."""
-        return np.bincount(self.y, self.weight, minlength=n_classes).astype(np.float64)
+        """Summed weight of each class, shape (n_classes,).
+
+        A class that this portion lacks, which only partial_fit and warm starts allow, counts as
+        one sample: no prior, weight or margin may become infinite.
+        """
+        mass = np.bincount(self.y, self.weight, minlength=n_classes).astype(np.float64)
+        return np.where(mass > 0, mass, 1.0)
 
 
 class BaseImageClassifier(
@@ -142,6 +156,14 @@ class BaseImageClassifier(
 
     # ---------------------------------------------------------------- one fit
 
+    def _check_parameters(self) -> None:
+        """Refuse what `_parameter_constraints` cannot express."""
+        if isinstance(self.sampler, type):
+            raise TypeError(
+                f"sampler={self.sampler.__name__} is a class: pass an instance, "
+                f"{self.sampler.__name__}()."
+            )
+
     def _fit(
         self,
         X: Any,
@@ -154,7 +176,9 @@ class BaseImageClassifier(
     ) -> Any:
         """Validate, split, resample, build, train, and keep what prediction needs."""
         with _all_or_nothing(self), one_thread_in_workers():
-            fresh = not (self.__sklearn_is_fitted__() and (partial or self.warm_start))
+            self._check_parameters()
+            previous = self.net_ if self._continues(partial) else None
+            fresh = previous is None
             data, groups = self._check_training(X, y, sample_weight, groups, classes, fresh)
             device = resolve_device(self.device)
 
@@ -175,14 +199,19 @@ class BaseImageClassifier(
                 steps = self._steps_per_epoch(len(train.rows))
                 if fresh:
                     self.pixel_mean_, self.pixel_std_ = channel_statistics(
-                        train.images, train.rows, train.weight
+                        train.images,
+                        train.rows,
+                        train.weight,
+                        block=inference_block(train.images.image_shape),
                     )
-                    self._build_net(device)
-                net = self.net_
+                net = self.net_ = self._make_net(device, previous)
                 schedule = "constant" if partial else self.lr_schedule
-                if not partial or net.schedule != schedule:
-                    net.start_schedule(schedule, n_epochs * steps, self.lr)
-                net.criterion_ = self._make_criterion(train, n_epochs * steps).to(net.device, net.dtype)
+                net.start_schedule(schedule, n_epochs * steps, self.lr)
+                if partial and previous is not None and previous.schedule == schedule:
+                    net.optimizer_.load_state_dict(copy.deepcopy(previous.optimizer_.state_dict()))
+                net.criterion_ = self._make_criterion(train, n_epochs * steps).to(
+                    net.device, net.dtype
+                )
                 batches = self._make_batches(
                     train,
                     preprocess=self._preprocessor(),
@@ -239,9 +268,8 @@ class BaseImageClassifier(
             held = data.rows[held]
         if self.sampler is not None:
             seed = int(rng.integers(2**31 - 1))
-            train = TrainingSet(
-                *resample(self.sampler, train.images, train.rows, train.y, train.weight, seed)
-            )
+            parts = (train.images, train.rows, train.y, train.weight)
+            train = TrainingSet(*resample(self.sampler, *parts, seed, classes=self.classes_))
         if train.weight is not None:  # the scale of weights carries no meaning
             train.weight = train.weight * (len(train.weight) / train.weight.sum())
         return train, held
@@ -255,9 +283,21 @@ class BaseImageClassifier(
 
         def score() -> float:
             vars(self).update(self._inference_state(train))
-            return float(scorer(self, X_held, y_held))
+            with warnings.catch_warnings():  # a class with one sample is never held out
+                warnings.filterwarnings("ignore", "y_pred contains classes not in y_true")
+                value = float(scorer(self, X_held, y_held))
+            if np.isnan(value):
+                raise ValueError(
+                    f"scoring={self.scoring!r} gave NaN on the {len(y_held)} validation images: "
+                    "choose another scorer, or raise validation_fraction."
+                )
+            return value
 
         return score
+
+    def _continues(self, partial: bool) -> bool:
+        """Whether this call goes on from the present weights."""
+        return self.__sklearn_is_fitted__() and (partial or self.warm_start)
 
     def _check_training(
         self, X: Any, y: Any, sample_weight: Any, groups: Any, classes: Any, fresh: bool
@@ -270,13 +310,23 @@ class BaseImageClassifier(
                 "is None."
             )
         y = column_or_1d(y, warn=True)
-        check_classification_targets(y)
-        assert_all_finite(y, input_name="y")
+        try:
+            if y.dtype.kind in "fO":
+                assert_all_finite(y, input_name="y")
+            check_classification_targets(y)
+            np.unique(y)
+        except TypeError as error:
+            raise ValueError(
+                f"y must hold labels of one kind, numbers or strings: {error}"
+            ) from error
         check_consistent_length(images.data, y)
         rows = np.arange(len(images))
         if groups is not None:
-            groups = column_or_1d(groups)
-            check_consistent_length(images.data, groups)
+            groups = np.asarray(groups)
+            if groups.shape != y.shape:
+                raise ValueError(
+                    f"groups has shape {groups.shape}; it needs one entry per image, {y.shape}."
+                )
             groups = np.unique(groups, return_inverse=True)[1]
         if sample_weight is not None:
             sample_weight = _check_sample_weight(
@@ -310,18 +360,34 @@ class BaseImageClassifier(
 
     # ---------------------------------------------------------------- the network
 
-    def _build_net(self, device: torch.device, pretrained: bool = True) -> None:
-        """Make the skorch net: network, optimiser, callbacks."""
+    def _make_net(
+        self, device: torch.device, previous: Net | None = None, *, pretrained: bool = True
+    ) -> Net:
+        """Make the skorch net: network, optimiser, callbacks.
+
+        A previous net passes on a copy of its network and its history, so that it stays as it was
+        should training fail.
+        """
         dtype, _ = resolve_precision(self.precision, device, len(self.image_shape_))
         params = {"optimizer": torch.optim.AdamW, **(self.net_params or {})}
+        if reserved := sorted(set(params) & _RESERVED):
+            raise ValueError(
+                f"net_params must not hold {reserved}: the estimator sets them itself."
+            )
         if params["optimizer"] is torch.optim.AdamW:
             params.setdefault("optimizer__fused", True)
         params.setdefault("optimizer__weight_decay", self.weight_decay)
         if groups := self._optimizer_groups():
             params.setdefault("optimizer__param_groups", groups)
         callbacks = [clone(cb, safe=False) for cb in self.callbacks or []]
-        self.net_ = Net(
-            module=self._network(device, dtype, pretrained),
+        if odd := [cb for cb in callbacks if not isinstance(cb, Callback)]:
+            raise TypeError(f"callbacks must hold instances of skorch.callbacks.Callback: {odd}.")
+        if previous is None:
+            module = self._network(device, dtype, pretrained)
+        else:
+            module = copy.deepcopy(previous.module_).to(device)
+        net = Net(
+            module=module,
             criterion=nn.Identity(),  # the method's loss follows with the training set
             lr=self.lr,
             callbacks=callbacks or None,
@@ -331,12 +397,13 @@ class BaseImageClassifier(
             verbose=0,
             **params,
         )
-        self.net_.dtype = dtype
-        self.net_.initialize()
+        net.dtype = dtype
+        net.initialize()
+        if previous is not None:
+            net.history_ = copy.deepcopy(previous.history_)
+        return net
 
-    def _network(
-        self, device: torch.device, dtype: torch.dtype, pretrained: bool
-    ) -> nn.Module:
+    def _network(self, device: torch.device, dtype: torch.dtype, pretrained: bool) -> nn.Module:
         """Make the method's module around the chosen backbone, on the device."""
         _, autocast = resolve_precision(self.precision, device, len(self.image_shape_))
         backbone = self.backbone
@@ -481,25 +548,40 @@ class BaseImageClassifier(
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "net_")
 
-    @property
-    def weights_(self) -> dict[str, np.ndarray]:
-        """The network's weights by name, as NumPy arrays: what safetensors stores in one call."""
-        check_is_fitted(self)
+    # Fitted arrays that prediction needs beside the network's weights.
+    _inference_arrays: ClassVar[tuple[str, ...]] = ("pixel_mean_", "pixel_std_")
+
+    def _network_weights(self) -> dict[str, np.ndarray]:
         state = self.net_.module_.state_dict()
         return {name: value.detach().cpu().contiguous().numpy() for name, value in state.items()}
+
+    @property
+    def weights_(self) -> dict[str, np.ndarray]:
+        """All arrays that predictions come from, by name: what safetensors stores in one call."""
+        check_is_fitted(self)
+        extra = {name: np.asarray(getattr(self, name)) for name in self._inference_arrays}
+        return {**self._network_weights(), **extra}
 
     @weights_.setter
     def weights_(self, weights: dict[str, np.ndarray]) -> None:
         check_is_fitted(self)
-        state = {name: torch.as_tensor(np.array(value)) for name, value in weights.items()}
-        self.net_.module_.load_state_dict(state)
+        weights = {name: np.array(value) for name, value in weights.items()}
+        missing = [name for name in self._inference_arrays if name not in weights]
+        if missing:
+            raise ValueError(f"weights_ lacks {missing}: assign what another weights_ gave.")
+        extra = {name: weights.pop(name) for name in self._inference_arrays}
+        try:
+            self.net_.module_.load_state_dict({k: torch.as_tensor(v) for k, v in weights.items()})
+        except RuntimeError as error:
+            raise ValueError(f"weights_ of another network cannot be assigned: {error}") from error
+        vars(self).update(extra)
 
     def __getstate__(self) -> dict[str, Any]:
         """Parameters, scalars and arrays: no tensor, no device, nothing that skops cannot audit."""
         state = super().__getstate__()
         if "net_" in state:
             state = {k: v for k, v in state.items() if k != "net_"}
-            state["_weights"] = self.weights_
+            state["_weights"] = self._network_weights()
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -511,8 +593,9 @@ class BaseImageClassifier(
             return
         device = resolve_device(self.device, fall_back=True)
         with seeded(0, device):
-            self._build_net(device, pretrained=False)
-        self.weights_ = weights
+            self.net_ = self._make_net(device, pretrained=False)
+        state_dict = {name: torch.as_tensor(value) for name, value in weights.items()}
+        self.net_.module_.load_state_dict(state_dict)
         self.net_.module_.eval()
 
     def __sklearn_tags__(self) -> Any:

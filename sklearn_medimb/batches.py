@@ -176,7 +176,9 @@ class Batches:
         device = self.preprocess.device
         if device.type != "cuda" or self.images.lazy:
             return None
-        n_bytes = len(self.rows) * int(np.prod(self.images.image_shape)) * self.images.dtype.itemsize
+        n_bytes = (
+            len(self.rows) * int(np.prod(self.images.image_shape)) * self.images.dtype.itemsize
+        )
         free, _ = torch.cuda.mem_get_info(device)
         if n_bytes > self.resident_share * free:
             return None

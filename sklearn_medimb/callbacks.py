@@ -155,6 +155,4 @@ class SklearnCallbacks(Callback):
 
     def finish(self) -> None:
         """End the fit, once the estimator is final."""
-        self.root_.call_on_fit_task_end(
-            **self.task, reconstruction_attributes=self.inference_state
-        )
+        self.root_.call_on_fit_task_end(**self.task, reconstruction_attributes=self.inference_state)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +75,23 @@ class Checkpoint(Callback):
         ValueError
             If the file is damaged or was written by another fit.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"checkpoint_dir={str(self.directory)!r} cannot be used as a directory: {error}"
+            ) from error
         if not self.path.exists():
             return self
         advice = f"Delete {str(self.path)!r}, or set checkpoint_dir to another directory."
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            format_, token = state["format"], state["token"]
-        except (RuntimeError, EOFError, KeyError, TypeError, OSError, pickle.UnpicklingError) as e:
-            raise ValueError(f"The checkpoint is damaged ({type(e).__name__}). {advice}") from e
-        if format_ != FORMAT or token != self.token:
+        digest, _, content = self.path.read_bytes().partition(b"\n")
+        if hashlib.blake2b(content).hexdigest().encode() != digest:
+            raise ValueError(f"The checkpoint is damaged. {advice}")
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if (state["format"], state["token"]) != (FORMAT, self.token):
             raise ValueError(
-                f"The checkpoint belongs to another fit (other data, parameters or version). {advice}"
+                "The checkpoint belongs to another fit (other data, parameters or version). "
+                f"{advice}"
             )
         self.state = state
         return self
@@ -139,12 +144,15 @@ class Checkpoint(Callback):
         }
         if self.generator.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.generator.device)
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getvalue()
         draft = self.path.with_suffix(f".{os.getpid()}.tmp")
-        with open(draft, "wb") as file:
-            torch.save(state, file)
+        with draft.open("wb") as file:
+            file.write(hashlib.blake2b(content).hexdigest().encode() + b"\n" + content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, self.path)
+        draft.replace(self.path)
 
     def remove(self) -> None:
         """Forget the fit: it is finished."""

@@ -292,7 +292,8 @@ class CSSNLoss(nn.Module):
         soft = soft_log_target(target, scores.z.sigmoid(), self.soft_ratio)
         if self.class_link == "affine":
             q = ((1 + scores.k) / 2).clamp(1e-4, 1 - 1e-4)
-            cosine = F.binary_cross_entropy(q, soft, weight)
+            # Written out: torch's function stops with an obscure error where q is NaN.
+            cosine = -(weight * (soft * q.log() + (1 - soft) * (1 - q).log())).mean()
         else:
             cosine = F.binary_cross_entropy_with_logits(scores.k.sigmoid(), soft, weight)
         loss = (1 - self.class_loss_weight) * patch + self.class_loss_weight * cosine
@@ -301,10 +302,10 @@ class CSSNLoss(nn.Module):
             loss = loss + self.aux_weight * F.cross_entropy(scores.logits, labels)
         return loss
 
-    def pair_weights(self, target: torch.Tensor) -> torch.Tensor | None:
-        """Weights of mean 1 that give positive and negative pairs one half each."""
+    def pair_weights(self, target: torch.Tensor) -> torch.Tensor:
+        """Weights of mean 1: equal, or such that positive and negative pairs have a half each."""
         if not self.balance_pairs:
-            return None
+            return torch.ones_like(target)
         positive = target.mean().clamp(1e-6, 1 - 1e-6)
         return 0.5 * (target / positive + (1 - target) / (1 - positive))
 
@@ -408,6 +409,9 @@ class CSSNClassifier(BaseImageClassifier):
     support_indices_ : ndarray of int of shape (n_supports,)
         Rows of the training images (after `sampler`, if any) in the support bank.
 
+    support_codes_ : ndarray of int of shape (n_supports,)
+        Their classes, as positions in ``classes_``.
+
     support_labels_ : ndarray of shape (n_supports,)
         Their classes.
 
@@ -468,6 +472,15 @@ class CSSNClassifier(BaseImageClassifier):
         "head_lr": [Interval(Real, 0, None, closed="neither"), None],
         "batch_size": [StrOptions({"auto"}), Interval(Integral, 2, None, closed="left")],
     }
+
+    _inference_arrays: ClassVar[tuple[str, ...]] = (
+        *BaseImageClassifier._inference_arrays,
+        "support_indices_",
+        "support_codes_",
+        "support_weights_",
+        "support_patches_",
+        "support_embeddings_",
+    )
 
     # Elements of similarity maps in memory at a time, at predict.
     _chunk_elements = 2**23
@@ -668,7 +681,9 @@ class CSSNClassifier(BaseImageClassifier):
         return max(1, round(n_samples / self._n_images()))
 
     def _make_batches(self, train: TrainingSet, **common: Any) -> Batches:
-        n = min(self._n_images() * (2 if self.pair_view == "disjoint" else 1), len(train.y)//2*2)
+        n = min(
+            self._n_images() * (2 if self.pair_view == "disjoint" else 1), len(train.y) // 2 * 2
+        )
         n_batches = self._steps_per_epoch(len(train.y))
         pairwise = self.pair_view == "pair"
 
@@ -680,7 +695,12 @@ class CSSNClassifier(BaseImageClassifier):
 
         y = torch.as_tensor(train.y, device=self.net_.device)
         return Batches(
-            train.images, train.rows, y, plan, n_views=1 if self.pair_view != "image" else 2, **common
+            train.images,
+            train.rows,
+            y,
+            plan,
+            n_views=1 if self.pair_view != "image" else 2,
+            **common,
         )
 
     # ---------------------------------------------------------------- support bank
@@ -710,7 +730,7 @@ class CSSNClassifier(BaseImageClassifier):
         bank = self._encode(train.images, train.rows[rows])
         return {
             "support_indices_": train.rows[rows],
-            "support_labels_": self.classes_[train.y[rows]],
+            "support_codes_": train.y[rows],
             "support_weights_": np.concatenate(weights),
             "support_patches_": bank.patches.cpu().numpy(),
             "support_embeddings_": bank.embedding.cpu().numpy(),
@@ -727,6 +747,11 @@ class CSSNClassifier(BaseImageClassifier):
         both = self._map(images, forward, rows)
         return Encoded(both[:, :-1], both[:, -1])
 
+    @property
+    def support_labels_(self) -> np.ndarray:
+        """Class of each support."""
+        return self.classes_[self.support_codes_]
+
     def _bank(self) -> Encoded:
         """Encoded supports on the device of the network."""
         arrays = (self.support_patches_, self.support_embeddings_)
@@ -735,7 +760,7 @@ class CSSNClassifier(BaseImageClassifier):
     # ---------------------------------------------------------------- comparison
 
     def _pair_logits(self, queries: torch.Tensor, supports: torch.Tensor) -> torch.Tensor:
-        """z of all pairs, (n_q, n_s); encoded patches in."""
+        """Give z of all pairs of encoded patches, (n_q, n_s)."""
         head = self.net_.module_.head
         z = head.patch_logits(head.similarity_maps(queries, supports))
         if self.symmetric:
@@ -746,7 +771,7 @@ class CSSNClassifier(BaseImageClassifier):
     def _scores(self, images: Images) -> np.ndarray:
         """Log of each class's mean pair probability, (n, n_classes)."""
         queries, bank = self._encode(images).patches, self._bank()
-        codes = np.searchsorted(self.classes_, self.support_labels_)
+        codes = self.support_codes_
         shares = torch.as_tensor(np.log(self.support_weights_), device=queries.device)
         members = [
             torch.as_tensor(np.flatnonzero(codes == k), device=queries.device)
@@ -817,12 +842,14 @@ class CSSNClassifier(BaseImageClassifier):
             Training rows, labels, scores and patch-to-patch maps of the nearest supports.
         """
         check_is_fitted(self)
-        if not 1 <= n_neighbors <= len(self.support_indices_):
+        n_supports = len(self.support_indices_)
+        if not isinstance(n_neighbors, Integral) or not 1 <= n_neighbors <= n_supports:
             raise ValueError(
-                f"n_neighbors={n_neighbors} must lie between 1 and the number of supports, "
-                f"{len(self.support_indices_)}."
+                f"n_neighbors={n_neighbors!r} must be an integer from 1 to the number of supports, "
+                f"{n_supports}."
             )
-        queries, bank, head = self._encode(self._read(X)).patches, self._bank(), self.net_.module_.head
+        queries, bank = self._encode(self._read(X)).patches, self._bank()
+        head = self.net_.module_.head
         per_query = len(bank.patches) * math.prod(bank.patches.shape[1:2] * 2)
         found, scores, maps = [], [], []
         for part in queries.clone().split(max(1, self._chunk_elements // per_query)):

@@ -108,7 +108,9 @@ def infer_layout(
     elif len(sample) == 1 and not paired:
         return Layout(sample)
     if 0 in sample:
-        raise ValueError(f"Found an image with an empty axis: the samples of X have shape {sample}.")
+        raise ValueError(
+            f"Found an image with an empty axis: the samples of X have shape {sample}."
+        )
 
     if paired:
         if len(sample) < 3 or sample[0] != 2:
@@ -261,7 +263,9 @@ def read_images(
             estimator=estimator,
         )  # fmt: skip
     if _num_samples(X) < 1:
-        raise ValueError("Found array with 0 sample(s) while a minimum of 1 is required: X is empty.")
+        raise ValueError(
+            "Found array with 0 sample(s) while a minimum of 1 is required: X is empty."
+        )
 
     layout = infer_layout(
         X.shape,

@@ -37,9 +37,7 @@ def focal(logits: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
     return -((1 - log_p.exp()) ** gamma) * log_p
 
 
-def logit_adjusted(
-    logits: torch.Tensor, log_prior: torch.Tensor, tau: float = 1.0
-) -> torch.Tensor:
+def logit_adjusted(logits: torch.Tensor, log_prior: torch.Tensor, tau: float = 1.0) -> torch.Tensor:
     """Cross-entropy of ``z + tau log(prior)`` [1]_; with ``tau=1`` it is balanced softmax [2]_.
 
     Parameters

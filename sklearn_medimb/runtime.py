@@ -36,15 +36,22 @@ def resolve_device(device: str | torch.device, *, fall_back: bool = False) -> to
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f'device={device!r} is unknown: use "auto", "cpu" or "cuda".') from error
+        torch.empty(0, device="cpu" if resolved.type == "cuda" else resolved)
+    except Exception as error:
+        raise ValueError(
+            f'device={str(device)!r} cannot be used: choose "auto", "cpu" or "cuda". {error}'
+        ) from error
+    if resolved.type == "meta":
+        raise ValueError('device="meta" holds no data: choose "auto", "cpu" or "cuda".')
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if resolved.type == "cuda" and (resolved.index or 0) >= n_gpus:
         if not fall_back:
             raise ValueError(
                 f'device={str(device)!r}: this machine has {n_gpus} CUDA GPUs; set device="auto".'
             )
-        warnings.warn(f"device={str(device)!r} is not on this machine: using the CPU.", stacklevel=3)
+        warnings.warn(
+            f"device={str(device)!r} is not on this machine: using the CPU.", stacklevel=3
+        )
         return torch.device("cpu")
     return resolved
 

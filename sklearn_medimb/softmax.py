@@ -257,6 +257,11 @@ class SoftmaxClassifier(BaseImageClassifier):
         "mixup_alpha": [Interval(Real, 0, None, closed="neither")],
     }
 
+    _inference_arrays: ClassVar[tuple[str, ...]] = (
+        *BaseImageClassifier._inference_arrays,
+        "class_prior_",
+    )
+
     def __init__(
         self,
         backbone: Any = "auto",
@@ -424,6 +429,15 @@ class SoftmaxClassifier(BaseImageClassifier):
         """Constructor's `class_weight`, per encoded class."""
         if self.class_weight == "balanced":
             return class_mass.sum() / (len(class_mass) * class_mass)
+        if self.class_weight is not None:
+            weights = list(self.class_weight.values())
+            if not all(isinstance(w, Real) and 0 <= w < np.inf for w in weights):
+                raise ValueError(f"class_weight must hold non-negative numbers, got {weights}.")
+            if unknown := [k for k in self.class_weight if k not in set(self.classes_.tolist())]:
+                raise ValueError(
+                    f"class_weight names classes {unknown} that y lacks: it holds "
+                    f"{self.classes_.tolist()}."
+                )
         return compute_class_weight(self.class_weight, classes=self.classes_, y=self.classes_)
 
     def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
@@ -439,9 +453,7 @@ class SoftmaxClassifier(BaseImageClassifier):
         size = min(self.batch_size, n)
         steps = self._steps_per_epoch(n)
         balanced = Batches(*args, lambda rng: class_balanced(train.y, size, steps, rng), **common)
-        return MixedBatches(
-            plain, self.mixup_alpha, balanced if self.mixup == "balanced" else None
-        )
+        return MixedBatches(plain, self.mixup_alpha, balanced if self.mixup == "balanced" else None)
 
     def _steps_per_epoch(self, n_samples: int) -> int:
         return -(-n_samples // self.batch_size)
@@ -455,4 +467,3 @@ class SoftmaxClassifier(BaseImageClassifier):
         if self.post_hoc_tau:
             logits -= self.post_hoc_tau * np.log(self.class_prior_)
         return logits
-

@@ -334,7 +334,7 @@ class TestSupports:
         return CSSNClassifier(**tiny, n_support=4, n_support_draws=3).fit(*blobs)
 
     def test_bank_holds_each_class_and_names_its_rows(self, fitted, blobs):
-        X, y = blobs
+        _, y = blobs
         assert np.array_equal(y[fitted.support_indices_], fitted.support_labels_)
         for label in fitted.classes_:
             members = fitted.support_labels_ == label
@@ -369,7 +369,7 @@ class TestSupports:
     def test_duplicated_supports_change_nothing(self, fitted, blobs):
         before = fitted.predict_proba(blobs[0])
         tail = fitted.support_labels_ == 2
-        for name in ("indices", "labels", "weights", "patches", "embeddings"):
+        for name in ("indices", "codes", "weights", "patches", "embeddings"):
             bank = getattr(fitted, f"support_{name}_")
             if name == "weights":
                 bank = np.where(tail, bank / 2, bank)
@@ -378,7 +378,7 @@ class TestSupports:
 
     def test_relabelling_supports_permutes_columns(self, fitted, blobs):
         before = fitted.similarity(blobs[0])
-        fitted.support_labels_ = (fitted.support_labels_ + 1) % 3
+        fitted.support_codes_ = (fitted.support_codes_ + 1) % 3
         assert np.allclose(fitted.similarity(blobs[0]), np.roll(before, 1, axis=1))
 
     def test_each_query_is_encoded_once_and_supports_never_again(self, fitted, blobs):
