@@ -308,8 +308,9 @@ class Augmentation(BaseEstimator):
     def _check(self) -> None:
         for name, (low, high, _) in _RANGES.items():
             value = getattr(self, name)
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
             # Written so that NaN fails as well.
-            if isinstance(value, bool) or not (isinstance(value, Real) and low <= value <= high):
+            if not (is_number and low <= value <= high):
                 raise ValueError(f"{name} must be a number in [{low}, {high}], got {value!r}.")
 
     def _draw_geometry(self, u: dict[str, Tensor], spatial: tuple[int, ...]) -> dict[str, Tensor]:
@@ -468,9 +469,12 @@ def _change_tone_(
 ) -> Tensor:
     # In place, hence the underscore. Undoing the rescaling of gamma, contrast and brightness are
     # all of the form `gain * image + offset`: gathered first, they cost two passes together.
+    # `low` and `span` come with gamma and with brightness.
     gain = images.new_ones((len(images), *[1] * (images.ndim - 1)))
     offset = torch.zeros_like(gain)
     if gamma is not None:
+        assert low is not None
+        assert span is not None
         unit = images.sub_(low).div_(torch.where(span > 0, span, 1))
         # Not 0, where the power would have an infinite slope.
         images = unit.clamp_(min=torch.finfo(unit.dtype).tiny).pow_(gamma)
@@ -479,6 +483,7 @@ def _change_tone_(
         offset = offset + (1 - contrast) * gain * _channel_mean(images.detach())
         gain = gain * contrast
     if brightness is not None:
+        assert span is not None
         offset = offset + brightness * span
     # The gradient of the power needs its result.
     images = images * gain if images.requires_grad else images.mul_(gain)

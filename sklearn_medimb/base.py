@@ -98,6 +98,10 @@ class BaseImageClassifier(
     (`_make_batches`) and its class scores (`_scores`).
     """
 
+    net_: Net
+    classes_: np.ndarray
+    image_shape_: tuple[int, ...]
+
     _doc_link_module = "sklearn_medimb"
     _doc_link_template = "https://sklearn-medimb.readthedocs.io/{estimator_module}.{estimator_name}"
 
@@ -243,7 +247,7 @@ class BaseImageClassifier(
                     best.restore(net)
                     self.best_score_ = best.best_score
                 net.module_.eval()
-                vars(self).update(self._inference_state(train))
+                self._set_fitted(self._inference_state(train))
                 self.history_ = [_numbers(row) for row in net.history]
                 self.n_iter_ = len(self.history_)
                 if checkpoint is not None and complete:
@@ -282,7 +286,7 @@ class BaseImageClassifier(
         scorer = check_scoring(self, self.scoring)
 
         def score() -> float:
-            vars(self).update(self._inference_state(train))
+            self._set_fitted(self._inference_state(train))
             with warnings.catch_warnings():  # a class with one sample is never held out
                 warnings.filterwarnings("ignore", "y_pred contains classes not in y_true")
                 value = float(scorer(self, X_held, y_held))
@@ -357,6 +361,10 @@ class BaseImageClassifier(
             )
         encoded = np.searchsorted(self.classes_, y)
         return TrainingSet(images, rows, encoded, sample_weight), groups
+
+    def _set_fitted(self, attributes: dict[str, Any]) -> None:
+        for name, value in attributes.items():
+            setattr(self, name, value)
 
     # ---------------------------------------------------------------- the network
 
@@ -574,7 +582,7 @@ class BaseImageClassifier(
             self.net_.module_.load_state_dict({k: torch.as_tensor(v) for k, v in weights.items()})
         except RuntimeError as error:
             raise ValueError(f"weights_ of another network cannot be assigned: {error}") from error
-        vars(self).update(extra)
+        self._set_fitted(extra)
 
     def __getstate__(self) -> dict[str, Any]:
         """Parameters, scalars and arrays: no tensor, no device, nothing that skops cannot audit."""

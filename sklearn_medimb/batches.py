@@ -35,9 +35,10 @@ def class_balanced(
 ) -> list[np.ndarray]:
     """Batches with equally many rows of each class.
 
-    Each class is dealt out like a deck of cards: shuffled, used up, shuffled again. So class counts
-    within a batch differ by at most one, and no row is drawn twice before all of its class were
-    drawn once.
+    A batch holds ``batch_size // n_classes`` rows of every class; the places left over go to
+    different classes, which take turns. So class counts differ by at most one, within a batch and
+    over all of them. The rows of a class take turns as well: none is drawn again before all were
+    drawn once, and none is twice in a batch unless its class has fewer rows than places.
 
     Parameters
     ----------
@@ -51,22 +52,36 @@ def class_balanced(
     Returns
     -------
     plan : list of n_batches ndarrays of shape (batch_size,)
-        Row numbers.
+        Row numbers. A batch begins with a row of every class, in random order, then comes the
+        second of every class and so on, so that its parts are balanced too.
     """
-    n_draws = batch_size * n_batches
     classes = np.unique(y)
-    # Rounds over all classes in a fresh order each, so that a batch that is no multiple of the
-    # number of classes does not always favour the same ones.
-    rounds = -(-n_draws // len(classes))
-    turns = rng.permuted(np.tile(classes, (rounds, 1)), axis=1).ravel()[:n_draws]
-    rows = np.empty(n_draws, dtype=np.intp)
+    n_each, n_left = divmod(batch_size, len(classes))
+    rounds = rng.permuted(np.tile(classes, (n_batches * n_each, 1)), axis=1)
+    left = _deal(classes, np.full(n_batches, n_left), rng)
+    turns = np.hstack(
+        [rounds.reshape(n_batches, n_each * len(classes)), left.reshape(n_batches, n_left)]
+    )
+    rows = np.empty(turns.shape, dtype=np.intp)
     for label in classes:
-        deck = np.flatnonzero(y == label)
-        turns_of_class = np.flatnonzero(turns == label)
-        n_shuffles = -(-len(turns_of_class) // len(deck))
-        cards = rng.permuted(np.tile(deck, (n_shuffles, 1)), axis=1).ravel()
-        rows[turns_of_class] = cards[: len(turns_of_class)]
-    return np.split(rows, n_batches)
+        places = turns == label
+        rows[places] = _deal(np.flatnonzero(y == label), places.sum(axis=1), rng)
+    return list(rows)
+
+
+def _deal(cards: np.ndarray, hands: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Deal hands of given sizes, one after another, from a deck that is reshuffled when used up."""
+    dealt, deck = [cards[:0]], cards[:0]
+    for size in hands[hands > 0]:
+        if size > len(deck):
+            n_decks = -(-(size - len(deck)) // len(cards))
+            fresh = rng.permuted(np.tile(cards, (n_decks, 1)), axis=1)
+            # The rest of the old deck opens this hand: the new one has those cards at its bottom.
+            fresh[0] = fresh[0][np.argsort(np.isin(fresh[0], deck), kind="stable")]
+            deck = np.concatenate([deck, fresh.ravel()])
+        dealt.append(deck[:size])
+        deck = deck[size:]
+    return np.concatenate(dealt)
 
 
 class Preprocessor:
@@ -196,14 +211,17 @@ class Batches:
 
     def _view(self, images: torch.Tensor) -> torch.Tensor:
         """One augmented copy, still on the original scale."""
-        if self.augmentation.is_identity or images.ndim < 4:  # vectors are not augmented
+        augmentation = self.augmentation
+        # Vectors are not augmented. Of the caller's own augmentations, draw and apply are asked.
+        if images.ndim < 4 or getattr(augmentation, "is_identity", False):
             return images
-        return self.augmentation(images, self.generator)
+        params = augmentation.draw(len(images), tuple(images.shape[1:]), self.generator)
+        return augmentation.apply(images, params)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for picks in self.plan(self.rng):
             raw, targets = self._gather(picks)
             images = to_unit_scale(raw, self.preprocess.dtype)
             views = [self._view(images) for _ in range(self.n_views)]
-            views = views[0] if self.n_views == 1 else torch.cat(views)
-            yield self.preprocess.normalise(views), targets
+            stacked = views[0] if self.n_views == 1 else torch.cat(views)
+            yield self.preprocess.normalise(stacked), targets

@@ -7,9 +7,9 @@ The only file that knows how callers store images. Everywhere else a batch is a 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from sklearn.utils import check_array
 from sklearn.utils.validation import _num_samples, validate_data
 
 CHANNEL_COUNTS = (1, 3, 4)  # what an axis of channels may look like when nobody says
+UNIT_MAX = 1.5  # floats up to here may be pixels scaled to [0, 1], with some overshoot
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def infer_layout(
     """
     sample = tuple(int(side) for side in shape[1:])
     if image_shape is not None:
+        if not all(isinstance(side, Integral) and side > 0 for side in image_shape):
+            raise ValueError(f"image_shape={image_shape} must hold whole numbers above 0.")
         image_shape = tuple(int(side) for side in image_shape)
         if len(sample) == 1 and math.prod(image_shape) != sample[0]:
             raise ValueError(
@@ -152,9 +155,9 @@ def _read_axes(sample: tuple[int, ...], data_format: str, spatial_dims: int | No
 def is_lazy(X: Any) -> bool:
     """Whether `X` is a container that loads images on demand.
 
-    It has ``__len__``, ``__getitem__``, ``shape``, ``ndim`` and ``dtype`` and is no array in memory.
-    ``X[i]`` with an integer returns one image; for cross-validation, ``X[rows]`` with an index
-    array, alone or in a tuple before ``...``, returns another such container.
+    It has ``__len__``, ``__getitem__``, ``shape``, ``ndim`` and ``dtype`` and is no array in
+    memory. ``X[i]`` with an integer returns one image; for cross-validation, ``X[rows]`` with an
+    index array, alone or in a tuple before ``...``, returns another such container.
     """
     if isinstance(X, (np.ndarray, torch.Tensor, list, tuple)) or hasattr(X, "iloc"):
         return False
@@ -198,20 +201,26 @@ class Images:
             # writable even where the caller's array is a read-only memory map.
             block = self.data.take(rows, axis=0)
         else:
-            block = np.stack([_one_image(self.data, int(row)) for row in rows])
-            if block.shape[1:] != tuple(self.data.shape[1:]):
-                raise ValueError(
-                    f"X announces images of shape {tuple(self.data.shape[1:])} but returned "
-                    f"{block.shape[1:]} for rows {rows[0]} to {rows[-1]}."
-                )
-            block = block.astype(self.dtype, copy=False)
-            _refuse_non_finite(block, names=rows)
+            images = [self._announced(_one_image(self.data, int(row)), row) for row in rows]
+            block = _cast(np.stack(images), self.dtype, names=rows)
         return self.layout.canonical(torch.from_numpy(block))
+
+    def _announced(self, image: np.ndarray, row: int) -> np.ndarray:
+        """Pass an image on if it is what the container announces."""
+        shape, dtype = tuple(self.data.shape[1:]), np.dtype(self.data.dtype)
+        # uint8 is divided by 255 and nothing else is, so that neither may stand in for the other.
+        same_kind = image.dtype.kind in "buif" and (image.dtype == np.uint8) == (dtype == np.uint8)
+        if image.shape != shape or not same_kind:
+            raise ValueError(
+                f"X announces images of shape {shape} and dtype {dtype}, but row {row} has shape "
+                f"{image.shape} and dtype {image.dtype}."
+            )
+        return image
 
 
 def _one_image(data: Any, row: int) -> np.ndarray:
     try:
-        return np.asarray(data[row])
+        return np.asarray(_from_torch(data[row]))
     except Exception as error:
         raise ValueError(f"Row {row} of X could not be read: {error!r}.") from error
 
@@ -232,7 +241,8 @@ def read_images(
     Parameters
     ----------
     estimator : estimator instance
-        Receives `n_features_in_` and `feature_names_in_` when `reset`, and is checked otherwise.
+        Receives `n_features_in_`, `feature_names_in_` and `pixel_range_` when `reset`, and is
+        checked otherwise.
     X : array-like, DataFrame, torch tensor, list of arrays, or lazy sequence
         See the package's README for the accepted shapes.
     reset : bool
@@ -250,13 +260,14 @@ def read_images(
     Raises
     ------
     ValueError
-        If `X` is empty, ragged, ambiguous, of another shape than in ``fit``, or not finite.
+        If `X` is empty, ragged, ambiguous, not finite, or of another shape or scale than in
+        ``fit``.
     TypeError
         If `X` is sparse or not numeric.
     """
     X = _to_array(X)
     if not is_lazy(X) and getattr(X, "ndim", 2) <= 2:
-        X = validate_data(estimator, X, reset=reset, dtype="numeric")
+        X = validate_data(estimator, X, reset=reset, dtype="numeric", ensure_all_finite=False)
     elif not is_lazy(X):
         X = check_array(
             X, allow_nd=True, dtype="numeric", ensure_all_finite=False, input_name="X",
@@ -284,46 +295,84 @@ def read_images(
             f"{type(estimator).__name__} was fitted on images of shape "
             f"{tuple(estimator.image_shape_)}: resize or crop X, or check data_format."
         )
+    if np.dtype(X.dtype).kind not in "buif":
+        raise ValueError(f"X of dtype {X.dtype} cannot be read as images.")
     dtype = np.dtype(np.uint8 if X.dtype == np.uint8 else float_dtype)
-    if not is_lazy(X):
-        if X.dtype.kind not in "buif":
-            raise ValueError(f"X of dtype {X.dtype} cannot be read as images.")
-        X = X.astype(dtype, copy=False)
-        _refuse_non_finite(X)
-    return Images(X, layout, dtype)
+    images = Images(X if is_lazy(X) else _cast(X, dtype), layout, dtype)
+    _check_pixel_range(estimator, images, reset)
+    return images
 
 
 def _to_array(X: Any) -> Any:
     """Turn tensors and lists of images into arrays; leave everything else to scikit-learn."""
-    if isinstance(X, torch.Tensor):
-        X = X.detach().cpu()
-        return (X.float() if X.dtype == torch.bfloat16 else X).numpy()
-    if isinstance(X, (list, tuple)) and len(X) and hasattr(X[0], "shape"):
-        images = [_to_array(image) if isinstance(image, torch.Tensor) else image for image in X]
-        shapes = [np.shape(image) for image in images]
-        odd = next((row for row, shape in enumerate(shapes) if shape != shapes[0]), None)
-        if odd is not None:
-            raise ValueError(
-                f"X is a list of images of different sizes: row 0 has shape {shapes[0]}, row {odd} "
-                f"has shape {shapes[odd]}. Resize them to one size first."
-            )
-        return np.stack(images)
-    return X
+    X = _from_torch(X)
+    if not (isinstance(X, (list, tuple)) and len(X)):
+        return X
+    if not (isinstance(X[0], (list, tuple)) or hasattr(X[0], "shape")):
+        return X
+    images = [_one_image(X, row) for row in range(len(X))]
+    shapes = [image.shape for image in images]
+    odd = next((row for row, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if odd is not None:
+        raise ValueError(
+            f"X is a list of images of different sizes: row 0 has shape {shapes[0]}, row {odd} "
+            f"has shape {shapes[odd]}. Resize them to one size first."
+        )
+    return np.stack(images)
 
 
-def _refuse_non_finite(X: np.ndarray, names: np.ndarray | None = None) -> None:
-    """Raise, naming the first row that holds NaN or infinity."""
-    if X.dtype.kind != "f":
+def _from_torch(X: Any) -> Any:
+    """Turn a tensor into an array; leave everything else."""
+    if not isinstance(X, torch.Tensor):
+        return X
+    X = X.detach().cpu()
+    return (X.float() if X.dtype == torch.bfloat16 else X).numpy()
+
+
+def _cast(X: np.ndarray, dtype: np.dtype, names: np.ndarray | None = None) -> np.ndarray:
+    """Bring images to the dtype of the batches; raise, naming the row, where one is not finite."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = X.astype(dtype, copy=False)
+        # The sum is one pass without a boolean copy; it may overflow where no value does.
+        if dtype.kind != "f" or np.isfinite(cast.sum(dtype=np.float64)):
+            return cast
+    for row, (image, given) in enumerate(zip(cast, X, strict=True)):
+        if not np.isfinite(image).all():
+            what = f"a value too large for {dtype}" if np.isfinite(given).all() else "infinity"
+            what = "NaN" if np.isnan(given).any() else what
+            where = row if names is None else names[row]
+            raise ValueError(f"Input X contains {what}: see row {where}.")
+    return cast
+
+
+def _check_pixel_range(estimator: Any, images: Images, reset: bool) -> None:
+    """Refuse images that are 255 times brighter or darker than those of ``fit``.
+
+    uint8 is divided by 255, floats are taken as they are: one may follow the other only where the
+    floats are on the scale [0, 1]. `pixel_range_` is "uint8", the largest float, or None where it
+    does not matter (feature vectors) or is unknown (floats in a lazy container).
+    """
+    pixels: str | float | None = None
+    if len(images.image_shape) > 1:
+        if images.dtype == np.uint8:
+            pixels = "uint8"
+        elif not images.lazy:
+            pixels = float(images.data.max())
+    if reset:
+        estimator.pixel_range_ = pixels
         return
-    with np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        if np.isfinite(X.sum(dtype=np.float64)):  # one pass, no boolean copy
-            return
-        for row, image in enumerate(X):
-            if not np.isfinite(image).all():
-                what = "NaN" if np.isnan(image).any() else "infinity"
-                where = row if names is None else names[row]
-                raise ValueError(f"Input X contains {what}: see row {where}.")
+    fitted = estimator.pixel_range_
+    name = type(estimator).__name__
+    if fitted == "uint8" and isinstance(pixels, float) and pixels > UNIT_MAX:
+        raise ValueError(
+            f"X holds floats up to {pixels:g}, but {name} was fitted on uint8 images, which count "
+            "as [0, 1]: pass uint8, or divide X by 255."
+        )
+    if pixels == "uint8" and isinstance(fitted, float) and fitted > UNIT_MAX:
+        raise ValueError(
+            f"X is uint8, which counts as [0, 1], but {name} was fitted on floats up to "
+            f"{fitted:g}: convert X with X.astype(float) if these were not divided by 255 either."
+        )
 
 
 def channel_statistics(
@@ -354,7 +403,7 @@ def channel_statistics(
     weights = np.ones(len(rows)) if weights is None else np.asarray(weights, dtype=np.float64)
     axes = tuple(range(2, len(images.image_shape) + 1))
     # The variance is taken around a first guess, so that large offsets do not cancel.
-    shift = None
+    shift: Any = None
     for start in range(0, len(rows), block):
         part = slice(start, start + block)
         batch = to_unit_scale(images.rows(rows[part]), torch.float64).numpy()

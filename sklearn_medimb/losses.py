@@ -34,7 +34,9 @@ def focal(logits: torch.Tensor, gamma: float = 2.0) -> torch.Tensor:
     .. [1] T.-Y. Lin et al., "Focal loss for dense object detection", ICCV 2017, eq. 4.
     """
     log_p = F.log_softmax(logits, dim=1)
-    return -((1 - log_p.exp()) ** gamma) * log_p
+    # At p = 1 the power has, for gamma < 1, an infinite slope: infinity times 0 would be NaN.
+    rest = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).tiny)
+    return -(rest**gamma) * log_p
 
 
 def logit_adjusted(logits: torch.Tensor, log_prior: torch.Tensor, tau: float = 1.0) -> torch.Tensor:

@@ -113,6 +113,8 @@ class Net(NeuralNet):
 
     schedule: str | None = None
     stopped_by_callback = False
+    callbacks_: list[tuple[str, Callback]]
+    dtype: torch.dtype
 
     @property
     def _default_callbacks(self) -> list[tuple[str, Callback]]:

@@ -8,7 +8,6 @@ import numpy as np
 from imblearn.over_sampling import RandomOverSampler
 from imblearn.under_sampling import RandomUnderSampler
 from sklearn.base import clone
-from sklearn.model_selection import StratifiedGroupKFold
 
 from sklearn_medimb.images import Images
 
@@ -21,8 +20,10 @@ def validation_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Stratified split of row numbers that keeps every class, and every group whole.
 
-    Without groups each class gives up its share of rows, at least one where it has two, never its
-    last one. With groups, whole groups move.
+    Each class gives up its share of rows, at least one where it has two, never its last one. With
+    groups the shares are aimed at only: going through the groups in random order, each is held out
+    that brings the shares nearer and leaves every class in training. Where none does, because all
+    are too large, the one that misses the shares least is held out.
 
     Parameters
     ----------
@@ -45,42 +46,58 @@ def validation_split(
     ValueError
         If no split leaves rows on both sides and every class in training.
     """
+    _, y, n_rows = np.unique(y, return_inverse=True, return_counts=True)
+    wanted = np.clip(np.round(fraction * n_rows).astype(int), 1, n_rows - 1)
+    if not wanted.any():
+        raise ValueError(
+            "No class has two samples: early_stopping needs a validation split, set "
+            "early_stopping=False."
+        )
     if groups is None:
-        valid = []
-        for label in np.unique(y):
-            rows = rng.permutation(np.flatnonzero(y == label))
-            n_valid = min(max(round(fraction * len(rows)), 1), len(rows) - 1)
-            valid.append(rows[:n_valid])
-        valid = np.sort(np.concatenate(valid))
-        if not len(valid):
-            raise ValueError(
-                "No class has two samples: early_stopping needs a validation split, set "
-                "early_stopping=False."
-            )
-        return np.setdiff1d(np.arange(len(y)), valid), valid
+        valid = np.concatenate(
+            [
+                rng.permutation(np.flatnonzero(y == label))[:n_valid]
+                for label, n_valid in enumerate(wanted)
+            ]
+        )
+    else:
+        valid = np.flatnonzero(_groups_to_hold_out(y, n_rows, wanted, groups, rng))
+    return np.setdiff1d(np.arange(len(y)), valid), np.sort(valid)
 
-    n_groups = len(np.unique(groups))
-    n_splits = min(max(2, round(1 / fraction)), n_groups)
-    if n_splits < 2:
+
+def _groups_to_hold_out(
+    y: np.ndarray,
+    n_rows: np.ndarray,
+    wanted: np.ndarray,
+    groups: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Mask of the rows whose groups together come near `wanted` rows of each class."""
+    names, groups = np.unique(groups, return_inverse=True)
+    if len(names) < 2:
         raise ValueError("groups holds a single group: no validation split can keep it whole.")
-    # StratifiedGroupKFold warns of, and copes with, classes rarer than n_splits.
-    folds = StratifiedGroupKFold(
-        n_splits, shuffle=True, random_state=int(rng.integers(2**31 - 1))
-    ).split(y, _with_enough_members(y, n_splits), groups)
-    for train, valid in folds:
-        if len(valid) and len(np.unique(y[train])) == len(np.unique(y)):
-            return train, valid
-    raise ValueError(
-        "No grouped validation split keeps every class in training: some class lies within one "
-        "group. Set early_stopping=False."
-    )
+    table = np.zeros((len(names), len(n_rows)), dtype=int)  # rows of each group and class
+    np.add.at(table, (groups, y), 1)
 
+    def miss(held: np.ndarray) -> float:
+        return float(((held - wanted) ** 2 / n_rows).sum())
 
-def _with_enough_members(y: np.ndarray, n_splits: int) -> np.ndarray:
-    """Merge classes with fewer than `n_splits` rows, which StratifiedGroupKFold would warn of."""
-    counts = np.bincount(y)
-    merged = np.where(counts[y] < n_splits, len(counts), y)
-    return merged if np.bincount(merged)[np.unique(merged)].min() >= n_splits else np.zeros_like(y)
+    order = rng.permutation(len(names))
+    chosen, held = [], np.zeros_like(n_rows)
+    for group in order:
+        more = held + table[group]
+        if (more < n_rows).all() and miss(more) < miss(held):
+            chosen.append(group)
+            held = more
+    if not chosen:
+        possible = [group for group in order if (table[group] < n_rows).all()]
+        if not possible:
+            raise ValueError(
+                "No grouped validation split keeps every class in training: some class lies within "
+                "one group. Set early_stopping=False."
+            )
+        chosen = [min(possible, key=lambda group: miss(table[group]))]
+    return np.isin(groups, chosen)
 
 
 def resample(
@@ -90,6 +107,8 @@ def resample(
     y: np.ndarray,
     weight: np.ndarray | None,
     seed: int,
+    *,
+    classes: np.ndarray | None = None,
 ) -> tuple[Images, np.ndarray, np.ndarray, np.ndarray | None]:
     """Apply an imbalanced-learn sampler to the training rows.
 
@@ -104,12 +123,15 @@ def resample(
         All images.
     rows : ndarray of int of shape (n,)
         Training rows among `images`.
-    y : ndarray of shape (n,)
-        Their classes.
+    y : ndarray of int of shape (n,)
+        Their encoded classes.
     weight : ndarray of shape (n,) or None
         Their weights.
     seed : int
         Seed for the sampler.
+    classes : ndarray of shape (n_classes,), default=None
+        The caller's labels, ascending, of which ``sampling_strategy={label: n}`` speaks; None
+        where `y` holds these labels itself.
 
     Returns
     -------
@@ -125,12 +147,13 @@ def resample(
     if getattr(sampler, "random_state", 0) is None:
         sampler.set_params(random_state=seed)
     name = type(sampler).__name__
+    labels = y if classes is None else classes[y]
     if isinstance(sampler, (RandomOverSampler, RandomUnderSampler)) and (
         getattr(sampler, "shrinkage", None) is None
     ):
-        picks, y = sampler.fit_resample(np.arange(len(rows)).reshape(-1, 1), y)
+        picks, _ = sampler.fit_resample(np.arange(len(rows)).reshape(-1, 1), labels)
         picks = picks.ravel()
-        return images, rows[picks], y, None if weight is None else weight[picks]
+        return images, rows[picks], y[picks], None if weight is None else weight[picks]
     if images.lazy:
         raise ValueError(
             f"sampler={name} needs every image in memory: pass X as an array, or use "
@@ -140,7 +163,12 @@ def resample(
         raise ValueError(
             f"sampler={name} makes rows that no sample_weight belongs to: drop one of the two."
         )
-    block = images.data.take(rows, axis=0)
-    block, y = sampler.fit_resample(block.reshape(len(rows), -1), y)
+    block = images.data.take(rows, axis=0).reshape(len(rows), -1)
+    if images.dtype == np.uint8:  # differences of uint8 would wrap around
+        block, labels = sampler.fit_resample(block.astype(np.float32), labels)
+        block = np.rint(block).clip(0, 255)
+    else:
+        block, labels = sampler.fit_resample(block, labels)
     block = np.ascontiguousarray(block, dtype=images.dtype)
+    y = labels if classes is None else np.searchsorted(classes, labels)
     return Images(block, images.layout, images.dtype), np.arange(len(y)), y, None

@@ -39,7 +39,7 @@ def resolve_device(device: str | torch.device, *, fall_back: bool = False) -> to
         torch.empty(0, device="cpu" if resolved.type == "cuda" else resolved)
     except Exception as error:
         raise ValueError(
-            f'device={str(device)!r} cannot be used: choose "auto", "cpu" or "cuda". {error}'
+            f'device={str(device)!r} cannot be used: choose "auto", "cpu" or "cuda" ({error}).'
         ) from error
     if resolved.type == "meta":
         raise ValueError('device="meta" holds no data: choose "auto", "cpu" or "cuda".')

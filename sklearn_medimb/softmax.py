@@ -89,6 +89,8 @@ class LabelLoss(nn.Module):
         switch: int = 0,
     ) -> None:
         super().__init__()
+        self.weight: torch.Tensor
+        self.late_weight: torch.Tensor | None
         self.costs = costs
         self.switch = switch
         self.step = 0
@@ -97,9 +99,9 @@ class LabelLoss(nn.Module):
 
     def forward(self, logits: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
         """Loss of one batch."""
-        late = self.late_weight is not None and self.step >= self.switch
+        late = self.late_weight if self.step >= self.switch else None
+        weight = self.weight if late is None else late
         self.step += 1
-        weight = self.late_weight if late else self.weight
         return (mass * weight * self.costs(logits)).sum() / len(logits)
 
     def get_extra_state(self) -> int:
@@ -431,7 +433,7 @@ class SoftmaxClassifier(BaseImageClassifier):
             return class_mass.sum() / (len(class_mass) * class_mass)
         if self.class_weight is not None:
             weights = list(self.class_weight.values())
-            if not all(isinstance(w, Real) and 0 <= w < np.inf for w in weights):
+            if not all(isinstance(w, Real) and 0 <= float(w) < np.inf for w in weights):
                 raise ValueError(f"class_weight must hold non-negative numbers, got {weights}.")
             if unknown := [k for k in self.class_weight if k not in set(self.classes_.tolist())]:
                 raise ValueError(

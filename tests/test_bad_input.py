@@ -449,7 +449,7 @@ COMBINATIONS = {
         "sampler=RandomOverSampler needs every image in memory",
     ),
     "unknown GPU": ({"device": "cuda:99"}, {}, ValueError, 'device=.cuda:99.*device="auto"'),
-    "unknown device": ({"device": "nonsense"}, {}, ValueError, "device='nonsense' is unknown"),
+    "unknown device": ({"device": "nonsense"}, {}, ValueError, "device='nonsense' cannot be used"),
     "device without data": ({"device": "meta"}, {}, ValueError, "device"),
     "unknown preset": ({"augment": "heavy"}, {}, ValueError, "augment must be one of.*'heavy'"),
     "rotation out of range": (
@@ -645,18 +645,17 @@ def test_failed_refit_leaves_the_model(model, case):
     assert model.image_shape_ == (1, 8, 8)
 
 
-class FailsLater(Augmentation):
+class FailsLater:
     """Breaks in the second step of a fit."""
 
-    def __call__(self, images, generator):
+    def draw(self, n, image_shape, generator):
+        return {}
+
+    def apply(self, images, params):
         self.calls = getattr(self, "calls", 0) + 1
         if self.calls > 2:
             raise RuntimeError("no more")
         return images
-
-    @property
-    def is_identity(self):
-        return False
 
 
 @pytest.mark.parametrize("how", ["partial_fit", "warm_start"])

@@ -339,7 +339,7 @@ class Counting(Augmentation):
     def is_identity(self):
         return False
 
-    def __call__(self, images, generator):
+    def apply(self, images, params):
         self.n_views = getattr(self, "n_views", 0) + 1
         return images + self.n_views
 

@@ -82,7 +82,7 @@ class TestHead:
     @pytest.mark.parametrize("n_tokens", [4, 7, 16, 49, 64, 196])
     def test_shapes(self, n_tokens):
         head = CSSNHead(n_tokens, 24).eval()
-        patches, embedding = head(torch.randn(3, 1 + n_tokens, 24))
+        patches, embedding, _ = head(torch.randn(3, 1 + n_tokens, 24))
         assert patches.shape == (3, n_tokens // 2, 24)
         assert embedding.shape == (3, 24)
         assert head.patch_logits(head.similarity_maps(patches, patches[:2])).shape == (3, 2)
@@ -117,7 +117,7 @@ class TestHead:
         z = head.scorer((M**2).reshape(1, -1)).item()
         k = F.cosine_similarity(G_q, G_s, dim=0).item()
 
-        patches, embedding = head(torch.stack([T, R]))
+        patches, embedding, _ = head(torch.stack([T, R]))
         logits = head.patch_logits(head.similarity_maps(patches, patches))
         assert logits[0, 1].item() == pytest.approx(z, rel=1e-9)
         assert class_cosines(embedding, embedding)[0, 1].item() == pytest.approx(k, rel=1e-9)
@@ -138,7 +138,7 @@ class TestHead:
 
     def test_order_of_a_pair_matters(self):
         head = make_head()
-        patches, _ = head(torch.randn(4, 17, 32, dtype=torch.float64))
+        patches, _, _ = head(torch.randn(4, 17, 32, dtype=torch.float64))
         z = head.patch_logits(head.similarity_maps(patches, patches))
         assert not torch.allclose(z, z.T)
 
@@ -205,7 +205,7 @@ class TestLoss:
     @pytest.mark.parametrize("w", [0.0, 1.0])
     def test_gradients_reach_only_the_branch_that_is_weighted(self, w):
         head = make_head()
-        patches, embedding = head(torch.randn(6, 17, 32, dtype=torch.float64))
+        patches, embedding, _ = head(torch.randn(6, 17, 32, dtype=torch.float64))
         z = head.patch_logits(head.similarity_maps(patches[:3], patches[3:]))
         k = class_cosines(embedding[:3], embedding[3:])
         make_loss(class_loss_weight=w)(PairScores(z, k, None), torch.tensor([0, 0, 1])).backward()
@@ -331,7 +331,9 @@ class TestPaired:
 class TestSupports:
     @pytest.fixture
     def fitted(self, tiny, blobs):
-        return CSSNClassifier(**tiny, n_support=4, n_support_draws=3).fit(*blobs)
+        return CSSNClassifier(
+            **tiny, n_support=4, n_support_draws=3, decision="patch", reference="self"
+        ).fit(*blobs)
 
     def test_bank_holds_each_class_and_names_its_rows(self, fitted, blobs):
         _, y = blobs
@@ -365,6 +367,20 @@ class TestSupports:
             assert counts == [36, 16, 8]
         elif strategy == "medoid":
             assert counts == [5, 5, 5]
+
+    def test_combined_decision_multiplies_by_the_auxiliary_probability(self, fitted, blobs):
+        X, _ = blobs
+        with torch.no_grad():
+            logits = fitted.net_.module_.classifier(fitted._encode(fitted._read(X)).token)
+        product = fitted.similarity(X) * logits.softmax(dim=1).numpy()
+        fitted.set_params(decision="auto")
+        expected = product / product.sum(axis=1, keepdims=True)
+        assert np.allclose(fitted.predict_proba(X), expected, atol=1e-6)
+        two = CSSNClassifier(fitted.backbone, max_epochs=1, random_state=0, decision="auto").fit(
+            *make_blobs((9, 5))
+        )
+        share = two.similarity(X) / two.similarity(X).sum(axis=1, keepdims=True)
+        assert np.allclose(two.predict_proba(X), share)  # no auxiliary classifier there
 
     def test_duplicated_supports_change_nothing(self, fitted, blobs):
         before = fitted.predict_proba(blobs[0])
@@ -417,7 +433,7 @@ class TestSupports:
             assert np.allclose(p, evidence.scores[:, column], atol=1e-5)
         queries = fitted._encode(fitted._read(X[:5])).patches
         with torch.no_grad():
-            best = fitted._pair_logits(queries, fitted._bank().patches)
+            best = fitted._pair_logits(queries, fitted._bank())
         assert np.allclose(best.sigmoid().max(dim=1).values.numpy(), evidence.scores[:, 0])
 
     def test_single_sample_class_supports_itself(self, tiny):

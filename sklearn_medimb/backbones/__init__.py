@@ -16,12 +16,18 @@ from typing import Any
 
 from torch import nn
 
-from ._base import Backbone, as_features, as_tokens, check_input_shape, pooled_grid
-from ._weights import load_weights
-from .adapters import MonaiBackbone, TimmBackbone
-from .conv import MLP, ConvNet
-from .resnet import ResNet
-from .vit import ViT
+from sklearn_medimb.backbones._base import (
+    Backbone,
+    as_features,
+    as_tokens,
+    check_input_shape,
+    pooled_grid,
+)
+from sklearn_medimb.backbones._weights import load_weights
+from sklearn_medimb.backbones.adapters import MonaiBackbone, TimmBackbone
+from sklearn_medimb.backbones.conv import MLP, ConvNet
+from sklearn_medimb.backbones.resnet import ResNet
+from sklearn_medimb.backbones.vit import ViT
 
 __all__ = [
     "BACKBONES",

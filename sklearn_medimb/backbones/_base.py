@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.base import BaseEstimator
 from torch import Tensor, cat, nn
 
-from ._weights import load_weights
+from sklearn_medimb.backbones._weights import load_weights
 
 _KINDS = {0: "vectors (d,)", 2: "2-D images (C, H, W)", 3: "3-D images (C, D, H, W)"}
 
@@ -139,8 +139,12 @@ def as_tokens(output: Tensor, max_tokens: int | None = None) -> Tensor:
 
     sides = tuple(grid.shape[2:])
     if max_tokens is not None and math.prod(sides) > max_tokens:
-        pool = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
-        grid = pool[len(sides) - 1](grid, pooled_grid(sides, max_tokens))
+        pools: tuple[Callable[..., Tensor], ...] = (
+            F.adaptive_avg_pool1d,
+            F.adaptive_avg_pool2d,
+            F.adaptive_avg_pool3d,
+        )
+        grid = pools[len(sides) - 1](grid, pooled_grid(sides, max_tokens))
     return cat([first[:, None], grid.flatten(2).transpose(1, 2)], 1)
 
 
@@ -200,7 +204,7 @@ def check_input_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
 
 def check_int(value: Any, name: str) -> int:
     """Return ``value`` as an int of at least 1, or raise a ValueError that names it."""
-    if isinstance(value, Integral) and not isinstance(value, bool) and value >= 1:
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1:
         return int(value)
     raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
 
@@ -214,7 +218,8 @@ def check_ints(value: Any, name: str) -> tuple[int, ...]:
 
 def check_rate(value: Any, name: str) -> float:
     """Return ``value`` as a float in [0, 1), or raise a ValueError that names it."""
-    if isinstance(value, Real) and not isinstance(value, bool) and 0 <= value < 1:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if is_number and 0 <= value < 1:
         return float(value)
     raise ValueError(f"{name} must be a number in [0, 1), got {value!r}.")
 

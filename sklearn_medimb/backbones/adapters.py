@@ -11,8 +11,8 @@ from typing import Any, ClassVar, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from ._base import Backbone
-from ._weights import load_weights
+from sklearn_medimb.backbones._base import Backbone
+from sklearn_medimb.backbones._weights import load_weights
 
 # The head of a classifier is recognised by this number of outputs, like no inner width.
 _N_CLASSES = 97
@@ -97,7 +97,7 @@ class MonaiBackbone(Backbone):
         return _MonaiTrunk(net)
 
     def _load(self, module: nn.Module) -> None:
-        load_weights(module.net, self.weights)
+        load_weights(module.get_submodule("net"), self.weights)
 
 
 class TimmBackbone(Backbone):
@@ -151,7 +151,7 @@ class TimmBackbone(Backbone):
             raise ValueError(f"params: timm:{self.name} cannot be made: {error}") from error
 
     def _load(self, module: nn.Module) -> None:
-        load_weights(module.net, self.weights)
+        load_weights(module.get_submodule("net"), self.weights)
 
 
 class _MonaiTrunk(nn.Module):
@@ -160,14 +160,14 @@ class _MonaiTrunk(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.net.features(x) if hasattr(self.net, "features") else self.net(x)
+        out = getattr(self.net, "features", self.net)(x)
         return out[0] if isinstance(out, tuple) else out
 
 
 class _TimmTrunk(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self.net = net
+        self.net: Any = net  # a module with the methods of timm's
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.net.forward_features(x)
@@ -198,7 +198,7 @@ def _signature(make: Any) -> set[str]:
     names: set[str] = set()
     for parent in make.__mro__:
         if "__init__" in vars(parent):
-            parameters = inspect.signature(parent.__init__).parameters.values()
+            parameters = inspect.signature(vars(parent)["__init__"]).parameters.values()
             names |= {p.name for p in parameters}
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break

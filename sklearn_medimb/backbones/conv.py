@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ._base import Backbone, check_ints, check_option, check_rate
+from sklearn_medimb.backbones._base import Backbone, check_ints, check_option, check_rate
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

@@ -6,8 +6,8 @@ from os import PathLike
 
 from torch import Tensor, nn
 
-from ._base import Backbone, check_int, check_option
-from .conv import CONV, MAX_POOL, NORM, init_convolutions
+from sklearn_medimb.backbones._base import Backbone, check_int, check_option
+from sklearn_medimb.backbones.conv import CONV, MAX_POOL, NORM, init_convolutions
 
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 
@@ -78,7 +78,7 @@ class _ResNet(nn.Module):
         self.relu = nn.ReLU()
         self.maxpool = MAX_POOL[dims](3, stride=2, padding=1) if stem == "large" else nn.Identity()
 
-        n_in = width
+        stages, n_in = [], width
         for i, n_blocks in enumerate(_STAGES[depth]):
             stride = 2 if i > 0 and _halved(side) >= 2 else 1
             side = _halved(side) if stride == 2 else side
@@ -86,7 +86,8 @@ class _ResNet(nn.Module):
             for j in range(n_blocks):
                 stage.append(block(dims, n_in, width * 2**i, stride if j == 0 else 1))
                 n_in = width * 2**i * block.expansion
-            self.add_module(f"layer{i + 1}", stage)
+            stages.append(stage)
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,6 +113,9 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
         return self.relu(self.residual(x) + shortcut)
+
+    def residual(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 class _Basic(_Block):

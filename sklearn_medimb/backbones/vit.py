@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from os import PathLike
 from typing import Any
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._base import Backbone, check_int, check_ints, check_option, check_rate
-from .conv import CONV
+from sklearn_medimb.backbones._base import Backbone, check_int, check_ints, check_option, check_rate
+from sklearn_medimb.backbones.conv import CONV
 
 
 class ViT(Backbone):
@@ -189,7 +189,8 @@ class _PatchEmbed(nn.Module):
         self, channels: int, spatial: tuple[int, ...], patch: tuple[int, ...], width: int
     ) -> None:
         super().__init__()
-        self.proj = CONV[len(spatial)](channels, width, patch, stride=patch)
+        conv: Callable[..., nn.Module] = CONV[len(spatial)]
+        self.proj = conv(channels, width, patch, stride=patch)
         # F.pad counts from the last axis, (before, after) for each.
         ends = [-side % p for side, p in zip(spatial, patch, strict=True)]
         self.padding = tuple(n for end in reversed(ends) for n in (0, end))

@@ -7,7 +7,13 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
-from sklearn.utils import _safe_indexing, check_consistent_length, check_random_state, column_or_1d
+from sklearn.utils import (
+    _safe_indexing,
+    assert_all_finite,
+    check_consistent_length,
+    check_random_state,
+    column_or_1d,
+)
 
 
 def make_long_tailed(
@@ -75,8 +81,9 @@ def make_long_tailed(
     """
     check_consistent_length(X, y)
     labels = column_or_1d(y)
-    if imbalance_ratio < 1:
-        raise ValueError(f"imbalance_ratio={imbalance_ratio} must be at least 1.")
+    assert_all_finite(labels, input_name="y")
+    if not 1 <= imbalance_ratio < np.inf:
+        raise ValueError(f"imbalance_ratio={imbalance_ratio} must be at least 1, and finite.")
     if kind not in ("exponential", "step"):
         raise ValueError(f'kind={kind!r} must be "exponential" or "step".')
     classes, counts = np.unique(labels, return_counts=True)
@@ -84,7 +91,7 @@ def make_long_tailed(
         raise ValueError(f"y holds one class only, {classes.tolist()}: nothing to imbalance.")
     order = np.argsort(-counts, kind="stable")
     if class_order is not None:
-        if sorted(np.unique(class_order).tolist()) != sorted(classes.tolist()):
+        if sorted(np.asarray(class_order).tolist()) != classes.tolist():
             raise ValueError(f"class_order must name each class of y once: {classes.tolist()}.")
         order = np.searchsorted(classes, np.asarray(class_order))
     position = np.empty(len(classes))
@@ -92,17 +99,16 @@ def make_long_tailed(
     exponent = position if kind == "exponential" else (position >= 0.5).astype(float)
     profile = float(imbalance_ratio) ** -exponent
 
-    scale = (counts / profile).min()
+    sizes = np.maximum(np.round(profile * (counts / profile).min()).astype(int), 1)
     if n_samples is not None:
         if not isinstance(n_samples, Integral) or n_samples < len(classes):
             raise ValueError(f"n_samples={n_samples} must be an integer >= {len(classes)}.")
-        if n_samples > round(scale * profile.sum()):
+        if n_samples > sizes.sum():
             raise ValueError(
-                f"n_samples={n_samples} is more than the {int(scale * profile.sum())} images that "
+                f"n_samples={n_samples} is more than the {sizes.sum()} images that "
                 f"imbalance_ratio={imbalance_ratio} allows with class sizes {counts.tolist()}."
             )
-        scale = n_samples / profile.sum()
-    sizes = np.maximum(np.round(scale * profile).astype(int), 1)
+        sizes = _apportion(n_samples, profile, counts)
 
     rng = check_random_state(random_state)
     rows = np.sort(
@@ -115,3 +121,14 @@ def make_long_tailed(
     )
     subset = (_safe_indexing(X, rows), _safe_indexing(y, rows))
     return (*subset, rows) if return_indices else subset
+
+
+def _apportion(total: int, profile: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Sizes that add up to `total`, from 1 to `counts`, by largest remainder from `profile`."""
+    exact = total * profile / profile.sum()
+    sizes = np.clip(np.floor(exact).astype(int), 1, counts)
+    while missing := total - sizes.sum():  # at most one step per class, up or down
+        step = np.sign(missing)
+        movable = sizes < counts if step > 0 else sizes > 1
+        sizes[np.where(movable, step * (exact - sizes), -np.inf).argmax()] += step
+    return sizes

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-import zipfile
+from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,8 @@ def load_npz(
     Raises
     ------
     ValueError
-        If the file is no such archive, holds no such split, or its images are smaller than
-        `image_size`.
+        If the file is no such archive, holds no such split, its arrays do not fit together, or
+        its images are smaller than `image_size`.
 
     References
     ----------
@@ -50,11 +51,14 @@ def load_npz(
     """
     if split not in ("all", *SPLITS):
         raise ValueError(f'split={split!r} must be "all", "train", "val" or "test".')
-    try:
-        archive = np.load(path, allow_pickle=False)
-        arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, zipfile.BadZipFile, AttributeError, EOFError) as error:
-        raise ValueError(f"path={str(path)!r} is no .npz archive of plain arrays.") from error
+    if image_size is not None and not (isinstance(image_size, Integral) and image_size > 0):
+        raise ValueError(f"image_size={image_size!r} must be a whole number above 0, or None.")
+    with Path(path).open("rb") as file:
+        try:
+            archive = np.load(file, allow_pickle=False)
+            arrays = {name: archive[name] for name in archive.files}
+        except Exception as error:  # damage shows in zipfile, zlib or NumPy, each in its own way
+            raise ValueError(f"path={str(path)!r} is no .npz archive of plain arrays.") from error
 
     if "images" in arrays and "labels" in arrays:
         if split != "all":
@@ -70,28 +74,61 @@ def load_npz(
                 f"arrays are {sorted(arrays)}."
             )
 
-    def join(what: str) -> np.ndarray | None:
-        found = [arrays.get(name + what) for name in parts]
-        return None if any(part is None for part in found) else np.concatenate(found)
-
-    images, target = join("images"), join("labels")
-    if target is None:
-        raise ValueError(f"{str(path)!r} holds images without labels.")
-    target = target.reshape(len(target), -1)
-    if target.shape[1] != 1:
-        raise ValueError(
-            f"{str(path)!r} has {target.shape[1]} labels per image; one class each is needed."
-        )
-    target = target[:, 0].astype(np.int64)
-    names = arrays.get("class_names", np.arange(target.max() + 1).astype(str))
     lengths = [len(part) for part in parts.values()]
+    if not sum(lengths):
+        raise ValueError(f"{str(path)!r} holds 0 images.")
+    shapes = {f"{name}images": part.shape[1:] for name, part in parts.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            f"{str(path)!r} holds images of different shapes, {shapes}: load one split at a time."
+        )
+
+    def join(what: str) -> np.ndarray | None:
+        names = [name + what for name in parts]
+        if any(name not in arrays for name in names):
+            return None
+        for name, length in zip(names, lengths, strict=True):
+            if arrays[name].shape[:1] != (length,):
+                raise ValueError(
+                    f"{str(path)!r} holds {length} images, but {name} of shape "
+                    f"{arrays[name].shape}."
+                )
+        return np.concatenate([arrays[name] for name in names])
+
+    labels = join("labels")
+    if labels is None:
+        raise ValueError(f"{str(path)!r} holds images without labels.")
+    labels = labels.reshape(len(labels), -1)
+    if labels.shape[1] != 1:
+        raise ValueError(
+            f"{str(path)!r} has {labels.shape[1]} labels per image; one class each is needed."
+        )
+    target = _class_numbers(labels[:, 0])
+    if target is None:
+        raise ValueError(f"{str(path)!r} has labels that are not whole numbers from 0.")
+    names = arrays.get("class_names", np.arange(target.max() + 1).astype(str))
+    if names.ndim != 1 or len(names) <= target.max():
+        raise ValueError(
+            f"{str(path)!r} has class_names of shape {names.shape}, but labels up to "
+            f"{target.max()}."
+        )
+    images = np.concatenate(list(parts.values()))
     return Bunch(
         images=images if image_size is None else _reduce(images, image_size),
         target=target,
-        target_names=np.asarray(names).astype(str),
+        target_names=names.astype(str),
         groups=join("groups"),
         split=None if "" in parts else np.repeat([name[:-1] for name in parts], lengths),
     )
+
+
+def _class_numbers(labels: np.ndarray) -> np.ndarray | None:
+    """Return labels as integers, or None where some are not whole numbers from 0."""
+    if labels.dtype.kind not in "buif":
+        return None
+    with np.errstate(invalid="ignore"):  # of NaN, which then differs from what it became
+        numbers = labels.astype(np.int64)
+    return numbers if ((numbers == labels) & (numbers >= 0)).all() else None
 
 
 def _reduce(images: np.ndarray, size: int, block: int = 256) -> np.ndarray:
