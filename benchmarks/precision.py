@@ -51,7 +51,7 @@ def main() -> None:
         difference = np.array(found["bf16"])[:, 0] - np.array(found["float32"])[:, 0]
         print(
             f"{Classifier.__name__}: balanced accuracy float32 {means['float32'][0]:.3f}, "
-            f"bf16 {means['bf16'][0]:.3f} (difference per seed {np.round(difference, 3).tolist()}), "
+            f"bf16 {means['bf16'][0]:.3f} (per seed {np.round(difference, 3).tolist()}), "
             f"time bf16 / float32 {means['bf16'][1] / means['float32'][1]:.2f}"
         )
 

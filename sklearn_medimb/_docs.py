@@ -108,6 +108,10 @@ classes_ : ndarray of shape (n_classes,)
     pixel_mean_, pixel_std_ : ndarray of shape (C,)
         Normalisation of each channel, from the training images; uint8 counts as [0, 1].
 
+    pixel_range_ : str, float or None
+        "uint8", or the largest training value of float images: guards against images that are 255
+        times too bright at predict.
+
     best_score_ : float
         Validation score of the epoch kept; only with early stopping.
 

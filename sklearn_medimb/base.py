@@ -567,7 +567,7 @@ class BaseImageClassifier(
     def weights_(self) -> dict[str, np.ndarray]:
         """All arrays that predictions come from, by name: what safetensors stores in one call."""
         check_is_fitted(self)
-        extra = {name: np.asarray(getattr(self, name)) for name in self._inference_arrays}
+        extra = {name: np.ascontiguousarray(getattr(self, name)) for name in self._inference_arrays}
         return {**self._network_weights(), **extra}
 
     @weights_.setter

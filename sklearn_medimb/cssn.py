@@ -742,8 +742,8 @@ class CSSNClassifier(BaseImageClassifier):
             "support_indices_": train.rows[rows],
             "support_codes_": train.y[rows],
             "support_weights_": np.concatenate(weights),
-            "support_patches_": bank.patches.cpu().numpy(),
-            "support_embeddings_": bank.embedding.cpu().numpy(),
+            "support_patches_": bank.patches.contiguous().cpu().numpy(),
+            "support_embeddings_": bank.embedding.contiguous().cpu().numpy(),
         }
 
     def _encode(self, images: Images, rows: np.ndarray | None = None) -> Encoded:

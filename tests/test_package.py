@@ -1,0 +1,117 @@
+"""The package as a whole: imports, examples, completeness."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sklearn_medimb
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PUBLIC = [name for name in sklearn_medimb.__all__ if name[0].isupper()]
+
+
+def run_python(code: str) -> str:
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_import_leaves_heavy_packages_alone():
+    loaded = run_python("import sys, sklearn_medimb; print(*sys.modules)").split()
+    assert not {"optuna", "matplotlib", "dask", "monai", "timm", "skops"} & set(loaded)
+
+
+def test_import_takes_little_longer_than_its_dependencies():
+    timer = "import time; t = time.perf_counter(); import {}; print(time.perf_counter() - t)"
+
+    def seconds(packages):
+        return float(run_python(timer.format(packages)))
+
+    ratios = [
+        seconds("sklearn_medimb") / seconds("torch, skorch, imblearn.over_sampling")
+        for _ in range(3)
+    ]
+    assert min(ratios) < 1.3
+
+
+def test_floors_import_downwards_only():
+    """Ground floors know nothing of methods; see the order below."""
+    floors = [
+        {"_docs"},
+        {"images", "augment", "backbones", "losses", "runtime"},
+        {"batches", "rows"},
+        {"net", "checkpoint"},
+        {"callbacks"},
+        {"base"},
+        {"softmax", "cssn"},
+    ]
+    level = {name: number for number, floor in enumerate(floors) for name in floor}
+    for path in (ROOT / "sklearn_medimb").glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        assert path.stem in level, f"give {path.name} a floor"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+                "sklearn_medimb"
+            ):
+                parts = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+                for part in parts:
+                    assert level[part] < level[path.stem], f"{path.stem} imports {part}"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_class_has_an_example_and_a_documented_source(name):
+    assert any(name in path.read_text() for path in EXAMPLES), f"no example uses {name}"
+    doc = getattr(sklearn_medimb, name).__doc__
+    assert "References\n" in doc
+    assert ">>> " in doc
+    assert name in (ROOT / "README.md").read_text()
+    assert name in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_parameter_and_fitted_attribute_is_documented(name, tiny, blobs):
+    cls = getattr(sklearn_medimb, name)
+    clf = cls(**tiny, early_stopping=True).fit(*blobs)
+    for parameter in clf.get_params(deep=False):
+        assert re.search(rf"^    {parameter} : ", cls.__doc__, re.M), f"document {parameter}"
+        assert parameter in cls._parameter_constraints, f"constrain {parameter}"
+    for attribute in vars(clf):
+        if attribute.endswith("_") and not attribute.startswith("_"):
+            assert re.search(rf"\b{attribute}\b", cls.__doc__), f"document {attribute}"
+
+
+def test_every_module_has_a_docstring():
+    for module in pkgutil.walk_packages(sklearn_medimb.__path__, "sklearn_medimb."):
+        assert importlib.import_module(module.name).__doc__, module.name
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_run_offline(script, tmp_path):
+    pytest.importorskip("matplotlib")
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], [30, 14])
+    images = rng.integers(0, 120, (44, 12, 12, 3)) + 60 * labels[:, None, None, None]
+    np.savez(
+        tmp_path / "tiny.npz",
+        images=images.astype(np.uint8),
+        labels=labels,
+        class_names=np.array(["benign", "malignant"]),
+    )
+    command = [sys.executable, script, tmp_path / "tiny.npz", "--figure", tmp_path / "figure.png"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    for column in ("balanced acc.", "macro-F1", "G-mean", "worst recall", "fit s", "predict s"):
+        assert column in done.stdout
+    for row in ("CSSN", "network", "class weights", "oversampling", "balanced random forest"):
+        assert row in done.stdout
+    assert "step" in done.stderr  # progress
