@@ -118,6 +118,9 @@ classes_ : ndarray of shape (n_classes,)
     random_seed_ : int
         Seed drawn from `random_state`.
 
+    n_samples_fit_ : int
+        Images given to the first ``fit``.
+
     n_features_in_ : int
         Values per image.
 
