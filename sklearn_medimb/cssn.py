@@ -366,15 +366,15 @@ class CSSNClassifier(BaseImageClassifier):
     scorer_hidden : int, default=256
         Hidden width of the pair scorer.
 
-    dropout : float, default=0.1
-        In the head.
+    dropout : float, default=0.0
+        In the head; published: 0.1, which took a tenth of the time and changed nothing we measured.
 
     pair_weighting : {{"balanced"}} or None, default="balanced"
         "balanced" gives positive and negative pairs the same total weight, which matters with more
         than two classes; None is published.
 
     aux_weight : float or "auto", default="auto"
-        Weight of an auxiliary cross-entropy on the class token; "auto": 1 for more than two
+        Weight of an auxiliary cross-entropy on the class token; "auto": 2 for more than two
         classes, else 0.
 
     decision : {{"auto", "patch", "combined"}}, default="auto"
@@ -503,7 +503,7 @@ class CSSNClassifier(BaseImageClassifier):
         reference: str = "none",
         n_tokens: int = 16,
         scorer_hidden: int = 256,
-        dropout: float = 0.1,
+        dropout: float = 0.0,
         pair_weighting: str | None = "balanced",
         aux_weight: Any = "auto",
         decision: str = "auto",
@@ -606,6 +606,7 @@ class CSSNClassifier(BaseImageClassifier):
             "class_link": "double_sigmoid",
             "reference": "self",
             "n_tokens": 196,
+            "dropout": 0.1,
             "pair_weighting": None,
             "aux_weight": 0.0,
             "pair_view": "pair",
@@ -648,7 +649,7 @@ class CSSNClassifier(BaseImageClassifier):
 
     def _auxiliary_weight(self) -> float:
         if self.aux_weight == "auto":
-            return 0.0 if len(self.classes_) == 2 else 1.0
+            return 0.0 if len(self.classes_) == 2 else 2.0
         return self.aux_weight
 
     def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
