@@ -193,6 +193,8 @@ class BaseImageClassifier(
             seed = int(check_random_state(self.random_state).randint(2**31 - 1))
             if checkpoint is not None and checkpoint.seed is not None:
                 seed = checkpoint.seed
+            elif previous is not None:  # further training must not repeat the first one's draws
+                seed = _mixed(seed, len(previous.history))
             rng = np.random.default_rng(seed)
             generator = torch.Generator(device).manual_seed(seed)
             self.random_seed_ = seed
@@ -200,7 +202,7 @@ class BaseImageClassifier(
             with seeded(seed, device):
                 train, held = self._training_rows(data, groups, rng, partial)
                 n_epochs = 1 if partial else self._n_epochs(len(train.rows))
-                steps = self._steps_per_epoch(len(train.rows))
+                n_steps = n_epochs * self._steps_per_epoch(len(train.rows))
                 if fresh:
                     self.pixel_mean_, self.pixel_std_ = channel_statistics(
                         train.images,
@@ -210,12 +212,10 @@ class BaseImageClassifier(
                     )
                 net = self.net_ = self._make_net(device, previous)
                 schedule = "constant" if partial else self.lr_schedule
-                net.start_schedule(schedule, n_epochs * steps, self.lr)
+                net.start_schedule(schedule, n_steps, self.lr)
                 if partial and previous is not None and previous.schedule == schedule:
                     net.optimizer_.load_state_dict(copy.deepcopy(previous.optimizer_.state_dict()))
-                net.criterion_ = self._make_criterion(train, n_epochs * steps).to(
-                    net.device, net.dtype
-                )
+                net.criterion_ = self._make_criterion(train, n_steps).to(device, net.dtype)
                 batches = self._make_batches(
                     train,
                     preprocess=self._preprocessor(),
@@ -223,38 +223,52 @@ class BaseImageClassifier(
                     rng=rng,
                     generator=generator,
                 )
-                callbacks: list[Callback] = []
-                best = None
-                if held is not None:
-                    score = self._validation_score(X, y, held, train)
-                    callbacks.append(best := BestEpoch(score, self.n_iter_no_change))
-                done = 0
+                score = None if held is None else self._validation_score(X, y, held, train)
+                best = None if score is None else BestEpoch(score, self.n_iter_no_change)
                 if checkpoint is not None:
                     checkpoint.attach(seed=seed, rng=rng, generator=generator)
-                    done = checkpoint.resume(net, best)
-                    callbacks.append(SaveCheckpoint(checkpoint, best))
-                if self.verbose:
-                    callbacks.append(ProgressBar(type(self).__name__, (n_epochs - done) * steps))
-                reporter = None
-                if hasattr(self, "_init_callback_context") and not partial:
-                    state = lambda: self._inference_state(train)  # noqa: E731
-                    callbacks.append(reporter := SklearnCallbacks(self, X, y, state))
-                if best is not None:
-                    callbacks.append(StopWhenExhausted(best))
-
-                complete = net.run(batches, n_epochs - done, callbacks)
-                if best is not None:
-                    best.restore(net)
-                    self.best_score_ = best.best_score
-                net.module_.eval()
-                self._set_fitted(self._inference_state(train))
-                self.history_ = [_numbers(row) for row in net.history]
-                self.n_iter_ = len(self.history_)
-                if checkpoint is not None and complete:
-                    checkpoint.remove()
-                if reporter is not None:
-                    reporter.finish()
+                self._train(batches, n_epochs, train, (X, y), best, checkpoint, report=not partial)
         return self
+
+    def _train(
+        self,
+        batches: Batches,
+        n_epochs: int,
+        train: TrainingSet,
+        data: tuple[Any, Any],
+        best: BestEpoch | None,
+        checkpoint: Checkpoint | None,
+        *,
+        report: bool,
+    ) -> None:
+        """Run the epochs with everything around them, then keep what prediction needs."""
+        net, done = self.net_, 0
+        callbacks: list[Callback] = [] if best is None else [best]
+        if checkpoint is not None:
+            done = checkpoint.resume(net, best)
+            callbacks.append(SaveCheckpoint(checkpoint, best))
+        if self.verbose:
+            n_steps = (n_epochs - done) * self._steps_per_epoch(len(train.rows))
+            callbacks.append(ProgressBar(type(self).__name__, n_steps))
+        reporter = None
+        if report and hasattr(self, "_init_callback_context"):
+            reporter = SklearnCallbacks(self, *data, lambda: self._inference_state(train))
+            callbacks.append(reporter)
+        if best is not None:
+            callbacks.append(StopWhenExhausted(best))
+
+        complete = net.run(batches, n_epochs - done, callbacks)
+        if best is not None:
+            best.restore(net)
+            self.best_score_ = best.best_score
+        net.module_.eval()
+        self._set_fitted(self._inference_state(train))
+        self.history_ = [_numbers(row) for row in net.history]
+        self.n_iter_ = len(self.history_)
+        if checkpoint is not None and complete:
+            checkpoint.remove()
+        if reporter is not None:
+            reporter.finish()
 
     def _training_rows(
         self,
@@ -630,6 +644,11 @@ def _all_or_nothing(estimator: BaseEstimator) -> Iterator[None]:
             delattr(estimator, name)
         vars(estimator).update(before)
         raise
+
+
+def _mixed(seed: int, n_epochs: int) -> int:
+    """Another seed for training that goes on after `n_epochs`."""
+    return int(np.random.SeedSequence([seed, n_epochs]).generate_state(1)[0] % 2**31)
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:

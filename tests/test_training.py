@@ -15,6 +15,7 @@ from sklearn.metrics import balanced_accuracy_score
 from skorch.callbacks import Callback, EarlyStopping
 
 from sklearn_medimb import CSSNClassifier, SoftmaxClassifier
+from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.net import SCHEDULES, Trunk, learning_rate_factor
 from sklearn_medimb.runtime import has_native_bf16, resolve_precision
@@ -274,6 +275,20 @@ class TestWarmStartAndPartialFit:
                 clf.partial_fit(X[rows], y[rows], classes=[0, 1])
         assert clf.n_iter_ == 20
         assert clf.score(X, y) > 0.9
+
+    def test_partial_fit_draws_new_augmentations_each_time(self, tiny, blobs):
+        seen = []
+
+        class Recording(Augmentation):
+            def draw(self, n, image_shape, generator):
+                params = super().draw(n, image_shape, generator)
+                seen.append(next(iter(params.values())).clone())
+                return params
+
+        clf = SoftmaxClassifier(**tiny, augment=Recording(rotation=90))
+        clf.partial_fit(*blobs).partial_fit(*blobs)
+        half = len(seen) // 2
+        assert not torch.equal(seen[0], seen[half])
 
     def test_partial_fit_after_fit_keeps_learning(self, tiny, blobs):
         X, y = blobs
