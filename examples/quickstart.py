@@ -36,7 +36,7 @@ SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "balanced acc.": balanced_accuracy_score,
     "macro-F1": lambda y, p: f1_score(y, p, average="macro"),
     "G-mean": geometric_mean_score,
-    "worst recall": lambda y, p: recall_score(y, p, average=None).min(),
+    "worst recall": lambda y, p: recall_score(y, p, average=None, zero_division=0).min(),
 }
 
 
@@ -73,16 +73,23 @@ def archive(args: argparse.Namespace) -> tuple[np.ndarray, ...]:
         train, test = train_test_split(
             np.arange(len(y)), test_size=0.25, stratify=y, random_state=0
         )
-    if len(train) > args.max_images:  # keep the shares of the classes
-        train, _ = train_test_split(
-            train, train_size=args.max_images, stratify=y[train], random_state=0
-        )
+    share = min(args.max_images / len(train), 1.0)  # the same of each class, at least four images
+    rng = np.random.default_rng(0)
+    train = np.concatenate(
+        [rng.permutation(rows)[: max(round(share * len(rows)), 4)] for rows in by_class(train, y)]
+    )
     return X[train], y[train], X[test], y[test], names
 
 
-def methods(augment: str, verbose: int) -> dict[str, Any]:
+def by_class(rows: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
+    """Rows of each class."""
+    return [rows[y[rows] == label] for label in np.unique(y[rows])]
+
+
+def methods(augment: str, volumes: bool, verbose: int) -> dict[str, Any]:
     """Five classifiers with the same backbone, augmentation and optimiser where they have one."""
     common: dict[str, Any] = {"augment": augment, "random_state": 0, "verbose": verbose}
+    common["spatial_dims"] = 3 if volumes else None
     flat = FunctionTransformer(lambda X: X.reshape(len(X), -1))
     forest = BalancedRandomForestClassifier(
         300, sampling_strategy="all", replacement=True, bootstrap=False, random_state=0
@@ -153,7 +160,8 @@ def main() -> None:
     augment = "medical" if args.npz else "none"
     rows: dict[str, dict[str, float]] = {}
     recalls = {}
-    for label, classifier in methods(augment, verbose=0 if args.quiet else 1).items():
+    volumes = X_train.ndim == 4 and X_train.shape[-1] not in (1, 3, 4)
+    for label, classifier in methods(augment, volumes, verbose=0 if args.quiet else 1).items():
         start = time.perf_counter()
         classifier.fit(X_train, y_train)
         fitted = time.perf_counter()
@@ -161,7 +169,9 @@ def main() -> None:
         done = time.perf_counter()
         rows[label] = {score: f(y_test, predicted) for score, f in SCORES.items()}
         rows[label] |= {"fit s": fitted - start, "predict s": done - fitted}
-        recalls[label] = recall_score(y_test, predicted, average=None)
+        recalls[label] = recall_score(
+            y_test, predicted, average=None, labels=np.arange(len(names)), zero_division=0
+        )
 
     columns = list(next(iter(rows.values())))
     print("\n" + " " * 24 + "".join(f"{column:>15}" for column in columns))

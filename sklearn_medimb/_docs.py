@@ -14,8 +14,8 @@ backbone : str, Backbone, nn.Module or class, default="auto"
         ``nn.Module``, class or instance.""",
     "training": """\
 max_epochs : int or "auto", default="auto"
-        Passes over the training images. "auto" aims at 180 steps and 60 more per class (a third
-        of that for vectors), and at least 10 epochs.
+        Passes over the training images. "auto" aims at 180 steps and 60 more per class, up to
+        17 classes (a third of that for vectors), and at least 10 epochs.
 
     lr : float, default=2e-3
         Peak learning rate of AdamW.

@@ -27,6 +27,7 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, assert_all_finite, check_is_fitted
 from skorch.callbacks import Callback
+from skorch.history import History
 from torch import nn
 
 from sklearn_medimb.augment import resolve_augmentation
@@ -37,7 +38,7 @@ from sklearn_medimb.callbacks import (
     ProgressBar,
     SaveCheckpoint,
     SklearnCallbacks,
-    StopWhenExhausted,
+    StopWhenAsked,
 )
 from sklearn_medimb.checkpoint import Checkpoint, fingerprint
 from sklearn_medimb.images import Images, channel_statistics, read_images
@@ -62,7 +63,8 @@ except ImportError:  # scikit-learn < 1.9
 # What the estimator decides about its skorch net; everything else may come in `net_params`.
 _RESERVED = {
     "module", "criterion", "lr", "max_epochs", "callbacks", "train_split", "device", "compile",
-    "dataset", "iterator_train", "iterator_valid", "warm_start",
+    "dataset", "iterator_train", "iterator_valid", "warm_start", "verbose", "batch_size",
+    "predict_nonlinearity",
 }  # fmt: skip
 
 
@@ -188,7 +190,8 @@ class BaseImageClassifier(
 
             checkpoint = None
             if self.checkpoint_dir is not None and not partial:
-                token = fingerprint(self, data.images, data.y, data.weight, groups)
+                start = {} if fresh else self._network_weights()
+                token = fingerprint(self, device, start, data.images, data.y, data.weight, groups)
                 checkpoint = Checkpoint(self.checkpoint_dir, token).open()
             seed = int(check_random_state(self.random_state).randint(2**31 - 1))
             if checkpoint is not None and checkpoint.seed is not None:
@@ -208,7 +211,7 @@ class BaseImageClassifier(
                         train.images,
                         train.rows,
                         train.weight,
-                        block=inference_block(train.images.image_shape),
+                        block=inference_block(train.images.image_shape, torch.device("cpu")),
                     )
                 net = self.net_ = self._make_net(device, previous)
                 schedule = "constant" if partial else self.lr_schedule
@@ -243,21 +246,21 @@ class BaseImageClassifier(
     ) -> None:
         """Run the epochs with everything around them, then keep what prediction needs."""
         net, done = self.net_, 0
+        stop = StopWhenAsked()
         callbacks: list[Callback] = [] if best is None else [best]
         if checkpoint is not None:
             done = checkpoint.resume(net, best)
             callbacks.append(SaveCheckpoint(checkpoint, best))
-        if self.verbose:
-            n_steps = (n_epochs - done) * self._steps_per_epoch(len(train.rows))
-            callbacks.append(ProgressBar(type(self).__name__, n_steps))
         reporter = None
         if report and hasattr(self, "_init_callback_context"):
             reporter = SklearnCallbacks(self, *data, lambda: self._inference_state(train))
             callbacks.append(reporter)
-        if best is not None:
-            callbacks.append(StopWhenExhausted(best))
+        if self.verbose:
+            n_steps = (n_epochs - done) * self._steps_per_epoch(len(train.rows))
+            callbacks.append(ProgressBar(type(self).__name__, n_steps))
+        stop.askers = [cb for cb in (best, reporter) if cb is not None]
 
-        complete = net.run(batches, n_epochs - done, callbacks)
+        complete = net.run(batches, n_epochs - done, callbacks, stop)
         if best is not None:
             best.restore(net)
             self.best_score_ = best.best_score
@@ -390,9 +393,9 @@ class BaseImageClassifier(
         A previous net passes on a copy of its network and its history, so that it stays as it was
         should training fail.
         """
-        dtype, _ = resolve_precision(self.precision, device, len(self.image_shape_))
+        dtype, autocast = resolve_precision(self.precision, device, len(self.image_shape_))
         params = {"optimizer": torch.optim.AdamW, **(self.net_params or {})}
-        if reserved := sorted(set(params) & _RESERVED):
+        if reserved := sorted(name for name in params if name.split("__")[0] in _RESERVED):
             raise ValueError(
                 f"net_params must not hold {reserved}: the estimator sets them itself."
             )
@@ -407,7 +410,8 @@ class BaseImageClassifier(
         if previous is None:
             module = self._network(device, dtype, pretrained)
         else:
-            module = copy.deepcopy(previous.module_).to(device)
+            module = copy.deepcopy(previous.module_).to(device, dtype)
+            module.trunk.autocast = autocast
         net = Net(
             module=module,
             criterion=nn.Identity(),  # the method's loss follows with the training set
@@ -433,7 +437,7 @@ class BaseImageClassifier(
             backbone = clone(backbone).set_params(weights=None)
 
         def trunk(input_shape: tuple[int, ...] = self.image_shape_) -> Trunk:
-            module = make_backbone(backbone, input_shape, self.n_samples_fit_)
+            module = make_backbone(backbone, input_shape, self.n_samples_fit_).cpu().float()
             return Trunk(module, input_shape, autocast=autocast)
 
         return self._make_network(trunk).to(device, dtype)
@@ -481,7 +485,7 @@ class BaseImageClassifier(
         """Apply `forward` to images, in evaluation mode and in blocks; stays on the device."""
         module, prepare = self.net_.module_, self._preprocessor()
         module.eval()
-        block = inference_block(images.image_shape)
+        block = inference_block(images.image_shape, prepare.device)
         rows = np.arange(len(images)) if rows is None else rows
         n = len(rows)
         if len(images.image_shape) == 1:
@@ -575,28 +579,36 @@ class BaseImageClassifier(
 
     def _network_weights(self) -> dict[str, np.ndarray]:
         state = self.net_.module_.state_dict()
-        return {name: value.detach().cpu().contiguous().numpy() for name, value in state.items()}
+        return {
+            name: np.array(value.detach().cpu().numpy(), order="C") for name, value in state.items()
+        }
 
     @property
     def weights_(self) -> dict[str, np.ndarray]:
         """All arrays that predictions come from, by name: what safetensors stores in one call."""
         check_is_fitted(self)
-        extra = {name: np.ascontiguousarray(getattr(self, name)) for name in self._inference_arrays}
+        extra = {name: np.array(getattr(self, name), order="C") for name in self._inference_arrays}
         return {**self._network_weights(), **extra}
 
     @weights_.setter
     def weights_(self, weights: dict[str, np.ndarray]) -> None:
         check_is_fitted(self)
         weights = {name: np.array(value) for name, value in weights.items()}
-        missing = [name for name in self._inference_arrays if name not in weights]
-        if missing:
-            raise ValueError(f"weights_ lacks {missing}: assign what another weights_ gave.")
-        extra = {name: weights.pop(name) for name in self._inference_arrays}
-        try:
-            self.net_.module_.load_state_dict({k: torch.as_tensor(v) for k, v in weights.items()})
-        except RuntimeError as error:
-            raise ValueError(f"weights_ of another network cannot be assigned: {error}") from error
-        self._set_fitted(extra)
+        expected = self._network_weights()
+        # The bank of CSSN may hold another number of supports; everything else must fit.
+        odd = set(weights) ^ (set(expected) | set(self._inference_arrays))
+        odd |= {k for k in set(expected) & set(weights) if expected[k].shape != weights[k].shape}
+        if odd:
+            raise ValueError(
+                f"weights_ of another network cannot be assigned: {sorted(odd)[:5]} differ."
+            )
+        self._set_fitted({name: weights.pop(name) for name in self._inference_arrays})
+        self._load(weights)
+
+    def _load(self, weights: dict[str, np.ndarray]) -> None:
+        state = {name: torch.tensor(value) for name, value in weights.items()}
+        self.net_.module_.load_state_dict(state)
+        self.net_.module_.eval()
 
     def __getstate__(self) -> dict[str, Any]:
         """Parameters, scalars and arrays: no tensor, no device, nothing that skops cannot audit."""
@@ -616,9 +628,8 @@ class BaseImageClassifier(
         device = resolve_device(self.device, fall_back=True)
         with seeded(0, device):
             self.net_ = self._make_net(device, pretrained=False)
-        state_dict = {name: torch.as_tensor(value) for name, value in weights.items()}
-        self.net_.module_.load_state_dict(state_dict)
-        self.net_.module_.eval()
+        self._load(weights)
+        self.net_.history_ = History(getattr(self, "history_", []))
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

@@ -7,6 +7,7 @@ Python runs per sample.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -197,8 +198,22 @@ class Batches:
         free, _ = torch.cuda.mem_get_info(device)
         if n_bytes > self.resident_share * free:
             return None
-        parts = np.array_split(self.rows, max(1, n_bytes // 2**26))
-        return torch.cat([self.images.rows(part).to(device) for part in parts])
+        resident, done = None, 0
+        for part in np.array_split(self.rows, max(1, n_bytes // 2**26)):
+            block = self.images.rows(part)
+            if resident is None:
+                resident = torch.empty(
+                    (len(self.rows), *block.shape[1:]), dtype=block.dtype, device=device
+                )
+            resident[done : done + len(block)] = block.to(device)
+            done += len(block)
+        return resident
+
+    def with_plan(self, plan: Plan) -> Batches:
+        """Batches of the same images by another plan; nothing is copied."""
+        other = copy.copy(self)
+        other.plan = plan
+        return other
 
     def _gather(self, picks: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Raw rows and their targets, on the device."""

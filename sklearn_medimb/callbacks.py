@@ -15,6 +15,8 @@ from sklearn_medimb.checkpoint import Checkpoint
 class ProgressBar(Callback):
     """A bar over all steps of a fit: loss, validation score and time left."""
 
+    may_stop = False
+
     def __init__(self, label: str, n_steps: int) -> None:
         self.label = label
         self.n_steps = n_steps
@@ -37,9 +39,10 @@ class ProgressBar(Callback):
             shown["score"] = f"{last['valid_score']:.3f}"
         self.bar_.set_postfix(shown, refresh=False)
 
-    def on_train_end(self, net: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        self.bar_.close()
+    def close(self) -> None:
+        """Close the bar, also when training failed."""
+        if hasattr(self, "bar_"):
+            self.bar_.close()
 
 
 class BestEpoch(Callback):
@@ -53,8 +56,10 @@ class BestEpoch(Callback):
     score : callable
         Gives the score of the network as it is now.
     patience : int
-        Epochs without a rise after which `exhausted` turns true.
+        Epochs without a rise after which `wants_to_stop` turns true.
     """
+
+    may_stop = False
 
     def __init__(self, score: Callable[[], float], patience: int) -> None:
         self.score = score
@@ -64,7 +69,7 @@ class BestEpoch(Callback):
         self.weights: dict[str, Any] = {}
 
     @property
-    def exhausted(self) -> bool:
+    def wants_to_stop(self) -> bool:
         """Whether training should stop."""
         return self.n_stale >= self.patience
 
@@ -91,6 +96,8 @@ class BestEpoch(Callback):
 class SaveCheckpoint(Callback):
     """Write the checkpoint after each epoch."""
 
+    may_stop = False
+
     def __init__(self, checkpoint: Checkpoint, best: BestEpoch | None) -> None:
         self.checkpoint = checkpoint
         self.best = best
@@ -100,15 +107,15 @@ class SaveCheckpoint(Callback):
         self.checkpoint.save(net, self.best)
 
 
-class StopWhenExhausted(Callback):
+class StopWhenAsked(Callback):
     """End the training, after everything else of the epoch is done."""
 
-    def __init__(self, best: BestEpoch) -> None:
-        self.best = best
+    def __init__(self) -> None:
+        self.askers: list[BestEpoch | SklearnCallbacks] = []
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
         """Stop as skorch's own callbacks do."""
-        if self.best.exhausted:
+        if any(callback.wants_to_stop for callback in self.askers):
             raise KeyboardInterrupt
 
 
@@ -125,6 +132,9 @@ class SklearnCallbacks(Callback):
         Gives the fitted attributes of this moment; called only for callbacks that ask for a fitted
         estimator.
     """
+
+    may_stop = False
+    wants_to_stop = False
 
     def __init__(
         self, estimator: Any, X: Any, y: Any, inference_state: Callable[[], dict[str, Any]]
@@ -148,10 +158,10 @@ class SklearnCallbacks(Callback):
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
         """End one epoch; a callback may ask to stop."""
-        if self.epoch_.call_on_fit_task_end(
+        asked = self.epoch_.call_on_fit_task_end(
             **self.task, reconstruction_attributes=self.inference_state
-        ):
-            raise KeyboardInterrupt
+        )
+        self.wants_to_stop = bool(asked)
 
     def finish(self) -> None:
         """End the fit, once the estimator is final."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,32 +20,60 @@ FORMAT = 1
 
 
 def fingerprint(
-    estimator: Any, images: Images, y: np.ndarray, weight: np.ndarray | None, groups: Any
+    estimator: Any,
+    device: torch.device,
+    start: dict[str, np.ndarray],
+    images: Images,
+    *labels: np.ndarray | None,
 ) -> str:
-    """Digest of what a fit depends on: class, parameters and training data.
+    """Digest of what a fit depends on: class, parameters, device, start weights, training data.
 
-    Parameters that do not change the result (`verbose`, `checkpoint_dir`, ``callbacks``, the seed,
-    which the checkpoint itself carries when unset) are left out. Of large arrays and lazy
-    containers an even selection of rows is read.
+    Parameters that do not change the result (`verbose`, `checkpoint_dir`, ``callbacks``) are left
+    out; so is the seed where it is unset: the checkpoint itself carries it. Of large arrays and
+    lazy containers an even selection of rows is read.
+
+    Parameters
+    ----------
+    estimator : estimator
+        With its parameters.
+    device : torch.device
+        Where the fit runs; a checkpoint does not move between kinds of device.
+    start : dict of str to ndarray
+        Weights that a warm start begins from.
+    images : Images
+        Training images.
+    *labels : ndarray or None
+        Classes, weights and groups of the rows.
     """
     digest = hashlib.blake2b(digest_size=16)
     ignored = ("verbose", "checkpoint_dir", "callbacks")
-    params = {k: v for k, v in estimator.get_params().items() if k.split("__")[0] not in ignored}
-    digest.update(type(estimator).__name__.encode())
-    for name in sorted(params):
-        value = params[name]
-        text = type(value).__name__ if isinstance(value, torch.nn.Module) else repr(value)
-        digest.update(f"{name}={text};".encode())
+    digest.update(f"{type(estimator).__name__} {device.type}".encode())
+    for name, value in sorted(estimator.get_params().items()):
+        if name.split("__")[0] not in ignored:
+            digest.update(f"{name}={_describe(value)};".encode())
+    for name, array in start.items():
+        digest.update(name.encode() + array.tobytes())
     digest.update(repr((images.data.shape, images.layout, images.dtype)).encode())
     row_bytes = int(np.prod(images.image_shape)) * images.dtype.itemsize
     n_rows = 16 if images.lazy else max(1, 2**26 // row_bytes)
     rows = np.unique(np.linspace(0, len(images) - 1, n_rows).astype(int))
     for part in np.array_split(rows, -(-len(rows) // 256)):
         digest.update(images.rows(part).contiguous().numpy().tobytes())
-    for array in (y, weight, groups):
-        values = None if array is None else np.asarray(array)
-        digest.update(b"-" if values is None else repr(values.tolist()).encode())
+    for values in labels:
+        digest.update(b"-" if values is None else repr(np.asarray(values).tolist()).encode())
     return digest.hexdigest()
+
+
+def _describe(value: Any) -> str:
+    """Text of a parameter that is the same in every process: no memory addresses."""
+    if isinstance(value, torch.nn.Module):
+        state = {k: v.detach().cpu().tolist() for k, v in value.state_dict().items()}
+        return f"{value!r} {hashlib.blake2b(repr(state).encode()).hexdigest()}"
+    if isinstance(value, np.random.RandomState):
+        return hashlib.blake2b(repr(value.get_state()).encode()).hexdigest()
+    if callable(value) and hasattr(value, "__qualname__"):
+        return f"{value.__module__}.{value.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 class Checkpoint(Callback):
@@ -81,6 +110,8 @@ class Checkpoint(Callback):
             raise ValueError(
                 f"checkpoint_dir={str(self.directory)!r} cannot be used as a directory: {error}"
             ) from error
+        for draft in self.directory.glob(f"{self.token}.*.tmp"):  # left by a crash while writing
+            draft.unlink(missing_ok=True)
         if not self.path.exists():
             return self
         advice = f"Delete {str(self.path)!r}, or set checkpoint_dir to another directory."
@@ -109,6 +140,7 @@ class Checkpoint(Callback):
 
     def resume(self, net: Any, best: Any | None) -> int:
         """Put `net` where the interrupted fit stopped; return the number of epochs done."""
+        self.epochs_before = len(net.history)
         if self.state is None:
             return 0
         state = self.state
@@ -124,7 +156,7 @@ class Checkpoint(Callback):
         torch.set_rng_state(state["torch"])
         if self.generator.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.generator.device)
-        return len(net.history)
+        return state["n_epochs"]
 
     def save(self, net: Any, best: Any | None) -> None:
         """Write atomically: a crash leaves the old file or the new one, never half of either."""
@@ -132,6 +164,7 @@ class Checkpoint(Callback):
             "format": FORMAT,
             "token": self.token,
             "seed": self.seed_,
+            "n_epochs": len(net.history) - self.epochs_before,
             "module": net.module_.state_dict(),
             "criterion": net.criterion_.state_dict(),
             "optimizer": net.optimizer_.state_dict(),

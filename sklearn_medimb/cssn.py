@@ -28,6 +28,7 @@ from sklearn_medimb.base import BaseImageClassifier, TrainingSet
 from sklearn_medimb.batches import Batches, class_balanced
 from sklearn_medimb.images import Images
 from sklearn_medimb.net import Trunk
+from sklearn_medimb.runtime import one_thread_in_workers
 
 
 def soft_log_target(same: torch.Tensor, p: torch.Tensor, soft_ratio: float = 0.7) -> torch.Tensor:
@@ -78,7 +79,23 @@ class Encoded(NamedTuple):
 
 
 class CSSNHead(nn.Module):
-    """From tokens to pair scores (the method card's steps 1 to 10).
+    """From tokens to pair scores.
+
+    Per image, with class token c and patches P (rows of T), and R those of the reference image:
+
+    1. ``T <- LN(T + MLP(mean of T))``, the context of the whole image;
+    2. split into c and P;
+    3. ``R <- LN(MLP(R^T))^T``, mixing the reference's patches;
+    4. ``P <- LN(MLP(P * R))``, the gate;
+    5. ``F = P + lam c``;
+    6. each row of F to unit norm, then centred over its channels.
+
+    Per pair:
+
+    7. ``M = F_q F_s^T``;
+    8. M averaged over 2 x 2 blocks;
+    9. ``z = MLP(M^2)``, squared elementwise: the logit of the patch branch;
+    10. ``k = cos(G(c_q), G(c_s))`` with an MLP G: the class branch.
 
     Parameters
     ----------
@@ -401,8 +418,8 @@ class CSSNClassifier(BaseImageClassifier):
         Learning rate of everything but the backbone; None takes `lr`.
 
     batch_size : int or "auto", default="auto"
-        n, images per step; "auto" is 32, and 16 for vectors. Below 16 training from scratch fails:
-        there are too few pairs.
+        n, images per step; "auto" is 32 (16 for vectors), at least two per class. Below 16 training
+        from scratch fails: there are too few pairs.
 
     {training}
 
@@ -441,7 +458,8 @@ class CSSNClassifier(BaseImageClassifier):
     training from scratch falls behind cross-entropy there. The gate with the image itself and the
     soft target brought nothing that we could measure; `published` has them as they were.
     Probabilities are shares of similarity, not calibrated. There is no ``sample_weight`` and no
-    ``class_weight``: batches and supports are balanced by class.
+    ``class_weight``: batches and supports are balanced by class. There is no ``partial_fit``: the
+    support bank needs all classes' images at once; ``warm_start`` goes on from present weights.
 
     References
     ----------
@@ -585,7 +603,8 @@ class CSSNClassifier(BaseImageClassifier):
 
         ViT-S/16 at 224 pixels with stochastic depth 0.5, 8 images a step, fresh views for every
         pair, w = 0.01, the double sigmoid, 196 tokens, Adam at 1e-5 (backbone) and 1e-3 (head)
-        over 70 epochs. It presumes pre-trained weights:
+        over 70 epochs of cosine annealing (theirs ends at a fifth of the rate, ours at 0). It
+        presumes pre-trained weights:
         ``published(backbone=ViT.small(drop_path=0.5, weights=path))``.
 
         Parameters
@@ -685,7 +704,8 @@ class CSSNClassifier(BaseImageClassifier):
         """n: images per step."""
         if self.batch_size != "auto":
             return self.batch_size
-        return 16 if len(self.image_shape_) == 1 else 32
+        n = 16 if len(self.image_shape_) == 1 else 32
+        return max(n, 2 * len(self.classes_))
 
     def _steps_per_epoch(self, n_samples: int) -> int:
         return max(1, round(n_samples / self._n_images()))
@@ -765,34 +785,28 @@ class CSSNClassifier(BaseImageClassifier):
 
     def _bank(self) -> torch.Tensor:
         """Pooled patches of the supports, on the device of the network."""
-        return torch.as_tensor(self.support_patches_, device=self.net_.device)
+        return torch.tensor(self.support_patches_, device=self.net_.device)
 
     # ---------------------------------------------------------------- comparison
 
     def _pair_logits(self, queries: torch.Tensor, supports: torch.Tensor) -> torch.Tensor:
         """Give z of all pairs of encoded patches, (n_q, n_s)."""
         head = self.net_.module_.head
-        z = head.patch_logits(head.similarity_maps(queries, supports))
-        if self.symmetric:
-            maps = head.similarity_maps(supports, queries)
-            z = (z + head.patch_logits(maps).T) / 2
-        return z
+        maps = head.similarity_maps(queries, supports)
+        z = head.patch_logits(maps)
+        return (z + head.patch_logits(maps.transpose(2, 3))) / 2 if self.symmetric else z
 
-    def _log_similarity(self, queries: torch.Tensor) -> torch.Tensor:
+    def _log_similarity(self, queries: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
         """Log of each class's mean pair probability, (n, n_classes); encoded patches in."""
-        bank, codes = self._bank(), self.support_codes_
-        shares = torch.as_tensor(np.log(self.support_weights_), device=queries.device)
-        members = [
-            torch.as_tensor(np.flatnonzero(codes == k), device=queries.device)
-            for k in range(len(self.classes_))
-        ]
+        shares = torch.as_tensor(
+            np.log(self.support_weights_), dtype=bank.dtype, device=bank.device
+        )
+        classes = range(len(self.classes_))
+        members = [np.flatnonzero(self.support_codes_ == k).tolist() for k in classes]
         scores = []
-        with torch.inference_mode():
-            for part in self._chunks(queries):
-                log_p = F.logsigmoid(self._pair_logits(part, bank)).double() + shares
-                scores.append(
-                    torch.stack([torch.logsumexp(log_p[:, rows], 1) for rows in members], 1)
-                )
+        for part in self._chunks(queries):
+            log_p = F.logsigmoid(self._pair_logits(part, bank)) + shares
+            scores.append(torch.stack([log_p[:, rows].logsumexp(1) for rows in members], 1))
         return torch.cat(scores)
 
     def _chunks(self, queries: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -800,14 +814,20 @@ class CSSNClassifier(BaseImageClassifier):
         n_supports, n_patches, _ = self.support_patches_.shape
         return queries.split(max(1, self._chunk_elements // (n_supports * n_patches**2)))
 
-    def _scores(self, images: Images) -> np.ndarray:
+    def _scores(self, images: Images, combined: bool | None = None) -> np.ndarray:
         """Log similarity, plus the auxiliary classifier's log-probability where it takes part."""
-        queries, classifier = self._encode(images), self.net_.module_.classifier
-        scores = self._log_similarity(queries.patches)
-        if classifier is not None and self.decision != "patch":
-            with torch.inference_mode():
-                scores = scores + F.log_softmax(classifier(queries.token).double(), dim=1)
-        return scores.cpu().numpy()
+        module, bank = self.net_.module_, self._bank()
+        if combined is None:
+            combined = module.classifier is not None and self.decision != "patch"
+
+        def forward(batch: torch.Tensor) -> torch.Tensor:
+            encoded = module.encode(batch)
+            scores = self._log_similarity(encoded.patches, bank)
+            if combined:
+                scores = scores + F.log_softmax(module.classifier(encoded.token), dim=1)
+            return scores
+
+        return self._map(images, forward).cpu().numpy().astype(np.float64)
 
     def similarity(self, X: Any) -> np.ndarray:
         """Mean probability of being of one class with each class's supports.
@@ -824,8 +844,7 @@ class CSSNClassifier(BaseImageClassifier):
             largest.
         """
         check_is_fitted(self)
-        queries = self._encode(self._read(X)).patches
-        return self._log_similarity(queries).exp().cpu().numpy()
+        return np.exp(self._scores(self._read(X), combined=False))
 
     def compare(self, XA: Any, XB: Any) -> np.ndarray:
         """Probability that the i-th image of `XA` and the i-th of `XB` are of one class.
@@ -844,7 +863,7 @@ class CSSNClassifier(BaseImageClassifier):
         a, b = (self._encode(self._read(X)).patches for X in (XA, XB))
         check_consistent_length(a, b)
         head = self.net_.module_.head
-        with torch.inference_mode():
+        with torch.inference_mode(), one_thread_in_workers():
             z = head.patch_logits(a @ b.transpose(1, 2))
             if self.symmetric:
                 z = (z + head.patch_logits(b @ a.transpose(1, 2))) / 2

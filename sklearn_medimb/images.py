@@ -141,13 +141,13 @@ def _read_axes(sample: tuple[int, ...], data_format: str, spatial_dims: int | No
         first, last = sample[0] in CHANNEL_COUNTS, sample[-1] in CHANNEL_COUNTS
         if first and last:
             why = "both its first and its last axis could be the channels"
-        elif not first and not last and sample[0] > min(sample[1:]):
-            why = f"its first axis ({sample[0]}) is longer than a side of the image"
+        elif not first and not last and sample[0] >= min(sample[1:]):
+            why = f"its first axis ({sample[0]}) is no shorter than a side"
         else:
             return Layout(sample, channels_last=last)
         raise ValueError(
             f"The layout of X is ambiguous: in samples of shape {sample}, {why}. Set data_format="
-            '"channels_first" or "channels_last".'
+            '"channels_first" or "channels_last", or spatial_dims=3 for gray volumes.'
         )
     return Layout(sample, channels_last=data_format == "channels_last")
 

@@ -138,15 +138,29 @@ class Net(NeuralNet):
         )
 
     def notify(self, method_name: str, **kwargs: Any) -> None:
-        """Call the callbacks; remember whether one of them ended the training."""
-        try:
-            super().notify(method_name, **kwargs)
-        except KeyboardInterrupt:  # what skorch's callbacks raise to stop
-            self.stopped_by_callback = True
-            raise
+        """Call the callbacks; remember whether one of them decided to end the training.
 
-    def run(self, batches: Batches, n_epochs: int, callbacks: list[Callback]) -> bool:
-        """Train for some epochs with extra callbacks.
+        skorch's callbacks stop by raising what Ctrl-C raises; our own, but for the one that is
+        there to stop, only pass on the user's.
+        """
+        getattr(self, method_name)(self, **kwargs)
+        for _, callback in self.callbacks_:
+            try:
+                getattr(callback, method_name)(self, **kwargs)
+            except KeyboardInterrupt:
+                self.stopped_by_callback = getattr(callback, "may_stop", True)
+                raise
+
+    def torch_compile(self, module: nn.Module, name: str) -> nn.Module:
+        """Compile in place: the names of the weights stay as they are."""
+        if self.compile:
+            module.compile()
+        return module
+
+    def run(
+        self, batches: Batches, n_epochs: int, callbacks: list[Callback], last: Callback
+    ) -> bool:
+        """Train for some epochs with extra callbacks: before the user's, and `last` after them.
 
         Returns
         -------
@@ -154,12 +168,16 @@ class Net(NeuralNet):
             False if the user interrupted; what was learned so far is kept, with a warning.
         """
         own, before = self.callbacks_, len(self.history)
-        self.callbacks_ = [*own, *((type(cb).__name__, cb) for cb in callbacks)]
+        timer, *users = own
+        extra = [(type(cb).__name__, cb) for cb in (*callbacks, last)]
+        self.callbacks_ = [timer, *extra[:-1], *users, extra[-1]]
         self.max_epochs, self.stopped_by_callback = n_epochs, False
         try:
             self.partial_fit(batches)
         finally:
             self.callbacks_ = own
+            for callback in callbacks:
+                getattr(callback, "close", lambda: None)()
         ran = len(self.history) - before
         complete = ran >= n_epochs or self.stopped_by_callback
         if not complete:

@@ -100,7 +100,11 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch inside the block and leave the caller's random state as it was."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+        # torch.manual_seed would reseed every GPU, which fork_rng does not undo.
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         yield
 
 
@@ -122,8 +126,11 @@ def one_thread_in_workers() -> Iterator[None]:
         torch.set_num_threads(n_threads)
 
 
-def inference_block(shape: tuple[int, ...]) -> int:
+def inference_block(shape: tuple[int, ...], device: torch.device) -> int:
     """Images per forward pass at predict: enough to fill the cores, few enough to stay in cache."""
     if len(shape) == 1:
         return 256
-    return min(max(2**18 // math.prod(shape[1:]), 4), 512)
+    n_pixels = math.prod(shape[1:])
+    if device.type == "cuda":
+        return min(max(2**24 // n_pixels, 32), 1024)
+    return min(max(2**18 // n_pixels, 4), 512)

@@ -452,10 +452,11 @@ class SoftmaxClassifier(BaseImageClassifier):
         plain = Batches(*args, lambda rng: shuffled(n, self.batch_size, rng), **common)
         if self.mixup is None:
             return plain
-        size = min(self.batch_size, n)
-        steps = self._steps_per_epoch(n)
-        balanced = Batches(*args, lambda rng: class_balanced(train.y, size, steps, rng), **common)
-        return MixedBatches(plain, self.mixup_alpha, balanced if self.mixup == "balanced" else None)
+        if self.mixup == "mixup":
+            return MixedBatches(plain, self.mixup_alpha)
+        size, steps = min(self.batch_size, n), self._steps_per_epoch(n)
+        balanced = plain.with_plan(lambda rng: class_balanced(train.y, size, steps, rng))
+        return MixedBatches(plain, self.mixup_alpha, balanced)
 
     def _steps_per_epoch(self, n_samples: int) -> int:
         return -(-n_samples // self.batch_size)

@@ -246,7 +246,7 @@ IMAGES = {
     "fractional side": (FLAT, {"image_shape": (8.5, 8)}, (ValueError, TypeError), "image_shape"),
     "letters": (FLAT, {"image_shape": ("a", 8)}, (ValueError, TypeError), "image_shape"),
     "3 and 3 channels": (channels(3, 8, 3), {}, ValueError, "ambiguous.*both.*data_format"),
-    "12 channels": (channels(12, 8, 8), {}, ValueError, "ambiguous.*longer than.*data_format"),
+    "12 channels": (channels(12, 8, 8), {}, ValueError, "ambiguous.*side.*data_format"),
     "volume as 2-D": (channels(1, 8, 8, 8), {"spatial_dims": 2}, ValueError, "set spatial_dims"),
     "image as 3-D": (X, {"spatial_dims": 3}, ValueError, "set spatial_dims"),
     "1-D": (X[:, 0, 0], {}, ValueError, "Expected 2D array, got 1D"),

@@ -1,4 +1,4 @@
-"""The method card's invariants of CSSN, each against a slow explicit formula or as an effect."""
+"""Invariants of CSSN, each against a slow explicit formula or as an effect."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TestSoftLogTarget:
         assert soft_log_target(one, zero, 0.7).item() == pytest.approx(0.3)
         assert soft_log_target(one, zero, 1.0).item() == pytest.approx(0)
 
-    def test_card_values(self):
+    def test_known_values(self):
         p = torch.tensor([0, 0.25, 0.5, 0.75, 1.0])
         expected = [0.300, 0.446, 0.608, 0.791, 1]
         assert soft_log_target(torch.ones(5), p).tolist() == pytest.approx(expected, abs=5e-4)
@@ -90,7 +90,7 @@ class TestHead:
     @pytest.mark.parametrize("gate", [True, False])
     @pytest.mark.parametrize("n_tokens", [16, 9])
     @torch.no_grad()
-    def test_pair_logit_equals_the_card_step_by_step(self, n_tokens, gate):
+    def test_pair_logit_equals_the_ten_steps(self, n_tokens, gate):
         head = make_head(n_tokens, gate=gate)
         generator = torch.Generator().manual_seed(1)
         T, R = torch.randn(2, 1 + n_tokens, 32, dtype=torch.float64, generator=generator)
@@ -223,7 +223,7 @@ class TestTraining:
         clf = CSSNClassifier(**tiny).fit(X, y)
         module, sizes = clf.net_.module_, []
         handle = module.trunk.register_forward_hook(lambda m, a, out: sizes.append(len(out)))
-        scores = module(torch.randn(32, 3, 12, 12))
+        scores = module(torch.randn(32, 3, 12, 12, device=clf.net_.device))
         handle.remove()
         assert sizes == [32]
         assert scores.z.shape == scores.k.shape == (16, 16)
@@ -372,7 +372,7 @@ class TestSupports:
         X, _ = blobs
         with torch.no_grad():
             logits = fitted.net_.module_.classifier(fitted._encode(fitted._read(X)).token)
-        product = fitted.similarity(X) * logits.softmax(dim=1).numpy()
+        product = fitted.similarity(X) * logits.softmax(dim=1).cpu().numpy()
         fitted.set_params(decision="auto")
         expected = product / product.sum(axis=1, keepdims=True)
         assert np.allclose(fitted.predict_proba(X), expected, atol=1e-6)
@@ -434,7 +434,7 @@ class TestSupports:
         queries = fitted._encode(fitted._read(X[:5])).patches
         with torch.no_grad():
             best = fitted._pair_logits(queries, fitted._bank())
-        assert np.allclose(best.sigmoid().max(dim=1).values.numpy(), evidence.scores[:, 0])
+        assert np.allclose(best.sigmoid().max(dim=1).values.cpu().numpy(), evidence.scores[:, 0])
 
     def test_single_sample_class_supports_itself(self, tiny):
         X, y = make_blobs((20, 1))

@@ -99,9 +99,10 @@ LAYOUTS = [
     ((5, 8, 9, 3), FLAT2D, (3, 8, 9)),
     # neither does: the first, if it is no longer than a side
     ((5, 2, 8, 9), {}, (2, 8, 9)),
-    ((5, 8, 8, 8), {}, (8, 8, 8)),
-    ((5, 9, 8, 8), None, "ambiguous.*longer than a side.*data_format"),
-    ((5, 8, 9, 2), None, "ambiguous.*longer than a side.*data_format"),
+    ((5, 7, 8, 8), {}, (7, 8, 8)),
+    ((5, 8, 8, 8), None, "ambiguous.*side.*spatial_dims=3"),
+    ((5, 9, 8, 8), None, "ambiguous.*side.*data_format"),
+    ((5, 8, 9, 2), None, "ambiguous.*side.*data_format"),
     # both do
     ((5, 3, 8, 3), None, "ambiguous.*both.*data_format"),
     ((5, 1, 8, 4), None, "ambiguous.*both.*data_format"),
@@ -121,7 +122,7 @@ LAYOUTS = [
     ((5, 1, 6, 7, 8), VOLUME, (1, 6, 7, 8)),
     ((5, 6, 7, 8, 2), LAST, (2, 6, 7, 8)),
     ((5, 1, 6, 7, 1), None, "ambiguous.*both"),
-    ((5, 9, 6, 7, 8), None, "ambiguous.*longer"),
+    ((5, 9, 6, 7, 8), None, "ambiguous.*side"),
     # pairs
     ((5, 2, 6, 7), PAIR, (2, 6, 7)),
     ((5, 2, 3, 6, 7), PAIR, (6, 6, 7)),

@@ -140,6 +140,6 @@ def test_transform_gives_features_that_the_head_reads(tiny):
     features = clf.transform(X)
     assert features.shape == (60, 16)
     head = clf.net_.module_.head
-    logits = features @ head.weight.detach().numpy().T + head.bias.detach().numpy()
+    logits = features @ head.weight.detach().cpu().numpy().T + head.bias.detach().cpu().numpy()
     assert np.allclose(logits, clf.decision_function(X), atol=1e-4)
     assert clf.get_feature_names_out()[0] == "softmaxclassifier0"

@@ -220,6 +220,32 @@ class TestCheckpoint:
         ]
         assert not list(tmp_path.iterdir())
 
+    def test_warm_start_resumes_its_own_epochs(self, tiny, blobs, tmp_path):
+        X, y = blobs
+        params = {**tiny, "checkpoint_dir": tmp_path, "warm_start": True}
+        whole = SoftmaxClassifier(**params).fit(X, y).fit(X, y)
+        clf = SoftmaxClassifier(**params).fit(X, y)
+        clf.set_params(callbacks=[CrashAfter(5)])
+        with pytest.raises(RuntimeError, match="power cut"):
+            clf.fit(X, y)
+        clf.set_params(callbacks=None).fit(X, y)
+        assert clf.n_iter_ == 6
+        assert np.array_equal(clf.predict_proba(X), whole.predict_proba(X))
+
+    def test_ctrl_c_keeps_the_checkpoint(self, tiny, blobs, tmp_path):
+        clf = SoftmaxClassifier(**tiny, checkpoint_dir=tmp_path)
+        interrupt_in_step(clf, epoch=2)
+        with pytest.warns(UserWarning, match="interrupted"):
+            clf.fit(*blobs)
+        assert len(list(tmp_path.iterdir())) == 1
+
+    def test_user_callbacks_see_the_validation_score(self, tiny, blobs):
+        stopper = EarlyStopping(monitor="valid_score", lower_is_better=False, patience=1)
+        params = {**tiny, "max_epochs": 9, "early_stopping": True, "callbacks": [stopper]}
+        clf = SoftmaxClassifier(**params, scoring=lambda *args: 0.5).fit(*blobs)
+        assert clf.n_iter_ < 9
+        assert clf.best_score_ == 0.5
+
     def test_unseeded_fit_resumes_its_own_seed(self, tiny, blobs, tmp_path):
         params = {**tiny, "random_state": None, "checkpoint_dir": tmp_path}
         with pytest.raises(RuntimeError, match="power cut"):
@@ -346,8 +372,17 @@ class TestPersistence:
     def test_weights_of_another_network_are_refused(self, tiny, blobs):
         one = SoftmaxClassifier(**tiny).fit(*blobs)
         two = SoftmaxClassifier(**{**tiny, "backbone": "vit"}).fit(*blobs)
+        before = two.predict_proba(blobs[0])
         with pytest.raises(ValueError, match="weights_"):
             two.weights_ = one.weights_
+        assert np.array_equal(two.predict_proba(blobs[0]), before)
+
+    def test_editing_weights_does_not_edit_the_model(self, tiny, blobs):
+        clf = SoftmaxClassifier(**tiny).fit(*blobs)
+        before = clf.predict_proba(blobs[0])
+        for value in clf.weights_.values():
+            value[...] = 0
+        assert np.array_equal(clf.predict_proba(blobs[0]), before)
 
 
 class TestThreads:
