@@ -18,15 +18,15 @@ from sklearn_medimb.backbones import ConvNet
 class StepTimes(Callback):
     """Seconds from the end of one step to the end of the next."""
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
+    def on_train_begin(self, net: object, **kwargs: object) -> None:
+        self.seconds_: list[float] = []
 
     def on_epoch_begin(self, net: object, **kwargs: object) -> None:
         self.last_ = time.perf_counter()
 
     def on_batch_end(self, net: object, **kwargs: object) -> None:
         now = time.perf_counter()
-        self.seconds.append(now - self.last_)
+        self.seconds_.append(now - self.last_)
         self.last_ = now
 
 
@@ -37,7 +37,7 @@ def step_seconds(pair_view: str, X: np.ndarray, y: np.ndarray) -> float:
         random_state=0,
     ).fit(X, y)  # fmt: skip
     times = next(cb for _, cb in clf.net_.callbacks_ if isinstance(cb, StepTimes))
-    return float(np.median(times.seconds[2:]))
+    return float(np.median(times.seconds_[2:]))
 
 
 def main() -> None:
