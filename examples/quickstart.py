@@ -118,7 +118,7 @@ def draw(rows: dict[str, Any], recalls: dict[str, np.ndarray], names: Any, path:
     colours = ["tab:blue"] + ["tab:gray"] * (len(labels) - 1)
     bars = left.barh(labels, values, color=colours)
     left.bar_label(bars, fmt="%.3f", padding=3)
-    left.set(xlim=(0, 1.12), xlabel="balanced accuracy on unseen images")
+    left.set(xlim=(0, 1.25), xlabel="balanced accuracy on unseen images")
     left.invert_yaxis()
     image = right.imshow(np.array([recalls[k] for k in labels]), vmin=0, vmax=1, aspect="auto")
     right.set(yticks=range(len(labels)), yticklabels=labels, xticks=range(len(names)))
