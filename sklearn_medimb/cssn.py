@@ -793,23 +793,13 @@ class CSSNClassifier(BaseImageClassifier):
 
     def _pair_logits(self, queries: torch.Tensor, supports: torch.Tensor) -> torch.Tensor:
         """Give z of all pairs of encoded patches, (n_q, n_s)."""
-        head = self.net_.module_.head
-        maps = head.similarity_maps(queries, supports)
-        z = head.patch_logits(maps)
-        return (z + head.patch_logits(maps.transpose(2, 3))) / 2 if self.symmetric else z
+        return self._map_logits(self.net_.module_.head.similarity_maps(queries, supports))
 
-    def _log_similarity(self, queries: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-        """Log of each class's mean pair probability, (n, n_classes); encoded patches in."""
-        shares = torch.as_tensor(
-            np.log(self.support_weights_), dtype=bank.dtype, device=bank.device
-        )
-        classes = range(len(self.classes_))
-        members = [np.flatnonzero(self.support_codes_ == k).tolist() for k in classes]
-        scores = []
-        for part in self._chunks(queries):
-            log_p = F.logsigmoid(self._pair_logits(part, bank)) + shares
-            scores.append(torch.stack([log_p[:, rows].logsumexp(1) for rows in members], 1))
-        return torch.cat(scores)
+    def _map_logits(self, maps: torch.Tensor) -> torch.Tensor:
+        """Give z of similarity maps; the swapped pair's map is the transposed one."""
+        head = self.net_.module_.head
+        z = head.patch_logits(maps)
+        return (z + head.patch_logits(maps.transpose(-2, -1))) / 2 if self.symmetric else z
 
     def _chunks(self, queries: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries in portions whose similarity maps with all supports fit in memory."""
@@ -821,10 +811,22 @@ class CSSNClassifier(BaseImageClassifier):
         module, bank = self.net_.module_, self._bank()
         if combined is None:
             combined = module.classifier is not None and self.decision != "patch"
+        shares = torch.as_tensor(
+            np.log(self.support_weights_), dtype=bank.dtype, device=bank.device
+        )
+        members = [
+            torch.as_tensor(np.flatnonzero(self.support_codes_ == k), device=bank.device)
+            for k in range(len(self.classes_))
+        ]
+
+        def log_similarity(queries: torch.Tensor) -> torch.Tensor:
+            """Log of each class's mean pair probability, (n, n_classes)."""
+            log_p = F.logsigmoid(self._pair_logits(queries, bank)) + shares
+            return torch.stack([log_p[:, rows].logsumexp(1) for rows in members], 1)
 
         def forward(batch: torch.Tensor) -> torch.Tensor:
             encoded = module.encode(batch)
-            scores = self._log_similarity(encoded.patches, bank)
+            scores = torch.cat([log_similarity(part) for part in self._chunks(encoded.patches)])
             if combined:
                 scores = scores + F.log_softmax(module.classifier(encoded.token), dim=1)
             return scores
@@ -864,12 +866,8 @@ class CSSNClassifier(BaseImageClassifier):
         check_is_fitted(self)
         a, b = (self._encode(self._read(X)).patches for X in (XA, XB))
         check_consistent_length(a, b)
-        head = self.net_.module_.head
         with torch.inference_mode(), one_thread_in_workers():
-            z = head.patch_logits(a @ b.transpose(1, 2))
-            if self.symmetric:
-                z = (z + head.patch_logits(b @ a.transpose(1, 2))) / 2
-        return z.sigmoid().cpu().numpy()
+            return self._map_logits(a @ b.transpose(1, 2)).sigmoid().cpu().numpy()
 
     def explain(self, X: Any, n_neighbors: int = 3) -> Evidence:
         """For each query the supports it resembles most, and which patches say so.
