@@ -41,7 +41,13 @@ from sklearn_medimb.callbacks import (
     StopWhenAsked,
 )
 from sklearn_medimb.checkpoint import Checkpoint, fingerprint
-from sklearn_medimb.images import Images, channel_statistics, read_images
+from sklearn_medimb.images import (
+    INPUT_CONSTRAINTS,
+    Images,
+    channel_statistics,
+    check_pixel_range,
+    read_images,
+)
 from sklearn_medimb.net import SCHEDULES, Net, Trunk
 from sklearn_medimb.rows import resample, validation_split
 from sklearn_medimb.runtime import (
@@ -122,9 +128,7 @@ class BaseImageClassifier(
         "scoring": [StrOptions(set(get_scorer_names())), callable],
         "callbacks": [None, list],
         "checkpoint_dir": [None, str, os.PathLike],
-        "image_shape": [None, tuple, list],
-        "data_format": [StrOptions({"auto", "channels_first", "channels_last"})],
-        "spatial_dims": [None, Interval(Integral, 2, 3, closed="both")],
+        **INPUT_CONSTRAINTS,
         "device": [str, torch.device],
         "precision": [StrOptions({"auto", "float32", "bf16", "float64"})],
         "compile": ["boolean"],
@@ -465,7 +469,7 @@ class BaseImageClassifier(
 
     def _read(self, X: Any, *, reset: bool = False) -> Images:
         """Validate images of a call."""
-        return read_images(
+        images = read_images(
             self,
             X,
             reset=reset,
@@ -475,6 +479,8 @@ class BaseImageClassifier(
             paired=getattr(self, "reference", None) == "paired",
             float_dtype=np.float64 if self.precision == "float64" else np.float32,
         )
+        check_pixel_range(self, images, reset=reset)
+        return images
 
     def _map(
         self,

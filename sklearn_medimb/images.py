@@ -16,9 +16,15 @@ import numpy as np
 import torch
 from scipy import sparse
 from sklearn.utils import check_array
+from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _num_samples, validate_data
 
 CHANNEL_COUNTS = (1, 3, 4)  # what an axis of channels may look like when nobody says
+INPUT_CONSTRAINTS: dict[str, list[Any]] = {
+    "image_shape": [None, tuple, list],
+    "data_format": [StrOptions({"auto", "channels_first", "channels_last"})],
+    "spatial_dims": [None, Interval(Integral, 2, 3, closed="both")],
+}
 UNIT_MAX = 1.5  # floats up to here may be pixels scaled to [0, 1], with some overshoot
 
 
@@ -55,6 +61,10 @@ class Layout:
         if self.channels_last:
             batch = batch.movedim(-1, 2 if self.paired else 1)
         return batch.flatten(1, 2) if self.paired else batch
+
+    def restore(self, batch: np.ndarray) -> np.ndarray:
+        """Bring images ``(n, C, *spatial)`` to ``(n, *view)``; not for pairs."""
+        return np.moveaxis(batch, 1, -1) if self.channels_last else batch
 
 
 def infer_layout(
@@ -218,6 +228,43 @@ class Images:
         return image
 
 
+class ExtendedImages:
+    """A lazy container followed by images in memory, as a lazy container.
+
+    Parameters
+    ----------
+    data : lazy sequence of n images
+        Read on demand.
+    extra : ndarray of shape (n_extra, ...)
+        Images of the same shape and dtype.
+    rows : ndarray of int, default=None
+        Which of the n + n_extra images, in which order; None for all.
+    """
+
+    def __init__(self, data: Any, extra: np.ndarray, rows: np.ndarray | None = None) -> None:
+        self.data = data
+        self.extra = extra
+        self.rows = np.arange(len(data) + len(extra)) if rows is None else rows
+        self.dtype = extra.dtype
+        self.ndim = extra.ndim
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole, as if it were an array."""
+        return (len(self.rows), *self.extra.shape[1:])
+
+    def __getitem__(self, key: Any) -> Any:
+        key = key[0] if isinstance(key, tuple) else key
+        rows = self.rows[key]
+        if np.ndim(rows):
+            return ExtendedImages(self.data, self.extra, rows)
+        n = len(self.data)
+        return self.data[int(rows)] if rows < n else self.extra[rows - n]
+
+
 def _one_image(data: Any, row: int) -> np.ndarray:
     try:
         return np.asarray(_from_torch(data[row]))
@@ -234,23 +281,23 @@ def read_images(
     data_format: str = "auto",
     spatial_dims: int | None = None,
     paired: bool = False,
-    float_dtype: type[np.floating] = np.float32,
+    float_dtype: type[np.floating] | None = np.float32,
 ) -> Images:
     """Validate `X` for `estimator` and find its axes.
 
     Parameters
     ----------
     estimator : estimator instance
-        Receives `n_features_in_`, `feature_names_in_` and `pixel_range_` when `reset`, and is
-        checked otherwise.
+        Receives `n_features_in_` and `feature_names_in_` when `reset`; otherwise its
+        `image_shape_`, where it has one, is what images must have.
     X : array-like, DataFrame, torch tensor, list of arrays, or lazy sequence
         See the package's README for the accepted shapes.
     reset : bool
         True in ``fit``.
     image_shape, data_format, spatial_dims, paired
         As in :func:`infer_layout`.
-    float_dtype : {numpy.float32, numpy.float64}
-        What everything that is not uint8 is read as.
+    float_dtype : {numpy.float32, numpy.float64} or None
+        What everything that is not uint8 is read as; None keeps the dtype of `X`.
 
     Returns
     -------
@@ -260,12 +307,11 @@ def read_images(
     Raises
     ------
     ValueError
-        If `X` is empty, ragged, ambiguous, not finite, or of another shape or scale than in
-        ``fit``.
+        If `X` is empty, ragged, ambiguous, not finite, or of another shape than in ``fit``.
     TypeError
         If `X` is sparse or not numeric.
     """
-    X = _to_array(X)
+    X = as_array(X)
     if not is_lazy(X) and getattr(X, "ndim", 2) <= 2:
         X = validate_data(estimator, X, reset=reset, dtype="numeric", ensure_all_finite=False)
     elif not is_lazy(X):
@@ -289,7 +335,7 @@ def read_images(
         if X.ndim > 2:  # validate_data saw two axes at most
             estimator.__dict__.pop("feature_names_in_", None)
         estimator.n_features_in_ = math.prod(layout.shape)
-    elif layout.shape != tuple(estimator.image_shape_):
+    elif layout.shape != tuple(getattr(estimator, "image_shape_", layout.shape)):
         raise ValueError(
             f"X holds images of shape {layout.shape} (channels first), but "
             f"{type(estimator).__name__} was fitted on images of shape "
@@ -297,13 +343,11 @@ def read_images(
         )
     if np.dtype(X.dtype).kind not in "buif":
         raise ValueError(f"X of dtype {X.dtype} cannot be read as images.")
-    dtype = np.dtype(np.uint8 if X.dtype == np.uint8 else float_dtype)
-    images = Images(X if is_lazy(X) else _cast(X, dtype), layout, dtype)
-    _check_pixel_range(estimator, images, reset)
-    return images
+    dtype = np.dtype(X.dtype if X.dtype == np.uint8 or float_dtype is None else float_dtype)
+    return Images(X if is_lazy(X) else _cast(X, dtype), layout, dtype)
 
 
-def _to_array(X: Any) -> Any:
+def as_array(X: Any) -> Any:
     """Turn tensors and lists of images into arrays; leave everything else to scikit-learn."""
     X = _from_torch(X)
     if not (isinstance(X, (list, tuple)) and len(X)):
@@ -345,7 +389,7 @@ def _cast(X: np.ndarray, dtype: np.dtype, names: np.ndarray | None = None) -> np
     return cast
 
 
-def _check_pixel_range(estimator: Any, images: Images, reset: bool) -> None:
+def check_pixel_range(estimator: Any, images: Images, *, reset: bool) -> None:
     """Refuse images that are 255 times brighter or darker than those of ``fit``.
 
     uint8 is divided by 255, floats are taken as they are: one may follow the other only where the
@@ -417,6 +461,11 @@ def channel_statistics(
     mean = mean + shift.ravel()
     constant = variance <= 1e-12 * np.maximum(mean**2, 1e-12)
     return mean, np.where(constant, 1.0, np.sqrt(variance))
+
+
+def as_pixels(batch: torch.Tensor) -> torch.Tensor:
+    """Read feature vectors (n, d) as images of height one, (n, 1, 1, d); images stay."""
+    return batch[:, None, None] if batch.ndim == 2 else batch
 
 
 def to_unit_scale(batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,0 +1,6 @@
+"""imbalanced-learn samplers for images and for embeddings."""
+
+from sklearn_medimb.over_sampling._spmix import SPMixSampler
+from sklearn_medimb.over_sampling._virtual_features import BalancedVirtualFeatures
+
+__all__ = ["BalancedVirtualFeatures", "SPMixSampler"]

@@ -1,0 +1,445 @@
+"""SPMix as a sampler of images."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from imblearn.over_sampling.base import BaseOverSampler
+from imblearn.utils import check_target_type
+from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
+from sklearn.utils._param_validation import Interval, StrOptions
+
+from sklearn_medimb.images import (
+    INPUT_CONSTRAINTS,
+    ExtendedImages,
+    Images,
+    as_array,
+    as_pixels,
+    read_images,
+)
+from sklearn_medimb.mixing import patch_means, spmix, spmix_ratio
+from sklearn_medimb.runtime import inference_block, one_thread_in_workers, resolve_device
+from sklearn_medimb.saliency import DETECTORS, Detector, check_maps, maps_of, saliency_maps
+
+
+class SPMixSampler(BaseOverSampler):
+    """Over-sampling with saliency-guided patch mixup.
+
+    A new image is one of a rare class whose unremarkable patches are mixed with those of a partner,
+    usually of a more frequent class: ``r base + (1 - r) partner`` with a share r per patch that is
+    high where either image is salient [1]_. It keeps the label of its base. This is the image form
+    of the method; inside a network the authors mix patch tokens.
+
+    The share never exceeds `cap`, so ``1 - cap`` of the partner enters everywhere, its lesion
+    included.
+
+    Parameters
+    ----------
+    sampling_strategy : float, str, dict or callable, default="auto"
+        Which classes grow, and to what size, as in imbalanced-learn: for two classes the wanted
+        ratio minority / majority, "minority", "not minority", "not majority" (the same as "auto"),
+        "all", a dict from class to number of images, or a function from y to such a dict.
+
+    cap : float, default=0.8
+        Upper bound of the base's share, the paper's alpha.
+
+    floor : float or None, default=None
+        Share of the base where nothing is salient; None is 0.5 with ``merge="patch"`` and 0 with
+        ``merge="pixel"``.
+
+    patch_size : int, tuple of int or "auto", default="auto"
+        Sides of a patch in pixels; "auto" lays about 14 patches along the shorter side, as
+        published for 224 pixels.
+
+    merge : {"patch", "pixel"}, default="patch"
+        Merge the two saliency maps patch by patch, as the authors' code does, or pixel by pixel,
+        as the paper's formula does; see :func:`sklearn_medimb.mixing.spmix_ratio`.
+
+    saliency : {"fine_grained", "spectral_residual", "center"} or callable, default="fine_grained"
+        Where an image is salient: a detector of :mod:`sklearn_medimb.saliency`, or a function from
+        a batch of images (tensor of shape ``(n, C, *spatial)``, uint8 as [0, 1]) to maps of shape
+        ``(n, *spatial)`` in [0, 1]. Maps per image, lesion masks say, go to ``fit_resample``.
+
+    polarity : {"both", "dark", "bright"}, default="both"
+        For "fine_grained": "dark" where lesions are darker than their surround, "bright" where
+        they are brighter.
+
+    mask : {"auto"} or None, default=None
+        "auto" finds black borders and sets their saliency to 0.
+
+    partner_saliency : bool, default=True
+        False looks at the base's saliency alone.
+
+    partners : {"head", "majority", "other", "any"}, default="head"
+        Where a partner is drawn from: images of classes more frequent than the base's, of the most
+        frequent class, of all other classes, or all images. Where "head" or "majority" leave none,
+        all other classes serve. An image is never its own partner.
+
+    image_shape : tuple of int or None, default=None
+        Shape of one image where X holds flattened ones: ``(H, W)``, ``(C, H, W)``,
+        ``(C, D, H, W)``. Without it the rows of a 2-D X are mixed as images of height 1.
+
+    data_format : {"auto", "channels_first", "channels_last"}, default="auto"
+        Where the channel axis is.
+
+    spatial_dims : {2, 3} or None, default=None
+        3 reads 4-D X as gray volumes ``(n, D, H, W)``.
+
+    device : str or torch.device, default="auto"
+        "auto" takes a CUDA GPU where there is one.
+
+    random_state : int, RandomState or None, default=None
+        Seeds the draws of bases and partners.
+
+    Attributes
+    ----------
+    sampling_strategy_ : dict
+        Number of new images of each class that grows.
+
+    sample_indices_ : ndarray of int of shape (n_new,)
+        Row of X that each new image is based on. The images of a class take turns.
+
+    partner_indices_ : ndarray of int of shape (n_new,)
+        Row of X that it was mixed with.
+
+    ratio_ : ndarray of float of shape (n_new, *grid)
+        Share of the base in each patch.
+
+    patch_size_ : tuple of int
+        Sides of a patch in pixels, one per spatial axis.
+
+    image_shape_ : tuple of int
+        Shape of one image, ``(C, *spatial)``, or ``(d,)``.
+
+    n_features_in_ : int
+        Values per image.
+
+    feature_names_in_ : ndarray of shape (n_features_in_,)
+        Column names where X was a DataFrame.
+
+    See Also
+    --------
+    BalancedVirtualFeatures : Over-sampling of embeddings.
+    sklearn_medimb.inspection.SPMixDisplay : Shows bases, partners, maps, shares and results.
+
+    Notes
+    -----
+    Place it in ``sampler=`` of an image classifier, which applies it after its validation split, or
+    in an ``imblearn.pipeline.Pipeline``. Labels stay hard; originals come first, bit for bit.
+    The paper does not name its saliency detector. Fine-grained saliency fits its wording and the
+    published statistics of its maps; on synthetic lesions it separates lesion from background,
+    which the spectral residual does not.
+
+    References
+    ----------
+    .. [1] J. Wei et al., "Saliency-guided and Patch-based Mixup for Long-tailed Skin Cancer Image
+       Classification", arXiv 2406.10801, 2024.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn_medimb import SPMixSampler
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+    >>> y = np.array(["nevus"] * 20 + ["melanoma"] * 4)
+    >>> sampler = SPMixSampler(random_state=0)
+    >>> X_new, y_new = sampler.fit_resample(X, y)
+    >>> X_new.shape, X_new.dtype, (y_new == "melanoma").sum().item()
+    ((40, 16, 16, 3), dtype('uint8'), 20)
+    >>> set(y[sampler.sample_indices_].tolist()), set(y[sampler.partner_indices_].tolist())
+    ({'melanoma'}, {'nevus'})
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **BaseOverSampler._parameter_constraints,
+        "cap": [Interval(Real, 0, 1, closed="both")],
+        "floor": [Interval(Real, 0, 1, closed="both"), None],
+        "patch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left"), tuple],
+        "merge": [StrOptions({"patch", "pixel"})],
+        "saliency": [StrOptions(set(DETECTORS)), callable],
+        "polarity": [StrOptions({"both", "dark", "bright"})],
+        "mask": [StrOptions({"auto"}), None],
+        "partner_saliency": ["boolean"],
+        "partners": [StrOptions({"head", "majority", "other", "any"})],
+        **INPUT_CONSTRAINTS,
+        "device": [str, torch.device],
+    }
+
+    def __init__(
+        self,
+        *,
+        sampling_strategy: Any = "auto",
+        cap: float = 0.8,
+        floor: float | None = None,
+        patch_size: int | tuple[int, ...] | str = "auto",
+        merge: str = "patch",
+        saliency: str | Detector = "fine_grained",
+        polarity: str = "both",
+        mask: str | None = None,
+        partner_saliency: bool = True,
+        partners: str = "head",
+        image_shape: Sequence[int] | None = None,
+        data_format: str = "auto",
+        spatial_dims: int | None = None,
+        device: str | torch.device = "auto",
+        random_state: Any = None,
+    ) -> None:
+        super().__init__(sampling_strategy=sampling_strategy)
+        self.cap = cap
+        self.floor = floor
+        self.patch_size = patch_size
+        self.merge = merge
+        self.saliency = saliency
+        self.polarity = polarity
+        self.mask = mask
+        self.partner_saliency = partner_saliency
+        self.partners = partners
+        self.image_shape = image_shape
+        self.data_format = data_format
+        self.spatial_dims = spatial_dims
+        self.device = device
+        self.random_state = random_state
+
+    def fit_resample(self, X: Any, y: Any, *, groups: Any = None, maps: Any = None) -> Any:
+        """Append mixed images until the classes have the wanted sizes.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            Images in any layout of the package's README, uint8 or float.
+        y : array-like of shape (n,)
+            Class labels.
+        groups : array-like of shape (n,), default=None
+            Patient of each image: none is mixed with itself.
+        maps : array-like of shape (n, *spatial), default=None
+            Saliency of each image in place of `saliency`: lesion masks, class-activation maps.
+            bool, uint8, or floats in [0, 1].
+
+        Returns
+        -------
+        X_resampled : array of shape (n + n_new, ...)
+            The images given, then the new ones, in the layout and dtype of X: whole numbers are
+            rounded. Of a lazy X only the images that are mixed are read, and the result is lazy.
+        y_resampled : ndarray of shape (n + n_new,)
+            Their labels.
+
+        Raises
+        ------
+        ValueError
+            If the input is wrong or ambiguous, there is one class only, or `groups` leaves an
+            image without a partner.
+        """
+        if isinstance(X, (list, tuple)) and len(X) and hasattr(X[0], "shape"):
+            X = as_array(X)  # a list of images comes back as one array
+        return super().fit_resample(X, y, groups=groups, maps=maps)
+
+    def _check_X_y(self, X: Any, y: Any) -> tuple[Images, np.ndarray, bool]:  # noqa: N802
+        y, binarize_y = check_target_type(y, indicate_one_vs_all=True)
+        if hasattr(X, "sparse"):  # a DataFrame of sparse columns
+            X = X.sparse.to_dense()
+        images = read_images(
+            self,
+            X,
+            reset=True,
+            image_shape=self.image_shape,
+            data_format=self.data_format,
+            spatial_dims=self.spatial_dims,
+            float_dtype=None,
+        )
+        y = column_or_1d(y)
+        check_consistent_length(images.data, y)
+        self.image_shape_ = images.image_shape
+        return images, y, binarize_y
+
+    def _fit_resample(
+        self, images: Images, y: np.ndarray, groups: Any = None, maps: Any = None
+    ) -> tuple[Any, np.ndarray]:
+        rng = np.random.default_rng(check_random_state(self.random_state).randint(2**31 - 1))
+        sides = tuple(as_pixels(torch.empty(1, *images.image_shape)).shape[2:])
+        self.patch_size_ = self._patch_size(sides)
+        if maps is not None:
+            maps = check_maps(maps, (len(y), *sides), "maps")
+        bases, partners = self._pairs(y, _check_groups(groups, y), rng)
+        self.sample_indices_, self.partner_indices_ = bases, partners
+        with torch.inference_mode(), one_thread_in_workers():
+            new = self._mix(images, bases, partners, maps, sides)
+        y_new = np.concatenate([y, y[bases]])
+        if images.lazy:
+            return ExtendedImages(images.data, new), y_new
+        return np.concatenate([images.data, new]), y_new
+
+    def _patch_size(self, sides: tuple[int, ...]) -> tuple[int, ...]:
+        """Sides of a patch along each axis."""
+        if isinstance(self.patch_size, tuple):
+            patches = self.patch_size
+        elif isinstance(self.patch_size, str):
+            patches = (max(1, round(min(sides[-2:]) / 14)),) * len(sides)
+        else:
+            patches = (self.patch_size,) * len(sides)
+        if len(patches) != len(sides) or not all(
+            isinstance(side, Integral) and side > 0 for side in patches
+        ):
+            raise ValueError(
+                f"patch_size={self.patch_size} must hold a whole number above 0 for each spatial "
+                f"axis of the images, {sides}."
+            )
+        if len(self.image_shape_) > 1 and any(p > s for p, s in zip(patches, sides, strict=True)):
+            warnings.warn(
+                f"patch_size={self.patch_size} is larger than the images, {sides}: along that "
+                "axis there is one patch.",
+                stacklevel=4,
+            )
+        return tuple(min(p, s) for p, s in zip(patches, sides, strict=True))
+
+    def _pairs(
+        self, y: np.ndarray, groups: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the base and of the partner of each new image."""
+        _, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
+        size = counts[codes]  # of the class of each row
+        bases, partners = [np.empty(0, dtype=np.intp)], [np.empty(0, dtype=np.intp)]
+        for label, n_new in self.sampling_strategy_.items():
+            members = np.flatnonzero(y == label)
+            if n_new > 50 * len(members):
+                warnings.warn(
+                    f"Each of the {len(members)} images of class {label!r} becomes the base of "
+                    f"about {n_new // len(members)} new ones: sampling_strategy could ask for "
+                    "fewer.",
+                    stacklevel=4,
+                )
+            # The images of a class take turns, in an order drawn anew each time.
+            rounds = np.tile(members, (-(-n_new // len(members)), 1))
+            drawn = rng.permuted(rounds, axis=1).ravel()[:n_new]
+            other, everything = y != label, np.ones(len(y), dtype=bool)
+            preferred = {
+                "head": size > len(members),
+                "majority": other & (size == counts.max()),
+                "other": other,
+                "any": everything,
+            }[self.partners]
+            bases.append(drawn)
+            partners.append(_partners(drawn, [preferred, other, everything], groups, rng))
+        return np.concatenate(bases), np.concatenate(partners)
+
+    def _mix(
+        self,
+        images: Images,
+        bases: np.ndarray,
+        partners: np.ndarray,
+        maps: torch.Tensor | None,
+        sides: tuple[int, ...],
+    ) -> np.ndarray:
+        """Make the new images, in the caller's layout and dtype; set `ratio_`."""
+        device = resolve_device(self.device)
+        patch = self.patch_size_
+        whole = images.dtype.kind in "bui"
+        wide = images.dtype.itemsize > (2 if whole else 4)
+        dtype = torch.float64 if wide else torch.float32
+
+        new = np.empty((len(bases), *images.data.shape[1:]), dtype=images.dtype)
+        grid = [-(-side // p) for side, p in zip(sides, patch, strict=True)]
+        self.ratio_ = np.empty((len(bases), *grid), dtype=np.float64 if wide else np.float32)
+        if not len(bases):
+            return new
+
+        # Saliency of each image that takes part, once; of patches where these are all that counts.
+        pool = patch if self.merge == "patch" else 1
+
+        def detect(batch: torch.Tensor) -> torch.Tensor:
+            found = saliency_maps(batch, self.saliency, polarity=self.polarity, mask=self.mask)
+            return patch_means(found, pool)
+
+        used, places = np.unique(np.concatenate([bases, partners]), return_inverse=True)
+        if maps is None:
+            scores = maps_of(images, used, detect, device)
+        else:
+            scores = patch_means(maps[used], pool)
+        s_t, s_h = torch.from_numpy(places).chunk(2)
+
+        block = inference_block(images.image_shape, device)
+        for start in range(0, len(bases), block):
+            part = slice(start, start + block)
+            ratio = spmix_ratio(
+                scores[s_t[part]].to(device, dtype),
+                scores[s_h[part]].to(device, dtype),
+                1 if self.merge == "patch" else patch,
+                cap=self.cap,
+                floor=self.floor,
+                merge=self.merge,
+                partner_saliency=self.partner_saliency,
+            )
+            rows, own = np.unique(
+                np.concatenate([bases[part], partners[part]]), return_inverse=True
+            )
+            pixels = as_pixels(images.rows(rows).to(device).to(dtype))
+            x_t, x_h = pixels[torch.from_numpy(own).to(device)].chunk(2)
+            mixed = spmix(x_t, x_h, ratio, patch).cpu().numpy()
+            if whole:
+                mixed = np.rint(mixed)
+            new[part] = images.layout.restore(mixed).reshape(-1, *new.shape[1:])
+            self.ratio_[part] = ratio.cpu().numpy()
+        return new
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = False
+        tags.input_tags.three_d_array = True
+        tags.sampler_tags.sample_indices = True
+        return tags
+
+
+def _check_groups(groups: Any, y: np.ndarray) -> np.ndarray:
+    """Patient number of each image; without groups each image is its own patient."""
+    if groups is None:
+        return np.arange(len(y))
+    groups = np.asarray(groups)
+    if groups.shape != y.shape:
+        raise ValueError(
+            f"groups has shape {groups.shape}; it needs one entry per image, {y.shape}."
+        )
+    return np.unique(groups, return_inverse=True)[1]
+
+
+def _partners(
+    bases: np.ndarray, pools: list[np.ndarray], groups: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw each base a partner of another patient from the first pool that has one.
+
+    Parameters
+    ----------
+    bases : ndarray of int of shape (n_new,)
+        Rows.
+    pools : list of ndarray of bool of shape (n,)
+        Eligible rows, in order of preference.
+    groups : ndarray of int of shape (n,)
+        Patient of each row.
+    rng : numpy.random.Generator
+        Source of randomness.
+
+    Returns
+    -------
+    partners : ndarray of int of shape (n_new,)
+        Rows.
+    """
+    partners = np.full(len(bases), -1, dtype=np.intp)
+    for pool in pools:
+        rows = np.flatnonzero(pool)
+        rows = rows[np.argsort(groups[rows], kind="stable")]
+        lone = np.flatnonzero(partners < 0)
+        # The rows of a base's own patient are adjacent: draw among the others, and step over them.
+        own = groups[bases[lone]]
+        first = np.searchsorted(groups[rows], own, side="left")
+        n_own = np.searchsorted(groups[rows], own, side="right") - first
+        n_others = len(rows) - n_own
+        draw = (rng.random(len(lone)) * n_others).astype(np.intp)
+        draw += np.where(draw >= first, n_own, 0)
+        found = n_others > 0
+        partners[lone[found]] = rows[draw[found]]
+    if (partners < 0).any():
+        raise ValueError("groups names a single patient: no image has a partner of another one.")
+    return partners
