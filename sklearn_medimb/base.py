@@ -289,12 +289,14 @@ class BaseImageClassifier(
         if self.early_stopping and not partial:
             kept, held = validation_split(data.y, self.validation_fraction, groups, rng)
             weight = None if data.weight is None else data.weight[kept]
+            groups = None if groups is None else groups[kept]
             train = TrainingSet(data.images, data.rows[kept], data.y[kept], weight)
             held = data.rows[held]
         if self.sampler is not None:
             seed = int(rng.integers(2**31 - 1))
             parts = (train.images, train.rows, train.y, train.weight)
-            train = TrainingSet(*resample(self.sampler, *parts, seed, classes=self.classes_))
+            drawn = resample(self.sampler, *parts, seed, classes=self.classes_, groups=groups)
+            train = TrainingSet(*drawn)
         if train.weight is not None:  # the scale of weights carries no meaning
             train.weight = train.weight * (len(train.weight) / train.weight.sum())
         return train, held

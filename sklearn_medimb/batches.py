@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
+from sklearn.base import clone
+from sklearn.utils import check_random_state, column_or_1d
+from torch.utils.data import Sampler
 
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.images import Images, to_unit_scale
@@ -83,6 +88,180 @@ def _deal(cards: np.ndarray, hands: np.ndarray, rng: np.random.Generator) -> np.
         dealt.append(deck[:size])
         deck = deck[size:]
     return np.concatenate(dealt)
+
+
+def pk(
+    y: np.ndarray,
+    n_classes: int,
+    n_per_class: int,
+    n_batches: int,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """P x K batches for metric learning: K rows of each of P classes.
+
+    Classes take turns, and so do the rows of a class: every class is in as many batches as any
+    other, but for one, and none of its rows comes again before all came once. A row is twice in a
+    batch only where its class has fewer than K rows.
+
+    Parameters
+    ----------
+    y : ndarray of int of shape (n_rows,)
+        Class of each row.
+    n_classes, n_per_class : int
+        P, at most the number of classes in `y`, and K.
+    n_batches : int
+        Length of the plan.
+    rng : numpy.random.Generator
+        Source of randomness.
+
+    Returns
+    -------
+    plan : list of n_batches ndarrays of shape (P K,)
+        Row numbers, class by class.
+    """
+    classes = np.unique(y)
+    turns = _deal(classes, np.full(n_batches, n_classes), rng)
+    rows = np.empty((len(turns), n_per_class), dtype=np.intp)
+    for label in classes:
+        hands = np.full((turns == label).sum(), n_per_class)
+        rows[turns == label] = _deal(np.flatnonzero(y == label), hands, rng).reshape(
+            -1, n_per_class
+        )
+    return list(rows.reshape(n_batches, -1))
+
+
+class BalancedBatchSampler(Sampler[list[int]]):
+    """Balanced batches for a :class:`torch.utils.data.DataLoader`.
+
+    ``DataLoader(dataset, batch_sampler=BalancedBatchSampler(y))``: class-balanced batches, P x K
+    batches, or batches of what an imbalanced-learn sampler selects. Batches are drawn anew for
+    each epoch from `random_state` and the number of the epoch.
+
+    Every row of a class no larger than its share of the epoch, the places per epoch over the
+    number of classes, comes at least once per epoch; so the tail is always covered.
+
+    Parameters
+    ----------
+    y : array-like of shape (n,)
+        Class labels of the data set, numbers or strings.
+    sampler : imbalanced-learn sampler or None, default=None
+        One that selects or repeats rows, such as ``RandomUnderSampler()``: its selection, shuffled,
+        is the epoch. None takes `plan`.
+    plan : {"class_balanced", "pk"}, default="class_balanced"
+        "class_balanced" fills each batch with equally many rows of every class, as near as
+        `batch_size` allows; "pk" takes `n_per_class` rows of ``batch_size // n_per_class`` classes.
+    batch_size : int, default=32
+        Rows per batch; with "pk" at most as many as all classes together give.
+    n_per_class : int, default=4
+        K of "pk".
+    n_batches : int or None, default=None
+        Batches per epoch; None is about one pass over the data. Unused with `sampler`.
+    random_state : int, RandomState or None, default=None
+        Seeds all epochs.
+
+    References
+    ----------
+    P x K batches: A. Hermans, L. Beyer, B. Leibe, "In defense of the triplet loss for person
+    re-identification", arXiv 1703.07737, 2017.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn_medimb import BalancedBatchSampler
+    >>> y = np.repeat(["nevus", "melanoma"], [90, 10])
+    >>> batches = BalancedBatchSampler(y, batch_size=8, random_state=0)
+    >>> len(batches), [(y[batch] == "melanoma").sum().item() for batch in batches][:4]
+    (13, [4, 4, 4, 4])
+    """
+
+    def __init__(
+        self,
+        y: Any,
+        sampler: Any = None,
+        *,
+        plan: str = "class_balanced",
+        batch_size: int = 32,
+        n_per_class: int = 4,
+        n_batches: int | None = None,
+        random_state: Any = None,
+    ) -> None:
+        numbers = {
+            "batch_size": batch_size,
+            "n_per_class": n_per_class,
+            "n_batches": n_batches or 1,
+        }
+        for name, value in numbers.items():
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number above 0.")
+        if plan not in ("class_balanced", "pk"):
+            raise ValueError(f'plan={plan!r} must be "class_balanced" or "pk".')
+        if plan == "pk" and batch_size < n_per_class:
+            raise ValueError(
+                f"batch_size={batch_size} holds no class of n_per_class={n_per_class} rows."
+            )
+        y = column_or_1d(y)
+        if not len(y):
+            raise ValueError("y is empty: there is nothing to draw batches from.")
+        self.labels, self.y = np.unique(y, return_inverse=True)
+        self.sampler = sampler
+        self.plan = plan
+        self.n_per_class = n_per_class
+        if plan == "pk":
+            batch_size = n_per_class * min(batch_size // n_per_class, len(self.labels))
+        self.batch_size = batch_size
+        self.n_batches = n_batches or -(-len(y) // batch_size)
+        self.seed = int(check_random_state(random_state).randint(2**31 - 1))
+        self.epoch = 0
+        self._batches: tuple[int, list[np.ndarray]] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose batches come next; without this call each pass is the next one.
+
+        Parameters
+        ----------
+        epoch : int
+            Number of the epoch, from 0.
+        """
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n_batches if self.sampler is None else len(self._drawn())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = self._drawn()
+        self.epoch += 1
+        yield from (batch.tolist() for batch in batches)
+
+    def _drawn(self) -> list[np.ndarray]:
+        """Batches of the present epoch, drawn once."""
+        if self._batches is None or self._batches[0] != self.epoch:
+            self._batches = self.epoch, self._draw(np.random.default_rng([self.seed, self.epoch]))
+        return self._batches[1]
+
+    def _draw(self, rng: np.random.Generator) -> list[np.ndarray]:
+        if self.sampler is not None:
+            rows = self._selected(int(rng.integers(2**31 - 1)))
+            picks = shuffled(len(rows), self.batch_size, rng)
+            return [rows[pick] for pick in picks]
+        if self.plan == "pk":
+            n_classes = self.batch_size // self.n_per_class
+            return pk(self.y, n_classes, self.n_per_class, self.n_batches, rng)
+        return class_balanced(self.y, self.batch_size, self.n_batches, rng)
+
+    def _selected(self, seed: int) -> np.ndarray:
+        """Rows that the imbalanced-learn sampler keeps or repeats."""
+        sampler = clone(self.sampler)
+        if "random_state" in sampler.get_params(deep=False):
+            sampler.set_params(random_state=seed)
+        rows = np.arange(len(self.y), dtype=np.float64).reshape(-1, 1)
+        rows = sampler.fit_resample(rows, self.labels[self.y])[0].ravel()
+        whole = rows.astype(np.intp)
+        if (rows != whole).any():
+            raise ValueError(
+                f"sampler={type(sampler).__name__} makes new rows: batches need one that selects "
+                "or repeats rows, such as RandomOverSampler or RandomUnderSampler."
+            )
+        return whole
 
 
 class Preprocessor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from imblearn.over_sampling import RandomOverSampler
 from imblearn.under_sampling import RandomUnderSampler
 from sklearn.base import clone
 
-from sklearn_medimb.images import Images
+from sklearn_medimb.images import ExtendedImages, Images, Layout
 
 
 def validation_split(
@@ -109,11 +110,13 @@ def resample(
     seed: int,
     *,
     classes: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> tuple[Images, np.ndarray, np.ndarray, np.ndarray | None]:
     """Apply an imbalanced-learn sampler to the training rows.
 
     Samplers that only repeat or drop rows work on row numbers, so that no image is copied or, in a
-    lazy container, read. Others see flattened images.
+    lazy container, read. Samplers of images, which have a parameter `data_format`, see images,
+    lazy ones included, and `groups` where they take them. Others see flattened images.
 
     Parameters
     ----------
@@ -132,6 +135,8 @@ def resample(
     classes : ndarray of shape (n_classes,), default=None
         The caller's labels, ascending, of which ``sampling_strategy={label: n}`` speaks; None
         where `y` holds these labels itself.
+    groups : ndarray of shape (n,), default=None
+        Patient of each row.
 
     Returns
     -------
@@ -154,21 +159,57 @@ def resample(
         picks, _ = sampler.fit_resample(np.arange(len(rows)).reshape(-1, 1), labels)
         picks = picks.ravel()
         return images, rows[picks], y[picks], None if weight is None else weight[picks]
-    if images.lazy:
-        raise ValueError(
-            f"sampler={name} needs every image in memory: pass X as an array, or use "
-            "RandomOverSampler or RandomUnderSampler, which work on a lazy X."
-        )
     if weight is not None:
         raise ValueError(
             f"sampler={name} makes rows that no sample_weight belongs to: drop one of the two."
         )
-    block = images.data.take(rows, axis=0).reshape(len(rows), -1)
-    if images.dtype == np.uint8:  # differences of uint8 would wrap around
-        block, labels = sampler.fit_resample(block.astype(np.float32), labels)
-        block = np.rint(block).clip(0, 255)
+    if "data_format" in sampler.get_params(deep=False):
+        takes_groups = "groups" in signature(sampler.fit_resample).parameters
+        metadata = {} if groups is None or not takes_groups else {"groups": groups}
+        images, labels = _resample_images(sampler, images, rows, labels, metadata)
+    elif images.lazy:
+        raise ValueError(
+            f"sampler={name} needs every image in memory: pass X as an array, or use SPMixSampler, "
+            "RandomOverSampler or RandomUnderSampler, which work on a lazy X."
+        )
     else:
-        block, labels = sampler.fit_resample(block, labels)
-    block = np.ascontiguousarray(block, dtype=images.dtype)
+        block = images.data.take(rows, axis=0).reshape(len(rows), -1)
+        if images.dtype == np.uint8:  # differences of uint8 would wrap around
+            block, labels = sampler.fit_resample(block.astype(np.float32), labels)
+            block = np.rint(block).clip(0, 255)
+        else:
+            block, labels = sampler.fit_resample(block, labels)
+        block = np.ascontiguousarray(block, dtype=images.dtype)
+        images = Images(block, images.layout, images.dtype)
     y = labels if classes is None else np.searchsorted(classes, labels)
-    return Images(block, images.layout, images.dtype), np.arange(len(y)), y, None
+    return images, np.arange(len(y)), y, None
+
+
+def _resample_images(
+    sampler: Any,
+    images: Images,
+    rows: np.ndarray,
+    labels: np.ndarray,
+    metadata: dict[str, np.ndarray],
+) -> tuple[Images, np.ndarray]:
+    """Let a sampler of images see them as they are, and tell it where their axes are."""
+    X: Any
+    shape, layout = images.image_shape, images.layout
+    if images.lazy and layout.paired:
+        raise ValueError(
+            f"sampler={type(sampler).__name__} does not read lazy pairs: pass X as an array."
+        )
+    if images.lazy:
+        X = ExtendedImages(
+            images.data, np.empty((0, *images.data.shape[1:]), images.data.dtype), rows
+        )
+    else:
+        X, layout = images.rows(rows).numpy(), Layout(shape)
+    sampler.set_params(image_shape=None)
+    if len(shape) > 1:
+        sampler.set_params(
+            data_format="channels_last" if layout.channels_last else "channels_first",
+            spatial_dims=len(shape) - 1,
+        )
+    X, labels = sampler.fit_resample(X, labels, **metadata)
+    return Images(X, layout, images.dtype), labels

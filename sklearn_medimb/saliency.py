@@ -566,7 +566,7 @@ def maps_of(
         On the CPU, one row per entry of `rows`.
     """
     dtype = torch.float64 if images.dtype == np.float64 else torch.float32
-    block = 4 * inference_block(images.image_shape, device)
+    block = inference_block(images.image_shape, device)
     with torch.inference_mode(), one_thread_in_workers():
         parts = [
             detect(as_pixels(to_unit_scale(images.rows(part).to(device), dtype))).cpu()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from imblearn.over_sampling import SMOTE, RandomOverSampler
+from imblearn.under_sampling import RandomUnderSampler
+from torch.utils.data import DataLoader, TensorDataset
 
-from sklearn_medimb import SoftmaxClassifier
+from sklearn_medimb import BalancedBatchSampler, SoftmaxClassifier
 from sklearn_medimb.augment import AUGMENTATIONS, Augmentation
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.batches import Batches, Preprocessor, class_balanced, shuffled
+from sklearn_medimb.batches import Batches, Preprocessor, class_balanced, pk, shuffled
 from sklearn_medimb.images import Images, infer_layout
 
 CPU = torch.device("cpu")
@@ -352,3 +355,112 @@ def test_every_view_is_one_call_for_the_whole_batch():
         assert torch.equal(second - first, torch.ones(len(targets)))
         sizes.append(len(targets))
     assert augment.n_views == 2 * len(sizes)
+
+
+# ---------------------------------------------------------------- P x K
+
+
+@pytest.mark.parametrize(
+    ("counts", "n_classes", "n_per_class", "n_batches"),
+    [([50, 20, 3], 2, 4, 9), ([50, 20, 3], 3, 5, 4), ([9, 1, 1, 4], 3, 2, 7), ([5, 5], 1, 3, 4)],
+)
+def test_pk_batches_hold_k_rows_of_p_classes(counts, n_classes, n_per_class, n_batches):
+    for seed in range(10):
+        y = balanced_problem(counts, seed)
+        plan = pk(y, n_classes, n_per_class, n_batches, rng(seed))
+        assert len(plan) == n_batches
+        turns = np.zeros(len(counts), dtype=int)
+        for batch in plan:
+            blocks = batch.reshape(n_classes, n_per_class)
+            assert (y[blocks] == y[blocks[:, :1]]).all()
+            assert len(set(y[blocks[:, 0]])) == n_classes
+            for block in blocks:
+                assert len(set(block)) == min(n_per_class, counts[y[block[0]]])
+            turns[y[blocks[:, 0]]] += 1
+        assert turns.max() - turns.min() <= 1
+        times = np.bincount(np.concatenate(plan), minlength=len(y))
+        for label in range(len(counts)):
+            own = times[y == label]
+            assert own.max() - own.min() <= 1 or counts[label] < n_per_class
+
+
+# ---------------------------------------------------------------- BalancedBatchSampler
+
+
+def test_batch_sampler_feeds_a_loader_and_covers_the_tail():
+    y = np.random.default_rng(0).permutation(np.repeat(["a", "b", "c"], [80, 15, 5]))
+    data = TensorDataset(torch.arange(100))
+    batches = BalancedBatchSampler(y, batch_size=9, random_state=0)
+    loader = DataLoader(data, batch_sampler=batches)
+    assert len(loader) == 12
+    rows = [batch.numpy() for (batch,) in loader]
+    for batch in rows:
+        assert sorted(y[batch]) == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
+    seen = set(np.concatenate(rows))
+    assert set(np.flatnonzero(y != "a")) <= seen
+    assert len(seen & set(np.flatnonzero(y == "a"))) == 36
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"plan": "pk"}, {"sampler": RandomOverSampler()}, {"sampler": RandomUnderSampler()}],
+)
+def test_batch_sampler_draws_each_epoch_anew_from_one_seed(params):
+    y = np.repeat([0, 1, 2], [40, 12, 6])
+    batches = BalancedBatchSampler(y, batch_size=12, random_state=3, **params)
+    again = BalancedBatchSampler(y, batch_size=12, random_state=3, **params)
+    first, second = list(batches), list(batches)
+    assert len(first) == len(batches)
+    assert first != second
+    assert list(again) == first
+    again.set_epoch(0)
+    assert list(again) == first
+    assert list(again) == second
+    other = BalancedBatchSampler(y, batch_size=12, random_state=4, **params)
+    assert list(other) != first
+
+
+def test_batch_sampler_turns_a_selecting_sampler_into_batches():
+    y = np.repeat([0, 1, 2], [40, 12, 6])
+    rows = np.concatenate(list(BalancedBatchSampler(y, RandomUnderSampler(), batch_size=5)))
+    assert len(rows) == 18
+    assert len(set(rows)) == 18
+    np.testing.assert_array_equal(np.bincount(y[rows]), [6, 6, 6])
+    assert set(range(52, 58)) <= set(rows)  # the tail, whole
+    rows = np.concatenate(
+        list(BalancedBatchSampler(y, RandomOverSampler(random_state=0), batch_size=7))
+    )
+    np.testing.assert_array_equal(np.bincount(y[rows]), [40, 40, 40])
+    assert set(rows) == set(range(58))
+
+
+def test_batch_sampler_with_pk_plan():
+    y = np.repeat([0, 1, 2, 3], [40, 12, 6, 3])
+    batches = BalancedBatchSampler(y, plan="pk", batch_size=13, n_per_class=3, random_state=0)
+    assert batches.batch_size == 12
+    for batch in batches:
+        np.testing.assert_array_equal(np.bincount(y[batch]), [3, 3, 3, 3])
+
+
+@pytest.mark.parametrize(
+    ("y", "params", "message"),
+    [
+        ([0, 1], {"batch_size": 0}, "batch_size=0"),
+        ([0, 1], {"batch_size": 2.5}, "batch_size=2.5"),
+        ([0, 1], {"n_per_class": 0}, "n_per_class=0"),
+        ([0, 1], {"n_batches": -1}, "n_batches=-1"),
+        ([0, 1], {"plan": "random"}, "plan='random'"),
+        ([0, 1], {"plan": "pk", "batch_size": 3}, "batch_size=3 holds no class"),
+        ([], {}, "y is empty"),
+        ([[0, 1], [1, 0]], {}, "1d array"),
+    ],
+)
+def test_batch_sampler_refuses_bad_input(y, params, message):
+    with pytest.raises(ValueError, match=message):
+        BalancedBatchSampler(y, **params)
+
+
+def test_batch_sampler_refuses_a_sampler_that_makes_rows():
+    batches = BalancedBatchSampler(np.repeat([0, 1], [40, 12]), SMOTE())
+    with pytest.raises(ValueError, match="SMOTE makes new rows"):
+        list(batches)

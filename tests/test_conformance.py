@@ -9,12 +9,14 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from imblearn.base import BaseSampler
+from imblearn.utils.estimator_checks import estimator_checks_generator
 from sklearn.base import BaseEstimator, clone
 from sklearn.exceptions import SkipTestWarning
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import sklearn_medimb
-from sklearn_medimb import SoftmaxClassifier
+from sklearn_medimb import SaliencyMap, SoftmaxClassifier, SPMixSampler
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.images import is_lazy, read_images
 from sklearn_medimb.utils import estimator_checks
@@ -28,9 +30,13 @@ from sklearn_medimb.utils.estimator_checks import (
 
 SHARED = {"backbone": ConvNet(widths=(4, 8)), "max_epochs": 3, "batch_size": 8}
 
-# One row per public estimator: what makes it small and fast on images.
-TINY: dict[str, dict] = {
+# One row per public estimator: what makes it small and fast on images. None is for those that do
+# not take images.
+TINY: dict[str, dict | None] = {
+    "BalancedVirtualFeatures": None,
     "CSSNClassifier": SHARED,
+    "SPMixSampler": {},
+    "SaliencyMap": {},
     "SoftmaxClassifier": SHARED,
 }
 
@@ -44,8 +50,24 @@ def public_estimators() -> dict[str, type[BaseEstimator]]:
     }
 
 
+def default_estimators(samplers: bool = False) -> list[BaseEstimator]:
+    """Defaults, as the checks ask: arithmetic in float64, draws that can be repeated."""
+    made = []
+    for cls in public_estimators().values():
+        known = cls().get_params()
+        # scikit-learn demands agreement to 1e-9 between weighted and repeated rows.
+        params = {"precision": "float64"} if "precision" in known else {}
+        if issubclass(cls, BaseSampler):
+            params["random_state"] = 0
+        elif samplers:
+            continue
+        made.append(cls(**params))
+    return made
+
+
 def tiny_estimators() -> list[BaseEstimator]:
-    return [cls(**TINY[name]) for name, cls in public_estimators().items() if name in TINY]
+    public = public_estimators()
+    return [public[name](**tiny) for name, tiny in TINY.items() if tiny is not None]
 
 
 def test_every_estimator_has_a_tiny_configuration():
@@ -56,9 +78,21 @@ def test_every_estimator_has_a_tiny_configuration():
     assert not stale, f"{sorted(stale)} are no longer public: remove their rows from TINY."
 
 
-# scikit-learn demands agreement to 1e-9 between weighted and repeated rows: float64 only.
-@parametrize_with_checks([cls(precision="float64") for cls in public_estimators().values()])
+@parametrize_with_checks(default_estimators())
 def test_scikit_learn_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.filterwarnings("ignore:.*sparse columns")
+@pytest.mark.parametrize(
+    ("estimator", "check"),
+    [
+        pytest.param(*case, id=f"{type(sampler).__name__}-{case[1].func.__name__}")
+        for sampler in default_estimators(samplers=True)
+        for case in estimator_checks_generator(sampler)
+    ],
+)
+def test_imbalanced_learn_checks(estimator, check):
     check(estimator)
 
 
@@ -81,18 +115,21 @@ def all_checks() -> set:
 
 
 def test_suite_runs_every_check_once():
-    ran = [check.func for _, check in image_checks(SoftmaxClassifier(**SHARED))]
+    classifier, sampler = SoftmaxClassifier(**SHARED), SPMixSampler()
+    ran = [check.func for made in (classifier, sampler) for _, check in image_checks(made)]
     assert len(ran) == len(set(ran))
-    assert set(ran) == all_checks(), "List each check in IMAGE_CHECKS or LABEL_CHECKS."
+    assert set(ran) == all_checks(), "List each check in one of the tuples of the suite."
 
 
-def test_suite_spares_encoders_the_checks_of_labels():
+def test_suite_spares_what_has_no_labels_or_learns_nothing():
     class Encoder(BaseEstimator):
         def fit(self, X, y=None):
             return self
 
-    ran = {check.func for _, check in image_checks(Encoder())}
-    assert ran == set(estimator_checks.IMAGE_CHECKS)
+    stateless = set(estimator_checks.STATELESS_CHECKS)
+    learning = set(estimator_checks.LEARNING_CHECKS)
+    assert {check.func for _, check in image_checks(Encoder())} == stateless | learning
+    assert {check.func for _, check in image_checks(SaliencyMap())} == stateless
 
 
 def test_check_image_estimator_runs_all_and_warns_of_skipped_ones(monkeypatch):
@@ -102,7 +139,9 @@ def test_check_image_estimator_runs_all_and_warns_of_skipped_ones(monkeypatch):
     def spied(function):
         return lambda name, estimator: ran.append(function) or function(name, estimator)
 
-    monkeypatch.setattr(estimator_checks, "IMAGE_CHECKS", tuple(map(spied, functions.values())))
+    checks = tuple(map(spied, functions.values()))
+    monkeypatch.setattr(estimator_checks, "STATELESS_CHECKS", checks)
+    monkeypatch.setattr(estimator_checks, "LEARNING_CHECKS", ())
     monkeypatch.setattr(estimator_checks, "LABEL_CHECKS", ())
     monkeypatch.setitem(sys.modules, "skops.io", None)
     estimator = SoftmaxClassifier(**SHARED)
@@ -368,18 +407,74 @@ class IgnoresGroups(Mutant):
         return super().fit(X, y)
 
 
-def mutants(cls: type = Mutant) -> list[type]:
+class BrokenSampler(SPMixSampler):
+    """Sound until a subclass breaks it."""
+
+    breaks: str
+
+
+class ShufflesOriginals(BrokenSampler):
+    breaks = "check_sampler_keeps_originals"
+
+    def fit_resample(self, X, y, **params):
+        X, y = super().fit_resample(X, y, **params)
+        return X[::-1], y[::-1]
+
+
+class MixesFlatRows(BrokenSampler):
+    breaks = "check_sampler_layouts"
+
+    def fit_resample(self, X, y, **params):
+        flat, y = super().fit_resample(X.reshape(len(X), -1), y, **params)
+        return flat.reshape(-1, *X.shape[1:]), y
+
+
+class StacksLazyImages(BrokenSampler):
+    breaks = "check_sampler_lazy_images"
+
+    def fit_resample(self, X, y, **params):
+        return super().fit_resample(np.stack([X[i] for i in range(len(X))]), y, **params)
+
+
+class DrawsPairsFromTheGlobalGenerator(BrokenSampler):
+    breaks = "check_sampler_random_state"
+
+    def _pairs(self, y, groups, rng):
+        return super()._pairs(y, groups, np.random.default_rng(np.random.randint(9)))  # noqa: NPY002
+
+
+class DividesMixesByContrast(BrokenSampler):
+    breaks = "check_sampler_rare_and_constant"
+
+    def fit_resample(self, X, y, **params):
+        with np.errstate(all="ignore"):
+            contrast = X.std() / X.std()
+        X, y = super().fit_resample(X, y, **params)
+        return (X * contrast).astype(X.dtype), y
+
+
+class MixesNaN(BrokenSampler):
+    breaks = "check_sampler_non_finite_images"
+
+    def fit_resample(self, X, y, **params):
+        return super().fit_resample(np.nan_to_num(X), y, **params)
+
+
+def mutants(cls: type) -> list[type]:
     return [m for sub in cls.__subclasses__() for m in (sub, *mutants(sub))]
 
 
-@pytest.mark.parametrize("mutant", mutants(), ids=lambda mutant: mutant.__name__)
+MUTANTS = mutants(Mutant) + mutants(BrokenSampler)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_checks_notice_broken_estimators(mutant):
     check = getattr(estimator_checks, mutant.breaks)
     # The message names the estimator, or is that of the container which someone converted.
     with pytest.raises(AssertionError, match=f"{mutant.__name__}|lazy X was converted"):
-        check(mutant.__name__, mutant(**SHARED))
+        check(mutant.__name__, mutant(**(SHARED if issubclass(mutant, Mutant) else {})))
 
 
 def test_every_check_has_a_mutant():
-    broken = {mutant.breaks for mutant in mutants()}
+    broken = {mutant.breaks for mutant in MUTANTS}
     assert broken == {check.__name__ for check in all_checks()}

@@ -242,4 +242,10 @@ class ClassGaussians:
             draws = torch.addmm(mean, weights, rows)
             if spread.any():
                 draws.addcmul_(torch.empty_like(draws).normal_(generator=generator), spread)
-            part[...] = np.rint(draws) if whole else draws
+            part[...] = _rounded(draws.numpy(), out.dtype) if whole else draws.numpy()
+
+
+def _rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Nearest whole numbers that `dtype` holds."""
+    low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    return np.rint(values).clip(low, high)

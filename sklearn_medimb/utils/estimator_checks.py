@@ -34,9 +34,11 @@ from unittest import SkipTest
 import joblib
 import numpy as np
 import torch
+from imblearn.base import is_sampler
 from sklearn.base import clone, is_classifier
 from sklearn.exceptions import NotFittedError, SkipTestWarning
 from sklearn.model_selection import PredefinedSplit, cross_val_score, cross_validate
+from sklearn.utils import get_tags
 from sklearn.utils._testing import raises
 
 from sklearn_medimb.runtime import resolve_device
@@ -88,8 +90,9 @@ def image_checks(estimator: Any) -> Iterator[tuple[Any, partial[None]]]:
     Parameters
     ----------
     estimator : estimator instance
-        A classifier, or an encoder with ``fit`` and ``transform``, to which the checks of labels
-        do not apply.
+        A classifier, an encoder with ``fit`` and ``transform``, to which the checks of labels do
+        not apply, a stateless transformer, spared those of what is learnt as well, or a sampler
+        of images.
 
     Yields
     ------
@@ -99,7 +102,15 @@ def image_checks(estimator: Any) -> Iterator[tuple[Any, partial[None]]]:
         Called with the clone; ``check.func`` is the public function.
     """
     name = type(estimator).__name__
-    for check in IMAGE_CHECKS + (LABEL_CHECKS if is_classifier(estimator) else ()):
+    if is_sampler(estimator):
+        checks = SAMPLER_CHECKS
+    elif is_classifier(estimator):
+        checks = STATELESS_CHECKS + LEARNING_CHECKS + LABEL_CHECKS
+    else:
+        checks = STATELESS_CHECKS
+        if get_tags(estimator).requires_fit:
+            checks += LEARNING_CHECKS
+    for check in checks:
         yield clone(estimator), partial(check, name)
 
 
@@ -262,9 +273,9 @@ def _import(module: str) -> Any:
 
 
 def _output(estimator: Any, X: Any) -> np.ndarray:
-    """Ask an estimator for what it says of images, in numbers."""
+    """Ask an estimator for what it says of images, in numbers, one row each."""
     method = "predict_proba" if hasattr(estimator, "predict_proba") else "transform"
-    return getattr(estimator, method)(X)
+    return np.reshape(getattr(estimator, method)(X), (len(X), -1))
 
 
 def _output_methods(estimator: Any) -> list[Callable[[Any], np.ndarray]]:
@@ -540,8 +551,9 @@ def check_non_finite_images(name: str, estimator: Any) -> None:
         for what, images in (("X", broken), ("a lazy X", LazyImages(broken))):
             message = f"must refuse {value} in {what} by a ValueError with '{word}' and row {row}."
             pattern = rf"(?i){word}.*\b{row}\b"
-            with _refusal(pattern, f"{name}.fit {message}"):
-                _prepare(estimator).fit(images, y)
+            if images is broken or get_tags(estimator).requires_fit:  # else fit need not read
+                with _refusal(pattern, f"{name}.fit {message}"):
+                    _prepare(estimator).fit(images, y)
             with _refusal(pattern, f"{name} {message}"):
                 _output(fitted, images)
 
@@ -890,10 +902,118 @@ def _fail_in_training(name: str, estimator: Any, images: np.ndarray, y: np.ndarr
         estimator.fit(X, y)
 
 
-IMAGE_CHECKS: tuple[Callable[[str, Any], None], ...] = (
+# -------------------------------------------------------------------- samplers of images
+
+
+def _imbalanced(dtype: type = np.uint8) -> tuple[np.ndarray, np.ndarray]:
+    """Colour images of three classes, 14 : 7 : 3, as (n, C, H, W)."""
+    X, _ = make_images()
+    y = np.repeat([0, 1, 2], [14, 7, 3])
+    return (255 * X).astype(dtype) if dtype is np.uint8 else X.astype(dtype), y
+
+
+def check_sampler_keeps_originals(name: str, sampler: Any) -> None:
+    """Demand the originals first, bit for bit, their dtype, and the wanted counts.
+
+    Whatever is appended, the images of the patients must come through as they are, and uint8
+    images may not come back as floats of four or eight times their size.
+    """
+    for dtype in (np.uint8, np.float32, np.float64):
+        X, y = _imbalanced(dtype)
+        before = X.copy()
+        X_new, y_new = _prepare(sampler).fit_resample(X, y)
+        _assert_equal(X, before, f"{name} writes to X: copy it first.")
+        _assert_equal(X_new[: len(X)], X, f"{name} must give the originals first, unchanged.")
+        _assert_equal(y_new[: len(y)], y, f"{name} must give the labels of the originals first.")
+        assert X_new.dtype == X.dtype, f"{name} turns {X.dtype} into {X_new.dtype}."
+        counts = np.bincount(y_new)
+        _assert_equal(counts, [14, 14, 14], f"{name} must grow the classes to equal size.")
+
+
+def check_sampler_layouts(name: str, sampler: Any) -> None:
+    """Demand the same new images for channels first, channels last, flat and gray images."""
+    first, y = _imbalanced()
+    last = np.moveaxis(first, 1, -1)
+    expected = _prepare(sampler).fit_resample(first, y)[0]
+    message = f"{name} makes other images for {{}} than for (n, C, H, W): mind the axes."
+    found = _prepare(sampler).fit_resample(last, y)[0]
+    _assert_equal(np.moveaxis(found, -1, 1), expected, message.format("(n, H, W, C)"))
+    flat = _prepare(sampler, image_shape=first.shape[1:])
+    found = flat.fit_resample(first.reshape(len(y), -1), y)[0]
+    _assert_equal(found.reshape(expected.shape), expected, message.format("flattened images"))
+    expected = _prepare(sampler).fit_resample(first[:, :1], y)[0]
+    found = _prepare(sampler).fit_resample(first[:, 0], y)[0]
+    message = f"{name} reads (n, H, W) otherwise than (n, 1, H, W): add the channel axis."
+    _assert_equal(found[:, None], expected, message)
+
+
+def check_sampler_lazy_images(name: str, sampler: Any) -> None:
+    """Demand the same new images from a lazy container, which stays lazy.
+
+    Only what new images are made of may be read, never all at once, and the result is a container
+    that still reads the originals when they are asked for.
+    """
+    X, y = _imbalanced()
+    expected, _ = _prepare(sampler).fit_resample(X, y)
+    lazy = LazyImages(X)
+    found, _ = _prepare(sampler).fit_resample(lazy, y)
+    assert not lazy.was_converted, f"{name} converted a lazy X to an array: read it row by row."
+    assert not isinstance(found, np.ndarray), f"{name} must keep a lazy X lazy."
+    assert found.shape == expected.shape, f"{name} gives a lazy X the shape {found.shape}."
+    images = np.stack([found[row] for row in range(len(found))])
+    _assert_equal(images, expected, f"{name} makes other images of a lazy X than of the array.")
+
+
+def check_sampler_random_state(name: str, sampler: Any) -> None:
+    """Demand that ``random_state`` alone decides, and that the global generators stay as they were.
+
+    Clones and pickles, which searches make, must draw the same.
+    """
+    X, y = _imbalanced(np.float64)
+    global_state = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
+    torch_state = torch.get_rng_state()
+    prepared = _prepare(sampler)
+    expected = prepared.fit_resample(X, y)[0]
+    message = f"{name} changes the global state of {{}}: use a generator of its own."
+    now = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
+    np.testing.assert_equal(now, global_state, err_msg=message.format("numpy.random"))
+    assert torch.equal(torch.get_rng_state(), torch_state), message.format("torch")
+    np.random.random(), torch.rand(1)  # noqa: NPY002
+    copies = (prepared, clone(prepared), pickle.loads(pickle.dumps(prepared)))  # noqa: S301
+    for copy in copies:
+        found = copy.fit_resample(X, y)[0]
+        message = f"{name} depends on more than random_state: draw from a generator made of it."
+        _assert_close(found, expected, message)
+    other = prepared.set_params(random_state=1).fit_resample(X, y)[0]
+    assert not np.array_equal(other, expected), f"{name} ignores random_state."
+
+
+def check_sampler_rare_and_constant(name: str, sampler: Any) -> None:
+    """Demand finite images from a class with one sample and from images without contrast."""
+    X, y = _imbalanced(np.float32)
+    y[y == 2] = 0
+    y[-1] = 2
+    for images in (X, np.full_like(X, 0.5)):
+        X_new, y_new = _prepare(sampler).fit_resample(images, y)
+        counts = np.bincount(y_new)
+        _assert_equal(counts, counts.max(), f"{name} loses a class with one sample.")
+        assert np.isfinite(X_new).all(), f"{name} makes images that are not finite."
+
+
+def check_sampler_non_finite_images(name: str, sampler: Any) -> None:
+    """Demand a ValueError that names the row of an image with NaN or infinity."""
+    X, y = _imbalanced(np.float32)
+    for value, word in ((np.nan, "NaN"), (np.inf, "inf")):
+        broken = X.copy()
+        broken[17, 0, 0, 0] = value
+        message = f"{name} must refuse {value} by a ValueError with '{word}' and row 17."
+        with _refusal(rf"(?i){word}.*\b17\b", message):
+            _prepare(sampler).fit_resample(broken, y)
+
+
+STATELESS_CHECKS: tuple[Callable[[str, Any], None], ...] = (
     check_channel_layouts,
     check_gray_images,
-    check_uint8_images,
     check_image_size_at_predict,
     check_volumes,
     check_memory_order,
@@ -905,14 +1025,18 @@ IMAGE_CHECKS: tuple[Callable[[str, Any], None], ...] = (
     check_sample_order,
     check_non_finite_images,
     check_constant_images,
-    check_fewer_images_than_batch_size,
-    check_clone,
     check_pickle,
     check_joblib,
     check_skops,
-    check_safetensors,
     check_repeatable,
     check_global_random_state,
+)
+
+LEARNING_CHECKS: tuple[Callable[[str, Any], None], ...] = (
+    check_uint8_images,
+    check_fewer_images_than_batch_size,
+    check_clone,
+    check_safetensors,
     check_failed_fit,
     check_failed_refit,
     check_failed_warm_start,
@@ -923,4 +1047,13 @@ LABEL_CHECKS: tuple[Callable[[str, Any], None], ...] = (
     check_class_with_one_sample,
     check_class_missing_from_fold,
     check_groups_stay_whole,
+)
+
+SAMPLER_CHECKS: tuple[Callable[[str, Any], None], ...] = (
+    check_sampler_keeps_originals,
+    check_sampler_layouts,
+    check_sampler_lazy_images,
+    check_sampler_random_state,
+    check_sampler_rare_and_constant,
+    check_sampler_non_finite_images,
 )

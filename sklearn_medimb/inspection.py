@@ -1,0 +1,225 @@
+"""Pictures of what the methods do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.base import clone
+from sklearn.utils import _safe_indexing, check_random_state
+
+from sklearn_medimb.images import as_array, as_pixels, read_images
+from sklearn_medimb.mixing import expand_ratio, spmix
+from sklearn_medimb.over_sampling import SPMixSampler
+from sklearn_medimb.saliency import SaliencyMap, check_maps
+
+
+class SPMixDisplay:
+    """Rows of base, saliency, partner, saliency, share of the base, and result.
+
+    Make one with :meth:`from_sampler`.
+
+    Parameters
+    ----------
+    base, partner, result : ndarray of shape (n, H, W) or (n, H, W, C)
+        Pictures; of volumes the middle slice.
+    base_saliency, partner_saliency : ndarray of shape (n, H, W)
+        Values in [0, 1].
+    ratio : ndarray of shape (n, H, W)
+        Share of the base in each pixel.
+    labels : sequence of (label, label), default=None
+        Classes of base and partner.
+
+    Attributes
+    ----------
+    figure_ : matplotlib Figure
+        The figure.
+
+    axes_ : ndarray of matplotlib Axes of shape (n, 6)
+        The axes.
+
+    References
+    ----------
+    J. Wei et al., "Saliency-guided and Patch-based Mixup for Long-tailed Skin Cancer Image
+    Classification", arXiv 2406.10801, 2024.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn_medimb import SPMixDisplay, SPMixSampler
+    >>> rng = np.random.default_rng(0)
+    >>> X, y = rng.random((12, 28, 28)), np.repeat([0, 1], [9, 3])
+    >>> sampler = SPMixSampler(random_state=0)
+    >>> _ = sampler.fit_resample(X, y)
+    >>> display = SPMixDisplay.from_sampler(sampler, X, y, n_images=2)
+    >>> display.axes_.shape
+    (2, 6)
+    """
+
+    columns = ("base", "its saliency", "partner", "its saliency", "share of the base", "mixed")
+
+    def __init__(
+        self,
+        *,
+        base: np.ndarray,
+        base_saliency: np.ndarray,
+        partner: np.ndarray,
+        partner_saliency: np.ndarray,
+        ratio: np.ndarray,
+        result: np.ndarray,
+        labels: Any = None,
+    ) -> None:
+        self.base = base
+        self.base_saliency = base_saliency
+        self.partner = partner
+        self.partner_saliency = partner_saliency
+        self.ratio = ratio
+        self.result = result
+        self.labels = labels
+
+    @classmethod
+    def from_sampler(
+        cls,
+        sampler: SPMixSampler,
+        X: Any,
+        y: Any,
+        *,
+        groups: Any = None,
+        maps: Any = None,
+        n_images: int = 4,
+        axes: Any = None,
+        random_state: Any = 0,
+    ) -> SPMixDisplay:
+        """Show some of the images that a sampler made, or would make, of `X`.
+
+        Parameters
+        ----------
+        sampler : SPMixSampler
+            After ``fit_resample(X, y)``, what it drew is shown; else a copy of it draws first.
+        X : array-like or lazy sequence of n images
+            The images.
+        y : array-like of shape (n,)
+            Their classes.
+        groups, maps : array-like, default=None
+            As in :meth:`SPMixSampler.fit_resample`.
+        n_images : int, default=4
+            New images to show.
+        axes : array-like of matplotlib Axes of shape (n_images, 6), default=None
+            Where to draw; None makes a figure.
+        random_state : int, RandomState or None, default=0
+            Chooses which new images are shown.
+
+        Returns
+        -------
+        display : SPMixDisplay
+            Drawn.
+
+        Raises
+        ------
+        ValueError
+            If the sampler makes no new image.
+        """
+        if not hasattr(sampler, "ratio_"):
+            sampler = clone(sampler)
+            sampler.fit_resample(X, y, groups=groups, maps=maps)
+        n_new = len(sampler.sample_indices_)
+        if not n_new:
+            raise ValueError("The sampler makes no new image of y: there is nothing to show.")
+        rng = check_random_state(random_state)
+        shown = np.sort(rng.permutation(n_new)[:n_images])
+        rows = np.concatenate([sampler.sample_indices_[shown], sampler.partner_indices_[shown]])
+
+        where: dict[str, Any] = {
+            "image_shape": sampler.image_shape,
+            "data_format": sampler.data_format,
+            "spatial_dims": sampler.spatial_dims,
+        }
+        chosen = as_array(_safe_indexing(X, rows))
+        detector = SaliencyMap(
+            sampler.saliency, polarity=sampler.polarity, mask=sampler.mask, **where
+        )
+        images = read_images(detector, chosen, reset=True, float_dtype=None, **where)
+        pixels = as_pixels(images.rows(np.arange(len(rows)))).float()
+        sides = tuple(pixels.shape[2:])
+        if maps is None:
+            found = torch.as_tensor(detector.fit_transform(chosen)).reshape(-1, *sides)
+        else:
+            found = check_maps(np.asarray(maps)[rows], (len(rows), *sides), "maps")
+        ratio = torch.from_numpy(sampler.ratio_[shown]).float()
+        base, partner = pixels.chunk(2)
+        result = spmix(base, partner, ratio, sampler.patch_size_)
+        share = expand_ratio(ratio, sampler.patch_size_, sides)
+
+        low, high = (0, 255) if images.dtype == np.uint8 else (pixels.min(), pixels.max())
+        scale = max(float(high) - float(low), 1e-12)
+        labels = np.asarray(y).ravel()[rows].reshape(2, -1).T.tolist()
+        return cls(
+            base=_pictures((base - low) / scale),
+            base_saliency=_pictures(found[: len(shown), None]),
+            partner=_pictures((partner - low) / scale),
+            partner_saliency=_pictures(found[len(shown) :, None]),
+            ratio=_pictures(share[:, None]),
+            result=_pictures((result - low) / scale),
+            labels=labels,
+        ).plot(axes)
+
+    def plot(self, axes: Any = None) -> SPMixDisplay:
+        """Draw.
+
+        Parameters
+        ----------
+        axes : array-like of matplotlib Axes of shape (n, 6), default=None
+            Where to draw; None makes a figure.
+
+        Returns
+        -------
+        display : SPMixDisplay
+            This object.
+        """
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError as error:
+            raise ImportError(
+                'SPMixDisplay needs matplotlib: pip install "sklearn_medimb[plot]".'
+            ) from error
+        n = len(self.base)
+        if axes is None:
+            height, width = self.base.shape[1:3]
+            side = 1.75 * min(height / width, 2)
+            size = (11.5, n * (side + 0.1) + 0.4)
+            _, axes = plt.subplots(n, 6, figsize=size, squeeze=False, layout="constrained")
+        axes = np.asarray(axes, dtype=object)
+        if axes.shape != (n, 6):
+            raise ValueError(f"axes has shape {axes.shape}; it must be {(n, 6)}.")
+        parts = (
+            (self.base, "gray"),
+            (self.base_saliency, "inferno"),
+            (self.partner, "gray"),
+            (self.partner_saliency, "inferno"),
+            (self.ratio, "viridis"),
+            (self.result, "gray"),
+        )
+        for column, (pictures, colours) in enumerate(parts):
+            axes[0, column].set_title(self.columns[column], fontsize=10)
+            for ax, picture in zip(axes[:, column], pictures, strict=True):
+                ax.imshow(picture, cmap=colours, vmin=0, vmax=1)
+                ax.set_xticks([])
+                ax.set_yticks([])
+        axes[0, 0].figure.colorbar(
+            axes[0, 4].images[0], ax=axes.ravel().tolist(), fraction=0.02, label="share of the base"
+        )
+        for row, (own, other) in enumerate(self.labels or []):
+            axes[row, 0].set_ylabel(str(own), fontsize=9)
+            axes[row, 2].set_ylabel(str(other), fontsize=9)
+        self.axes_, self.figure_ = axes, axes[0, 0].figure
+        return self
+
+
+def _pictures(images: torch.Tensor) -> np.ndarray:
+    """Turn ``(n, C, *spatial)`` into what imshow takes: the middle slice, gray or RGB."""
+    if images.ndim == 5:
+        images = images[:, :, images.shape[2] // 2]
+    if images.shape[1] in (3, 4):
+        return images[:, :3].movedim(1, -1).clamp(0, 1).numpy()
+    return images.mean(dim=1).numpy()
