@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sklearn_medimb.datasets import load_npz, make_long_tailed
+from sklearn_medimb.datasets import load_npz, make_lesions, make_long_tailed
 
 # ---------------------------------------------------------------- make_long_tailed
 
@@ -368,3 +368,122 @@ def test_single_array(tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing\.npz"):
         load_npz(tmp_path / "missing.npz")
+
+
+# ---------------------------------------------------------------- make_lesions
+
+
+def test_lesions_have_the_wanted_counts_shapes_and_names():
+    data = make_lesions([7, 4, 2], image_size=20, random_state=0)
+    assert data.images.shape == (13, 20, 20, 3)
+    assert data.images.dtype == np.uint8
+    np.testing.assert_array_equal(np.bincount(data.target), [7, 4, 2])
+    assert data.target_names == ["round", "oval", "three-lobed"]
+    assert data.masks.shape == (13, 20, 20)
+    even = make_lesions(17, n_classes=8, image_size=8, random_state=0)
+    assert sorted(np.bincount(even.target)) == [2] * 7 + [3]
+    volumes = make_lesions(5, image_size=12, spatial_dims=3, random_state=0)
+    assert volumes.images.shape == volumes.masks.shape == (5, 12, 12, 12)
+
+
+def test_lesions_are_seeded_and_leave_the_global_generator():
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    one, two, other = (make_lesions(9, image_size=16, random_state=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one.images, two.images)
+    np.testing.assert_array_equal(one.groups, two.groups)
+    assert not np.array_equal(one.images, other.images)
+    np.testing.assert_array_equal(state, np.random.get_state()[1])  # noqa: NPY002
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_lesions_are_darker_and_nodules_brighter_than_their_surround(spatial_dims):
+    size = 48 if spatial_dims == 2 else 20
+    data = make_lesions(
+        20, image_size=size, spatial_dims=spatial_dims, difficulty=0, random_state=0
+    )
+    gray = data.images.mean(axis=-1) if spatial_dims == 2 else data.images.astype(float)
+    middle = np.zeros(data.masks.shape[1:], bool)
+    middle[(slice(size // 5, -size // 5),) * spatial_dims] = True
+    for image, mask in zip(gray, data.masks, strict=True):
+        assert 0.01 < mask.mean() < 0.5
+        contrast = image[mask].mean() - image[middle & ~mask].mean()
+        assert contrast < -15 if spatial_dims == 2 else contrast > 15
+
+
+def test_lesions_of_a_class_have_its_border_and_spots():
+    data = make_lesions([60] * 5, image_size=48, difficulty=0, random_state=0)
+
+    def eccentricity(mask):
+        rows = np.argwhere(mask)
+        values = np.linalg.eigvalsh(np.cov(rows.T))
+        return values[1] / values[0]
+
+    def texture(image, mask):
+        return image.mean(axis=-1)[mask].std()
+
+    elongated = np.array([eccentricity(mask) for mask in data.masks])
+    rough = np.array([texture(*pair) for pair in zip(data.images, data.masks, strict=True)])
+    by_class = [np.median(elongated[data.target == k]) for k in range(5)]
+    assert by_class[1] > max(by_class[k] for k in (0, 2, 3, 4)) + 0.2
+    rough = [np.median(rough[data.target == k]) for k in range(5)]
+    assert rough[4] > 1.4 * max(rough[:4])
+
+
+def test_images_of_a_patient_share_class_skin_and_nearly_the_lesion():
+    data = make_lesions([22, 9], image_size=24, images_per_patient=4, random_state=0)
+    patients, sizes = np.unique(data.groups, return_counts=True)
+    assert sorted(sizes) == [1, 2, 4, 4, 4, 4, 4, 4, 4]
+    overlap_within, overlap_between = [], []
+    for patient in patients:
+        rows = np.flatnonzero(data.groups == patient)
+        assert len(set(data.target[rows])) == len(set(data.skin[rows])) == 1
+        for other in range(len(data.target)):
+            if other == rows[0]:
+                continue
+            a, b = data.masks[rows[0]], data.masks[other]
+            iou = (a & b).sum() / (a | b).sum()
+            (overlap_within if other in rows else overlap_between).append(iou)
+    assert np.mean(overlap_within) > np.mean(overlap_between) + 0.2
+    alone = make_lesions(10, image_size=8, random_state=0)
+    assert len(set(alone.groups)) == 10
+
+
+def test_skin_ranges_are_kept():
+    data = make_lesions(
+        [40, 40], image_size=16, skin_range=[(0, 0.2), (0.8, 1)], difficulty=0, random_state=0
+    )
+    assert data.skin[data.target == 0].max() <= 0.2
+    assert data.skin[data.target == 1].min() >= 0.8
+    light, dark = (data.images[data.target == k].mean() for k in (0, 1))
+    assert light > dark + 30
+
+
+def test_difficulty_hides_the_lesions():
+    contrasts = []
+    for difficulty in (0, 1):
+        data = make_lesions(60, image_size=32, difficulty=difficulty, random_state=0)
+        gray = data.images.mean(axis=-1)
+        contrasts.append(gray[~data.masks].mean() - gray[data.masks].mean())
+    assert contrasts[0] > contrasts[1] + 3
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"n_samples": 2}, "n_samples=2"),
+        ({"n_classes": 9}, "n_classes=9"),
+        ({"n_samples": [3, 0]}, "at least 1 image"),
+        ({"n_samples": [1] * 9}, "1 to 8 classes"),
+        ({"image_size": 4}, "image_size=4"),
+        ({"image_size": 16.0}, "image_size=16.0"),
+        ({"images_per_patient": 0}, "images_per_patient=0"),
+        ({"spatial_dims": 1}, "spatial_dims=1"),
+        ({"difficulty": 1.5}, "difficulty=1.5"),
+        ({"difficulty": None}, "difficulty=None"),
+        ({"skin_range": (0, 2)}, "skin_range"),
+        ({"skin_range": [(0, 1)] * 3}, "skin_range"),
+    ],
+)
+def test_lesions_refuse_wrong_parameters(params, message):
+    with pytest.raises(ValueError, match=message):
+        make_lesions(**params)

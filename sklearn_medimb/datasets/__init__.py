@@ -1,6 +1,7 @@
 """Data sets: readers, and makers of imbalance."""
 
+from sklearn_medimb.datasets._lesions import make_lesions
 from sklearn_medimb.datasets._long_tail import make_long_tailed
 from sklearn_medimb.datasets._npz import load_npz
 
-__all__ = ["load_npz", "make_long_tailed"]
+__all__ = ["load_npz", "make_lesions", "make_long_tailed"]
