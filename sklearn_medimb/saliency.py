@@ -221,9 +221,10 @@ def spectral_residual(
     """
     gray = intensity(images)
     noise = _rounding(gray)
-    inside = torch.ones_like(gray) if valid is None else valid.to(gray.dtype)
-    mean = _over_pixels(torch.sum, gray * inside) / _over_pixels(torch.sum, inside).clamp(min=1)
-    gray = torch.where(inside > 0, gray, mean)
+    if valid is not None:
+        inside = valid.to(gray.dtype)
+        total = _over_pixels(torch.sum, inside).clamp(min=1)
+        gray = torch.where(valid, gray, _over_pixels(torch.sum, gray * inside) / total)
     low = _over_pixels(torch.amin, gray)
     contrast = _over_pixels(torch.amax, gray) - low
     gray = (gray - low) / torch.where(contrast > noise, contrast, 1)
@@ -241,7 +242,8 @@ def spectral_residual(
     maps = torch.fft.ifftn(spectrum / expected.exp(), dim=axes).abs()
     for axis in axes:
         maps = _convolve(maps, window / window.sum(), axis)
-    maps = F.interpolate(maps.square()[:, None], size=gray.shape[1:], mode=mode)[:, 0] * inside
+    maps = F.interpolate(maps.square()[:, None], size=gray.shape[1:], mode=mode)[:, 0]
+    maps = maps if valid is None else maps * inside
     return torch.where(contrast > noise, _over_maximum(maps, torch.zeros_like(contrast)), 0)
 
 

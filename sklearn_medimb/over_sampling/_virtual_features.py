@@ -231,18 +231,30 @@ class ClassGaussians:
     def draw(self, code: int, out: np.ndarray, generator: torch.Generator) -> None:
         """Fill `out`, of shape (n_draws, d), with draws of a class; whole numbers are rounded."""
         whole = out.dtype.kind in "bui"
-        dtype = torch.float64 if whole or out.dtype.itemsize > 4 else torch.float32
-        factor, noise = self.factor(code)
-        rows = torch.as_tensor(factor, dtype=dtype)
-        mean = torch.as_tensor(self.means[code], dtype=dtype)
-        spread = torch.as_tensor(np.sqrt(noise), dtype=dtype)
+        dtype = np.dtype(np.float64 if whole or out.dtype.itemsize > 4 else np.float32)
+        rows, noise = self.factor(code)
+        # The mean is one more row, whose coefficient is always 1.
+        rows_and_mean = np.vstack([rows, self.means[code]]).astype(dtype)
+        spread = np.sqrt(noise).astype(dtype)
         block = max(1, _BLOCK // out.shape[1])
         for part in np.split(out, range(block, len(out), block)):
-            weights = torch.empty(len(part), len(rows), dtype=dtype).normal_(generator=generator)
-            draws = torch.addmm(mean, weights, rows)
-            if spread.any():
-                draws.addcmul_(torch.empty_like(draws).normal_(generator=generator), spread)
-            part[...] = _rounded(draws.numpy(), out.dtype) if whole else draws.numpy()
+            weights = _normal((len(part), len(rows_and_mean)), dtype, generator)
+            weights[:, -1] = 1
+            draws = part if part.dtype == dtype else np.empty(part.shape, dtype)
+            np.matmul(weights, rows_and_mean, out=draws)
+            if np.any(spread):
+                noise = _normal(part.shape, dtype, generator)
+                noise *= spread
+                draws += noise
+            if draws is not part:
+                part[...] = _rounded(draws, out.dtype) if whole else draws
+
+
+def _normal(shape: tuple[int, ...], dtype: np.dtype, generator: torch.Generator) -> np.ndarray:
+    """Standard normal numbers; torch draws them in less than half of NumPy's time."""
+    numbers = np.empty(shape, dtype)
+    torch.from_numpy(numbers).normal_(generator=generator)
+    return numbers
 
 
 def _rounded(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
