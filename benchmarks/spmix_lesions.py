@@ -47,6 +47,7 @@ def methods(seed: int) -> dict[str, Any]:
     samplers = {
         "oversampling": RandomOverSampler(random_state=seed),
         "SPMix": SPMixSampler(**spmix),
+        "SPMix, all mixed": SPMixSampler(mix_prob=1.0, **spmix),
         "SPMix, dark": SPMixSampler(polarity="dark", **spmix),
         "SPMix, base's saliency": SPMixSampler(partner_saliency=False, **spmix),
         "SPMix, floor 0": SPMixSampler(floor=0.0, **spmix),

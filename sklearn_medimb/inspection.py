@@ -96,7 +96,8 @@ class SPMixDisplay:
         Parameters
         ----------
         sampler : SPMixSampler
-            After ``fit_resample(X, y)``, what it drew is shown; else a copy of it draws first.
+            After ``fit_resample(X, y)``, mixed images that it made are shown; else those that it
+            would make with ``mix_prob=1``.
         X : array-like or lazy sequence of n images
             The images.
         y : array-like of shape (n,)
@@ -121,13 +122,13 @@ class SPMixDisplay:
             If the sampler makes no new image.
         """
         if not hasattr(sampler, "ratio_"):
-            sampler = clone(sampler)
+            sampler = clone(sampler).set_params(mix_prob=1.0)
             sampler.fit_resample(X, y, groups=groups, maps=maps)
-        n_new = len(sampler.sample_indices_)
-        if not n_new:
-            raise ValueError("The sampler makes no new image of y: there is nothing to show.")
-        rng = check_random_state(random_state)
-        shown = np.sort(rng.permutation(n_new)[:n_images])
+        lowest = sampler.ratio_.min(axis=tuple(range(1, sampler.ratio_.ndim)))
+        mixed = np.flatnonzero(lowest < 1)  # the others are copies
+        if not len(mixed):
+            raise ValueError("The sampler mixes no image of y: there is nothing to show.")
+        shown = np.sort(check_random_state(random_state).permutation(mixed)[:n_images])
         rows = np.concatenate([sampler.sample_indices_[shown], sampler.partner_indices_[shown]])
 
         where: dict[str, Any] = {

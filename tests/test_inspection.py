@@ -25,7 +25,7 @@ def problem(sides=(12, 10), channels=3):
 
 def test_display_shows_the_images_that_the_sampler_made():
     X, y = problem()
-    sampler = SPMixSampler(patch_size=4, random_state=0)
+    sampler = SPMixSampler(patch_size=4, mix_prob=0.7, random_state=0)
     X_new, _ = sampler.fit_resample(X, y)
     display = SPMixDisplay.from_sampler(sampler, X, y, n_images=3, random_state=1)
     assert display.axes_.shape == (3, 6)
@@ -92,7 +92,7 @@ def test_display_takes_maps_groups_and_axes():
 
 def test_display_refuses_what_it_cannot_show():
     X, y = problem()
-    with pytest.raises(ValueError, match="makes no new image"):
+    with pytest.raises(ValueError, match="mixes no image"):
         SPMixDisplay.from_sampler(SPMixSampler(), X[8:], y[8:])
     with pytest.raises(ValueError, match=r"axes has shape \(2, 2\)"):
         SPMixDisplay.from_sampler(SPMixSampler(), X, y, axes=plt.subplots(2, 2)[1])

@@ -43,7 +43,7 @@ def by_hand(sampler, X, floor=None, merge="patch", **options):
 def test_new_images_are_mixes_and_originals_stay(merge, patch_size):
     X, y = problem()
     before = X.copy()
-    sampler = SPMixSampler(merge=merge, patch_size=patch_size, random_state=0)
+    sampler = SPMixSampler(merge=merge, patch_size=patch_size, mix_prob=1, random_state=0)
     X_new, y_new = sampler.fit_resample(X, y)
     np.testing.assert_array_equal(X, before)
     np.testing.assert_array_equal(X_new[: len(X)], X)
@@ -58,22 +58,44 @@ def test_new_images_are_mixes_and_originals_stay(merge, patch_size):
 
 def test_ratio_lies_between_floor_and_cap():
     X, y = problem()
-    sampler = SPMixSampler(random_state=0).fit(X, y)
+    sampler = SPMixSampler(mix_prob=1, random_state=0).fit(X, y)
     assert not hasattr(sampler, "ratio_")
     sampler.fit_resample(X, y)
     assert sampler.ratio_.shape == (29, 12, 10)
     assert sampler.ratio_.min() >= 0.5
     assert sampler.ratio_.max() <= np.float32(0.8)
-    other = SPMixSampler(cap=0.6, floor=0.1, patch_size=4, random_state=0)
+    other = SPMixSampler(cap=0.6, floor=0.1, patch_size=4, mix_prob=1, random_state=0)
     other.fit_resample(X, y)
     assert other.ratio_.shape == (29, 3, 3)
     assert 0.1 <= other.ratio_.min() < 0.5
     assert other.ratio_.max() == np.float32(0.6)
 
 
+def test_mix_prob_is_the_share_of_mixed_images_and_the_others_are_copies():
+    X, y = problem((400, 30), sides=(5, 5))
+    sampler = SPMixSampler(mix_prob=0.3, random_state=0)
+    X_new, _ = sampler.fit_resample(X, y)
+    copied = (sampler.ratio_ == 1).all(axis=(1, 2))
+    assert abs(copied.mean() - 0.7) < 0.1
+    same = (X_new[len(X) :] == X[sampler.sample_indices_]).all(axis=(1, 2, 3))
+    np.testing.assert_array_equal(same, copied)
+    assert sampler.ratio_[~copied].max() <= np.float32(0.8)
+    none = SPMixSampler(mix_prob=0, random_state=0)
+    X_new, _ = none.fit_resample(X, y)
+    np.testing.assert_array_equal(X_new[len(X) :], X[none.sample_indices_])
+
+
+def test_copies_read_no_partner():
+    X, y = problem((30, 4))
+    lazy = LazyImages(X)
+    sampler = SPMixSampler(mix_prob=0, random_state=0)
+    sampler.fit_resample(lazy, y)
+    assert lazy.n_reads == 2 * 4
+
+
 def test_partner_saliency_can_be_left_out():
     X, y = problem()
-    sampler = SPMixSampler(partner_saliency=False, random_state=0)
+    sampler = SPMixSampler(partner_saliency=False, mix_prob=1, random_state=0)
     X_new, _ = sampler.fit_resample(X, y)
     wanted = by_hand(sampler, X, partner_saliency=False)
     assert np.abs(X_new[len(X) :] - wanted).max() <= 0.5 + 1e-3
@@ -229,7 +251,7 @@ def test_string_labels():
 @pytest.mark.parametrize("size", [(2, 2), (1, 3), (1, 1)])
 def test_image_smaller_than_a_patch_is_one_patch(size):
     X, y = problem(sides=size, channels=1)
-    sampler = SPMixSampler(patch_size=4, random_state=0, data_format="channels_last")
+    sampler = SPMixSampler(patch_size=4, mix_prob=1, random_state=0, data_format="channels_last")
     with pytest.warns(UserWarning, match=r"patch_size=4 is larger than the images"):
         X_new, _ = sampler.fit_resample(X, y)
     np.testing.assert_array_equal(sampler.ratio_, np.full((29, 1, 1), 0.5, np.float32))
@@ -241,7 +263,7 @@ def test_constant_images_mix_at_the_floor():
     _, y = problem()
     X = np.full((len(y), 12, 12), 10, np.uint8)
     X[y == 0] = 30
-    sampler = SPMixSampler(random_state=0, partners="majority")
+    sampler = SPMixSampler(mix_prob=1, random_state=0, partners="majority")
     X_new, _ = sampler.fit_resample(X, y)
     assert (sampler.ratio_ == 0.5).all()
     assert (X_new[len(X) :] == 20).all()
@@ -254,7 +276,7 @@ def test_given_maps_decide():
     X, y = problem()
     maps = np.zeros((len(X), 12, 10), bool)
     maps[:, :6, :5] = True
-    sampler = SPMixSampler(patch_size=(6, 5), random_state=0)
+    sampler = SPMixSampler(patch_size=(6, 5), mix_prob=1, random_state=0)
     sampler.fit_resample(X, y, maps=maps)
     np.testing.assert_allclose(sampler.ratio_, np.tile([[[0.8, 0.5], [0.5, 0.5]]], (29, 1, 1)))
     np.testing.assert_allclose(
@@ -279,10 +301,12 @@ def test_callable_saliency_sees_unit_images():
 def test_lazy_input_stays_lazy_and_only_mixed_images_are_read():
     X, y = problem((30, 10, 2))
     wanted, y_wanted = SPMixSampler(
-        sampling_strategy={2: 6}, random_state=0, partners="majority"
+        sampling_strategy={2: 6}, mix_prob=1, random_state=0, partners="majority"
     ).fit_resample(X, y)
     lazy = LazyImages(X)
-    sampler = SPMixSampler(sampling_strategy={2: 6}, random_state=0, partners="majority")
+    sampler = SPMixSampler(
+        sampling_strategy={2: 6}, mix_prob=1, random_state=0, partners="majority"
+    )
     X_new, y_new = sampler.fit_resample(lazy, y)
     used = np.unique([sampler.sample_indices_, sampler.partner_indices_])
     assert lazy.n_reads == 2 * len(used)  # once for the map, once for the mix
@@ -429,6 +453,7 @@ def test_sampler_changes_what_the_network_sees(tiny):
 GOOD_X, GOOD_Y = problem((6, 3))
 BAD = {
     "cap above 1": ({"cap": 1.2}, {}, "'cap' parameter"),
+    "mix_prob above 1": ({"mix_prob": 2}, {}, "'mix_prob' parameter"),
     "negative floor": ({"floor": -0.1}, {}, "'floor' parameter"),
     "patch of 0": ({"patch_size": 0}, {}, "'patch_size' parameter"),
     "patch of one axis": ({"patch_size": (2,)}, {}, r"patch_size=\(2,\) must hold"),

@@ -52,6 +52,10 @@ class SPMixSampler(BaseOverSampler):
         Share of the base where nothing is salient; None is 0.5 with ``merge="patch"`` and 0 with
         ``merge="pixel"``.
 
+    mix_prob : float, default=0.5
+        Share of the new images that are mixed; the others are copies of their base, so that a
+        network meets rare classes unmixed too, as it will at predict.
+
     patch_size : int, tuple of int or "auto", default="auto"
         Sides of a patch in pixels; "auto" lays about 14 patches along the shorter side, as
         published for 224 pixels.
@@ -105,10 +109,10 @@ class SPMixSampler(BaseOverSampler):
         Row of X that each new image is based on. The images of a class take turns.
 
     partner_indices_ : ndarray of int of shape (n_new,)
-        Row of X that it was mixed with.
+        Row of X that it was mixed with; of no consequence for copies.
 
     ratio_ : ndarray of float of shape (n_new, *grid)
-        Share of the base in each patch.
+        Share of the base in each patch; 1 for copies.
 
     patch_size_ : tuple of int
         Sides of a patch in pixels, one per spatial axis.
@@ -159,6 +163,7 @@ class SPMixSampler(BaseOverSampler):
         **BaseOverSampler._parameter_constraints,
         "cap": [Interval(Real, 0, 1, closed="both")],
         "floor": [Interval(Real, 0, 1, closed="both"), None],
+        "mix_prob": [Interval(Real, 0, 1, closed="both")],
         "patch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left"), tuple],
         "merge": [StrOptions({"patch", "pixel"})],
         "saliency": [StrOptions(set(DETECTORS)), callable],
@@ -176,6 +181,7 @@ class SPMixSampler(BaseOverSampler):
         sampling_strategy: Any = "auto",
         cap: float = 0.8,
         floor: float | None = None,
+        mix_prob: float = 0.5,
         patch_size: int | tuple[int, ...] | str = "auto",
         merge: str = "patch",
         saliency: str | Detector = "fine_grained",
@@ -192,6 +198,7 @@ class SPMixSampler(BaseOverSampler):
         super().__init__(sampling_strategy=sampling_strategy)
         self.cap = cap
         self.floor = floor
+        self.mix_prob = mix_prob
         self.patch_size = patch_size
         self.merge = merge
         self.saliency = saliency
@@ -265,9 +272,10 @@ class SPMixSampler(BaseOverSampler):
         if maps is not None:
             maps = check_maps(maps, (len(y), *sides), "maps")
         bases, partners = self._pairs(y, _check_groups(groups, y), rng)
+        copied = rng.random(len(bases)) >= self.mix_prob
         self.sample_indices_, self.partner_indices_ = bases, partners
         with torch.inference_mode(), one_thread_in_workers():
-            new = self._mix(images, bases, partners, maps, sides)
+            new = self._mix(images, bases, np.where(copied, bases, partners), maps, sides)
         y_new = np.concatenate([y, y[bases]])
         if images.lazy:
             return ExtendedImages(images.data, new), y_new
@@ -334,7 +342,10 @@ class SPMixSampler(BaseOverSampler):
         maps: torch.Tensor | None,
         sides: tuple[int, ...],
     ) -> np.ndarray:
-        """Make the new images, in the caller's layout and dtype; set `ratio_`."""
+        """Make the new images, in the caller's layout and dtype; set `ratio_`.
+
+        An image that is its own partner is copied.
+        """
         device = resolve_device(self.device)
         patch = self.patch_size_
         whole = images.dtype.kind in "bui"
@@ -373,6 +384,7 @@ class SPMixSampler(BaseOverSampler):
                 merge=self.merge,
                 partner_saliency=self.partner_saliency,
             )
+            ratio[torch.from_numpy(bases[part] == partners[part]).to(device)] = 1
             rows, own = np.unique(
                 np.concatenate([bases[part], partners[part]]), return_inverse=True
             )
