@@ -89,6 +89,9 @@ max_epochs : int or "auto", default="auto"
 classes_ : ndarray of shape (n_classes,)
         Class labels.
 
+    class_counts_ : ndarray of int of shape (n_classes,)
+        Images of each class given to the first ``fit``.
+
     net_ : skorch.NeuralNet
         The trained net; ``net_.module_`` is the network.
 

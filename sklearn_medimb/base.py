@@ -383,6 +383,8 @@ class BaseImageClassifier(
                 "warm_start=False."
             )
         encoded = np.searchsorted(self.classes_, y)
+        if fresh:
+            self.class_counts_ = np.bincount(encoded, minlength=len(self.classes_))
         return TrainingSet(images, rows, encoded, sample_weight), groups
 
     def _set_fitted(self, attributes: dict[str, Any]) -> None:

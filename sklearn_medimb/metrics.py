@@ -311,7 +311,7 @@ def scorer_interval(
     check_consistent_length(X, y, groups)
     answered = _Answered(estimator, X)
     scorer = scorers(scoring)[scoring] if isinstance(scoring, str) else scoring
-    scorer = check_scoring(answered, scorer)
+    scorer = check_scoring(estimator, scorer)
     return _interval(
         lambda rows: scorer(answered, rows, y[rows]),
         len(y),
@@ -341,6 +341,7 @@ class _Answered(ClassifierMixin, BaseEstimator):
                 self._answers[name] = method(self.X)
             return self._answers[name][rows]
 
+        answer.__name__ = name  # scikit-learn asks for it
         return answer
 
 
@@ -355,23 +356,26 @@ def _interval(
     """Bootstrap a function of row numbers."""
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1.")
-    clusters: list[np.ndarray] = [np.array([row]) for row in range(n)]
+    clusters, n_units = None, n
     if groups is not None:
         _, codes, sizes = np.unique(column_or_1d(groups), return_inverse=True, return_counts=True)
         clusters = np.split(np.argsort(codes, kind="stable"), np.cumsum(sizes)[:-1])
-    if len(clusters) < 2:
+        n_units = len(clusters)
+    if n_units < 2:
         raise ValueError("An interval needs at least two samples, or two groups.")
+    units = np.arange(n_units)
 
     def statistic(drawn: np.ndarray) -> float:
-        return score_of(np.concatenate([clusters[k] for k in drawn]))
+        rows = drawn if clusters is None else np.concatenate([clusters[k] for k in drawn])
+        return score_of(rows)
 
     seed = check_random_state(random_state).randint(2**31 - 1)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), np.errstate(all="ignore"):  # BCa divides by the spread
         warnings.filterwarnings("ignore", "y_pred contains classes not in y_true")
         warnings.filterwarnings("ignore", category=stats.DegenerateDataWarning)
-        score = float(statistic(np.arange(len(clusters))))
+        score = float(statistic(units))
         result = stats.bootstrap(
-            (np.arange(len(clusters)),),
+            (units,),
             statistic,
             n_resamples=n_resamples,
             confidence_level=level,
