@@ -2,8 +2,8 @@
 
 Five kinds of lesion, 300 to 8 images; in training each rarer kind is seen on a narrow range of
 skin tones, in test on all. One conv net, augmentation, optimiser and number of steps for every
-row; all seeds are reported. "uniform" draws one share per image from SPMix's own range, "random
-patches" one per patch: what remains of the method without saliency.
+row; all seeds are reported. Two rows show what remains of the method without saliency: one share
+per new image, drawn evenly from SPMix's range, and SPMix's own shares with their patches shuffled.
 
     python benchmarks/spmix_lesions.py [--seeds 0 1 2 3 4]
 """
@@ -27,23 +27,27 @@ COUNTS = (300, 150, 30, 15, 8)
 SKIN = ((0, 1), (0, 1), (0.0, 0.3), (0.4, 0.7), (0.7, 1.0))
 
 
-def random_shares(per_patch: bool, seed: int) -> Any:
-    """Random saliency: one number per image, or noise over all its pixels."""
-    generator = torch.Generator().manual_seed(seed)
+class OneShare(SPMixSampler):
+    """One share per new image, drawn from the range of SPMix: mixup that keeps the base's label."""
 
-    def detect(images: torch.Tensor) -> torch.Tensor:
-        shape = images.shape[2:] if per_patch else [1] * (images.ndim - 2)
-        noise = torch.rand(len(images), *shape, generator=generator)
-        return noise.expand(-1, *images.shape[2:])
+    def _ratio(self, s_t: torch.Tensor, s_h: torch.Tensor) -> torch.Tensor:
+        ratio = super()._ratio(s_t, s_h)
+        drawn = torch.rand(len(ratio), generator=torch.Generator().manual_seed(self.random_state))
+        return (0.5 + 0.3 * drawn).view(-1, 1, 1).expand_as(ratio).to(ratio)
 
-    return detect
+
+class ShuffledPatches(SPMixSampler):
+    """SPMix's own shares in a random place: the same amounts, and no saliency."""
+
+    def _ratio(self, s_t: torch.Tensor, s_h: torch.Tensor) -> torch.Tensor:
+        ratio = super()._ratio(s_t, s_h)
+        flat = ratio.flatten(1)
+        drawn = torch.rand(flat.shape, generator=torch.Generator().manual_seed(self.random_state))
+        return flat.gather(1, drawn.argsort(dim=1)).view_as(ratio)
 
 
 def methods(seed: int) -> dict[str, Any]:
     spmix = {"random_state": seed, "patch_size": 4}
-    # With merge="pixel" a constant map m gives the share .5 + .5 m, cut at .8: uniform on
-    # [.5, .8] where m is uniform on [0, .6].
-    uniform = random_shares(False, seed)
     samplers = {
         "oversampling": RandomOverSampler(random_state=seed),
         "SPMix": SPMixSampler(**spmix),
@@ -52,14 +56,8 @@ def methods(seed: int) -> dict[str, Any]:
         "SPMix, base's saliency": SPMixSampler(partner_saliency=False, **spmix),
         "SPMix, floor 0": SPMixSampler(floor=0.0, **spmix),
         "SPMix, any partner": SPMixSampler(partners="any", **spmix),
-        "uniform": SPMixSampler(
-            saliency=lambda images: 0.6 * uniform(images),
-            merge="pixel",
-            floor=0.5,
-            partner_saliency=False,
-            **spmix,
-        ),
-        "random patches": SPMixSampler(saliency=random_shares(True, seed), **spmix),
+        "one share per image": OneShare(**spmix),
+        "shuffled patches": ShuffledPatches(**spmix),
     }
     rows = {name: SoftmaxClassifier(sampler=s, random_state=seed) for name, s in samplers.items()}
     plain = {

@@ -49,7 +49,7 @@ from sklearn_medimb.images import (
     read_images,
 )
 from sklearn_medimb.net import SCHEDULES, Net, Trunk
-from sklearn_medimb.rows import resample, validation_split
+from sklearn_medimb.rows import group_codes, resample, validation_split
 from sklearn_medimb.runtime import (
     inference_block,
     one_thread_in_workers,
@@ -76,12 +76,17 @@ _RESERVED = {
 
 @dataclass
 class TrainingSet:
-    """Validated training data: row numbers into `images`, with one class and weight per row."""
+    """Validated training data: row numbers into `images`, with one class and weight per row.
+
+    `origin` has their row numbers among the caller's images, -1 for those that a sampler made; None
+    where these are `rows`.
+    """
 
     images: Images
     rows: np.ndarray
     y: np.ndarray
     weight: np.ndarray | None = None
+    origin: np.ndarray | None = None
 
     def class_mass(self, n_classes: int) -> np.ndarray:
         """Summed weight of each class, shape (n_classes,).
@@ -349,12 +354,7 @@ class BaseImageClassifier(
         check_consistent_length(images.data, y)
         rows = np.arange(len(images))
         if groups is not None:
-            groups = np.asarray(groups)
-            if groups.shape != y.shape:
-                raise ValueError(
-                    f"groups has shape {groups.shape}; it needs one entry per image, {y.shape}."
-                )
-            groups = np.unique(groups, return_inverse=True)[1]
+            groups = group_codes(groups, y)
         if sample_weight is not None:
             sample_weight = _check_sample_weight(
                 sample_weight, y, dtype=np.float64, ensure_non_negative=True

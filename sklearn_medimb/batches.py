@@ -14,8 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from imblearn.over_sampling import RandomOverSampler
+from imblearn.under_sampling import RandomUnderSampler
 from sklearn.base import clone
 from sklearn.utils import check_random_state, column_or_1d
+from sklearn.utils.multiclass import check_classification_targets
 from torch.utils.data import Sampler
 
 from sklearn_medimb.augment import Augmentation
@@ -137,16 +140,16 @@ class BalancedBatchSampler(Sampler[list[int]]):
     batches, or batches of what an imbalanced-learn sampler selects. Batches are drawn anew for
     each epoch from `random_state` and the number of the epoch.
 
-    Every row of a class no larger than its share of the epoch, the places per epoch over the
-    number of classes, comes at least once per epoch; so the tail is always covered.
+    Each epoch covers the tail: all rows of every class that is no larger than the average one.
 
     Parameters
     ----------
     y : array-like of shape (n,)
         Class labels of the data set, numbers or strings.
     sampler : imbalanced-learn sampler or None, default=None
-        One that selects or repeats rows, such as ``RandomUnderSampler()``: its selection, shuffled,
-        is the epoch. None takes `plan`.
+        One that selects or repeats rows: its selection, shuffled, is the epoch. None takes `plan`.
+    X : array-like of shape (n, n_features), default=None
+        Features for samplers that look at them, such as ``NearMiss``; random ones need none.
     plan : {"class_balanced", "pk"}, default="class_balanced"
         "class_balanced" fills each batch with equally many rows of every class, as near as
         `batch_size` allows; "pk" takes `n_per_class` rows of ``batch_size // n_per_class`` classes.
@@ -155,7 +158,8 @@ class BalancedBatchSampler(Sampler[list[int]]):
     n_per_class : int, default=4
         K of "pk".
     n_batches : int or None, default=None
-        Batches per epoch; None is about one pass over the data. Unused with `sampler`.
+        Batches per epoch; None is about one pass over the data, with "pk" as many as the tail
+        needs. Unused with `sampler`.
     random_state : int, RandomState or None, default=None
         Seeds all epochs.
 
@@ -179,20 +183,27 @@ class BalancedBatchSampler(Sampler[list[int]]):
         y: Any,
         sampler: Any = None,
         *,
+        X: Any = None,
         plan: str = "class_balanced",
         batch_size: int = 32,
         n_per_class: int = 4,
         n_batches: int | None = None,
         random_state: Any = None,
     ) -> None:
-        numbers = {
-            "batch_size": batch_size,
-            "n_per_class": n_per_class,
-            "n_batches": n_batches or 1,
-        }
+        numbers = {"batch_size": batch_size, "n_per_class": n_per_class}
+        if n_batches is not None:
+            numbers["n_batches"] = n_batches
         for name, value in numbers.items():
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number above 0.")
+        if sampler is not None and not hasattr(sampler, "fit_resample"):
+            raise TypeError(f"sampler={sampler!r} must be an imbalanced-learn sampler.")
+        blind = isinstance(sampler, (RandomOverSampler, RandomUnderSampler))
+        if sampler is not None and X is None and not blind:
+            raise ValueError(
+                f"sampler={type(sampler).__name__} looks at features: pass X=..., or take "
+                "RandomOverSampler or RandomUnderSampler."
+            )
         if plan not in ("class_balanced", "pk"):
             raise ValueError(f'plan={plan!r} must be "class_balanced" or "pk".')
         if plan == "pk" and batch_size < n_per_class:
@@ -202,14 +213,21 @@ class BalancedBatchSampler(Sampler[list[int]]):
         y = column_or_1d(y)
         if not len(y):
             raise ValueError("y is empty: there is nothing to draw batches from.")
+        check_classification_targets(y)
         self.labels, self.y = np.unique(y, return_inverse=True)
         self.sampler = sampler
+        self.X = X
         self.plan = plan
         self.n_per_class = n_per_class
         if plan == "pk":
             batch_size = n_per_class * min(batch_size // n_per_class, len(self.labels))
         self.batch_size = batch_size
         self.n_batches = n_batches or -(-len(y) // batch_size)
+        if plan == "pk" and n_batches is None:
+            # A class of average size, n / C rows, needs n / (C K) turns; each batch gives P of C.
+            turns = -(-(len(y) // len(self.labels)) // n_per_class)
+            n_classes = batch_size // n_per_class
+            self.n_batches = -(-max(turns, 1) * len(self.labels) // n_classes)
         self.seed = int(check_random_state(random_state).randint(2**31 - 1))
         self.epoch = 0
         self._batches: tuple[int, list[np.ndarray]] | None = None
@@ -253,15 +271,15 @@ class BalancedBatchSampler(Sampler[list[int]]):
         sampler = clone(self.sampler)
         if "random_state" in sampler.get_params(deep=False):
             sampler.set_params(random_state=seed)
-        rows = np.arange(len(self.y), dtype=np.float64).reshape(-1, 1)
-        rows = sampler.fit_resample(rows, self.labels[self.y])[0].ravel()
-        whole = rows.astype(np.intp)
-        if (rows != whole).any():
+        X = np.zeros((len(self.y), 1)) if self.X is None else self.X
+        _, labels = sampler.fit_resample(X, self.labels[self.y])
+        rows = getattr(sampler, "sample_indices_", None)
+        if rows is None or len(rows) != len(labels):
             raise ValueError(
                 f"sampler={type(sampler).__name__} makes new rows: batches need one that selects "
                 "or repeats rows, such as RandomOverSampler or RandomUnderSampler."
             )
-        return whole
+        return np.asarray(rows, dtype=np.intp)
 
 
 class Preprocessor:

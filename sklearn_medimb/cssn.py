@@ -332,7 +332,7 @@ class Evidence(NamedTuple):
     Attributes
     ----------
     indices : ndarray of int of shape (n, m)
-        Rows of the training images.
+        Rows of X; -1 for images that `sampler` made.
     labels : ndarray of shape (n, m)
         Their classes.
     scores : ndarray of shape (n, m)
@@ -428,7 +428,8 @@ class CSSNClassifier(BaseImageClassifier):
     {attributes}
 
     support_indices_ : ndarray of int of shape (n_supports,)
-        Rows of the training images (after `sampler`, if any) in the support bank.
+        Rows of X in the support bank. Images that `sampler` made are supports, with the number -1,
+        only where their class has no others.
 
     support_codes_ : ndarray of int of shape (n_supports,)
         Their classes, as positions in ``classes_``.
@@ -739,10 +740,13 @@ class CSSNClassifier(BaseImageClassifier):
         """Choose the supports and encode each of them once."""
         rng = np.random.default_rng(self.random_seed_)
         picks, weights, everything = [], [], None
+        origin = train.rows if train.origin is None else train.origin
         if self.support_strategy == "medoid":
             everything = self._encode(train.images, train.rows).embedding
         for label in range(len(self.classes_)):
             members = np.flatnonzero(train.y == label)
+            if (origin[members] >= 0).any():  # images of patients rather than made ones
+                members = members[origin[members] >= 0]
             n = min(self.n_support, len(members))
             if self.support_strategy == "all":
                 chosen, counts = members, np.ones(len(members), dtype=int)
@@ -762,7 +766,7 @@ class CSSNClassifier(BaseImageClassifier):
         rows = np.concatenate(picks)
         bank = self._encode(train.images, train.rows[rows])
         return {
-            "support_indices_": train.rows[rows],
+            "support_indices_": origin[rows],
             "support_codes_": train.y[rows],
             "support_weights_": np.concatenate(weights),
             "support_patches_": bank.patches.contiguous().cpu().numpy(),

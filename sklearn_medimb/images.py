@@ -7,6 +7,7 @@ The only file that knows how callers store images. Everywhere else a batch is a 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -257,7 +258,10 @@ class ExtendedImages:
         return (len(self.rows), *self.extra.shape[1:])
 
     def __getitem__(self, key: Any) -> Any:
-        key = key[0] if isinstance(key, tuple) else key
+        if isinstance(key, tuple):
+            if key[1:] != (Ellipsis,):
+                raise IndexError("A lazy container of images is indexed by rows only.")
+            key = key[0]
         rows = self.rows[key]
         if np.ndim(rows):
             return ExtendedImages(self.data, self.extra, rows)
@@ -344,7 +348,20 @@ def read_images(
     if np.dtype(X.dtype).kind not in "buif":
         raise ValueError(f"X of dtype {X.dtype} cannot be read as images.")
     dtype = np.dtype(X.dtype if X.dtype == np.uint8 or float_dtype is None else float_dtype)
+    if dtype.itemsize > 8:
+        raise ValueError(f"X of dtype {dtype} cannot be read as images: convert it to float64.")
+    dtype = dtype.newbyteorder("=")
     return Images(X if is_lazy(X) else _cast(X, dtype), layout, dtype)
+
+
+def warn_of_flat_images(estimator: Any, images: Images) -> None:
+    """Warn where rows are read as images of height one: most such calls forgot `image_shape`."""
+    if len(images.image_shape) == 1:
+        warnings.warn(
+            f"{type(estimator).__name__} reads the rows of a 2-D X as images of height 1: set "
+            "image_shape=(H, W) or (C, H, W) if they are flattened images.",
+            stacklevel=3,
+        )
 
 
 def as_array(X: Any) -> Any:
@@ -352,7 +369,7 @@ def as_array(X: Any) -> Any:
     X = _from_torch(X)
     if not (isinstance(X, (list, tuple)) and len(X)):
         return X
-    if not (isinstance(X[0], (list, tuple)) or hasattr(X[0], "shape")):
+    if not (isinstance(X[0], (list, tuple)) or is_image(X[0])):
         return X
     images = [_one_image(X, row) for row in range(len(X))]
     shapes = [image.shape for image in images]
@@ -363,6 +380,11 @@ def as_array(X: Any) -> Any:
             f"has shape {shapes[odd]}. Resize them to one size first."
         )
     return np.stack(images)
+
+
+def is_image(image: Any) -> bool:
+    """Whether an entry of a list is an array, a tensor or a PIL image."""
+    return hasattr(image, "shape") or hasattr(image, "__array_interface__")
 
 
 def _from_torch(X: Any) -> Any:

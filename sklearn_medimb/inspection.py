@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from sklearn.utils import _safe_indexing, check_random_state
 from sklearn_medimb.images import as_array, as_pixels, read_images
 from sklearn_medimb.mixing import expand_ratio, spmix
 from sklearn_medimb.over_sampling import SPMixSampler
-from sklearn_medimb.saliency import SaliencyMap, check_maps
+from sklearn_medimb.saliency import SaliencyMap, as_maps, check_maps
 
 
 class SPMixDisplay:
@@ -121,6 +122,10 @@ class SPMixDisplay:
         ValueError
             If the sampler makes no new image.
         """
+        if not isinstance(sampler, SPMixSampler):
+            raise TypeError(f"sampler must be an SPMixSampler, not a {type(sampler).__name__}.")
+        if not isinstance(n_images, Integral) or n_images < 1:
+            raise ValueError(f"n_images={n_images!r} must be a whole number above 0.")
         if not hasattr(sampler, "ratio_"):
             sampler = clone(sampler).set_params(mix_prob=1.0)
             sampler.fit_resample(X, y, groups=groups, maps=maps)
@@ -128,7 +133,23 @@ class SPMixDisplay:
         mixed = np.flatnonzero(lowest < 1)  # the others are copies
         if not len(mixed):
             raise ValueError("The sampler mixes no image of y: there is nothing to show.")
-        shown = np.sort(check_random_state(random_state).permutation(mixed)[:n_images])
+        labels = np.asarray(y).ravel()
+        grown = labels[sampler.sample_indices_] if len(labels) == sampler.n_samples_ else None
+        if grown is None or any(
+            (grown == label).sum() != n for label, n in sampler.sampling_strategy_.items()
+        ):
+            raise ValueError("y is not the one that the sampler was fitted on: pass that X and y.")
+        if sampler.maps_given_ and maps is None:
+            raise ValueError("The sampler was fitted with maps: pass the same maps.")
+        order = check_random_state(random_state).permutation(mixed)
+        # The rarest classes first, taking turns.
+        sizes = {label: (labels == label).sum() for label in np.unique(grown)}
+        turns = np.empty(len(order), dtype=int)
+        for label in sizes:
+            own = grown[order] == label
+            turns[own] = np.arange(own.sum())
+        rarity = np.array([sizes[label] for label in grown[order]])
+        shown = order[np.lexsort([rarity, turns])][:n_images]
         rows = np.concatenate([sampler.sample_indices_[shown], sampler.partner_indices_[shown]])
 
         where: dict[str, Any] = {
@@ -138,7 +159,11 @@ class SPMixDisplay:
         }
         chosen = as_array(_safe_indexing(X, rows))
         detector = SaliencyMap(
-            sampler.saliency, polarity=sampler.polarity, mask=sampler.mask, **where
+            sampler.saliency,
+            polarity=sampler.polarity,
+            mask=sampler.mask,
+            device=sampler.device,
+            **where,
         )
         images = read_images(detector, chosen, reset=True, float_dtype=None, **where)
         pixels = as_pixels(images.rows(np.arange(len(rows)))).float()
@@ -146,7 +171,8 @@ class SPMixDisplay:
         if maps is None:
             found = torch.as_tensor(detector.fit_transform(chosen)).reshape(-1, *sides)
         else:
-            found = check_maps(np.asarray(maps)[rows], (len(rows), *sides), "maps")
+            found = as_maps(maps, (len(labels), *sides), "maps")[rows].cpu()
+            found = check_maps(found, (len(rows), *sides), "maps")
         ratio = torch.from_numpy(sampler.ratio_[shown]).float()
         base, partner = pixels.chunk(2)
         result = spmix(base, partner, ratio, sampler.patch_size_)
@@ -154,7 +180,6 @@ class SPMixDisplay:
 
         low, high = (0, 255) if images.dtype == np.uint8 else (pixels.min(), pixels.max())
         scale = max(float(high) - float(low), 1e-12)
-        labels = np.asarray(y).ravel()[rows].reshape(2, -1).T.tolist()
         return cls(
             base=_pictures((base - low) / scale),
             base_saliency=_pictures(found[: len(shown), None]),
@@ -162,7 +187,7 @@ class SPMixDisplay:
             partner_saliency=_pictures(found[len(shown) :, None]),
             ratio=_pictures(share[:, None]),
             result=_pictures((result - low) / scale),
-            labels=labels,
+            labels=labels[rows].reshape(2, -1).T.tolist(),
         ).plot(axes)
 
     def plot(self, axes: Any = None) -> SPMixDisplay:
@@ -210,7 +235,7 @@ class SPMixDisplay:
         axes[0, 0].figure.colorbar(
             axes[0, 4].images[0], ax=axes.ravel().tolist(), fraction=0.02, label="share of the base"
         )
-        for row, (own, other) in enumerate(self.labels or []):
+        for row, (own, other) in enumerate([] if self.labels is None else self.labels):
             axes[row, 0].set_ylabel(str(own), fontsize=9)
             axes[row, 2].set_ylabel(str(other), fontsize=9)
         self.axes_, self.figure_ = axes, axes[0, 0].figure

@@ -13,7 +13,9 @@ taken from the tail picture; common background is borrowed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -86,6 +88,10 @@ def spmix_ratio(
     ratio : tensor of shape (n, *grid)
         Values in [min(floor, cap), cap].
     """
+    if merge not in ("patch", "pixel"):
+        raise ValueError(f'merge={merge!r} must be "patch" or "pixel".')
+    if s_t.shape != s_h.shape:
+        raise ValueError(f"s_t and s_h differ in shape: {tuple(s_t.shape)}, {tuple(s_h.shape)}.")
     in_patches = merge == "patch"
     floor = (0.5 if in_patches else 0.0) if floor is None else floor
     normalize = in_patches if normalize is None else normalize
@@ -97,7 +103,7 @@ def spmix_ratio(
             axes = tuple(range(1, maps.ndim))
             low, high = maps.amin(axes, keepdim=True), maps.amax(axes, keepdim=True)
             contrast = high - low
-            maps = torch.where(contrast >= min_contrast, (maps - low) / contrast, 0)
+            maps = torch.where(contrast < min_contrast, 0, (maps - low) / contrast)
         return floor + (1 - floor) * maps
 
     ratio = score(s_t)
@@ -160,6 +166,12 @@ def expand_ratio(
         Constant within each patch.
     """
     patches = _per_axis(patch_size, sides)
+    grid = tuple(-(-side // patch) for side, patch in zip(sides, patches, strict=True))
+    if tuple(ratio.shape[1:]) != grid:
+        raise ValueError(
+            f"ratio has a grid of {tuple(ratio.shape[1:])}; patches of {tuple(patches)} on "
+            f"{tuple(sides)} pixels make {grid}."
+        )
     for axis, (patch, side) in enumerate(zip(patches, sides, strict=True), 1):
         place = torch.arange(side, device=ratio.device) // patch
         ratio = ratio.index_select(axis, place)
@@ -168,5 +180,13 @@ def expand_ratio(
 
 def _per_axis(patch_size: int | Sequence[int], sides: Sequence[int]) -> list[int]:
     """One patch side per axis, none larger than the picture."""
-    patches = [patch_size] * len(sides) if isinstance(patch_size, int) else list(patch_size)
+    given: Any = patch_size
+    if isinstance(given, (int, np.integer)):
+        given = [given] * len(sides)
+    patches = [int(patch) for patch in given]
+    if len(patches) != len(sides) or min(patches) < 1:
+        raise ValueError(
+            f"patch_size={patch_size} must be a whole number above 0 for each of the axes "
+            f"{tuple(sides)}."
+        )
     return [min(patch, side) for patch, side in zip(patches, sides, strict=True)]

@@ -7,10 +7,51 @@ from typing import Any
 
 import numpy as np
 from imblearn.over_sampling import RandomOverSampler
+from imblearn.over_sampling.base import BaseOverSampler
 from imblearn.under_sampling import RandomUnderSampler
 from sklearn.base import clone
 
 from sklearn_medimb.images import ExtendedImages, Images, Layout
+
+
+def group_codes(groups: Any, y: np.ndarray) -> np.ndarray:
+    """Number the patients.
+
+    Parameters
+    ----------
+    groups : array-like of shape (n,)
+        Patient of each image: numbers or strings.
+    y : ndarray of shape (n,)
+        The labels, whose shape it must have.
+
+    Returns
+    -------
+    codes : ndarray of int of shape (n,)
+        From 0.
+
+    Raises
+    ------
+    ValueError
+        If an entry is missing: unknown patients are not one patient.
+    """
+    groups = np.asarray(groups)
+    if groups.ndim == 2 and groups.shape[1] == 1:
+        groups = groups.ravel()
+    if groups.shape != y.shape:
+        raise ValueError(
+            f"groups has shape {groups.shape}; it needs one entry per image, {y.shape}. (After a "
+            "resampler in a pipeline there are more images than patients' entries: put the "
+            "resampler into sampler=.)"
+        )
+    for row, equal in enumerate(entry == entry for entry in groups.tolist()):
+        if not isinstance(equal, bool) or not equal or groups[row] is None:
+            raise ValueError(
+                f"groups has no entry in row {row}: give each unknown patient one of its own."
+            )
+    try:
+        return np.unique(groups, return_inverse=True)[1]
+    except TypeError as error:
+        raise ValueError(f"groups must hold numbers or strings, not both: {error}") from error
 
 
 def validation_split(
@@ -111,7 +152,7 @@ def resample(
     *,
     classes: np.ndarray | None = None,
     groups: np.ndarray | None = None,
-) -> tuple[Images, np.ndarray, np.ndarray, np.ndarray | None]:
+) -> tuple[Images, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]:
     """Apply an imbalanced-learn sampler to the training rows.
 
     Samplers that only repeat or drop rows work on row numbers, so that no image is copied or, in a
@@ -142,6 +183,8 @@ def resample(
     -------
     images, rows, y, weight
         The resampled training set in the same form.
+    origin : ndarray of int
+        Row of the caller's images that each one is, -1 for made ones.
 
     Raises
     ------
@@ -149,8 +192,9 @@ def resample(
         If the sampler makes new rows and weights were given, or the images are lazy.
     """
     sampler = clone(sampler)
-    if getattr(sampler, "random_state", 0) is None:
-        sampler.set_params(random_state=seed)
+    params = sampler.get_params()
+    unset = [k for k, v in params.items() if k.split("__")[-1] == "random_state" and v is None]
+    sampler.set_params(**dict.fromkeys(unset, seed))
     name = type(sampler).__name__
     labels = y if classes is None else classes[y]
     if isinstance(sampler, (RandomOverSampler, RandomUnderSampler)) and (
@@ -158,12 +202,18 @@ def resample(
     ):
         picks, _ = sampler.fit_resample(np.arange(len(rows)).reshape(-1, 1), labels)
         picks = picks.ravel()
-        return images, rows[picks], y[picks], None if weight is None else weight[picks]
+        kept = None if weight is None else weight[picks]
+        return images, rows[picks], y[picks], kept, rows[picks]
     if weight is not None:
         raise ValueError(
             f"sampler={name} makes rows that no sample_weight belongs to: drop one of the two."
         )
-    if "data_format" in sampler.get_params(deep=False):
+    if any(key.endswith("__data_format") for key in params):
+        raise ValueError(
+            f"sampler={name} holds a sampler of images among its steps, where only flattened ones "
+            "arrive: pass that sampler alone."
+        )
+    if "data_format" in params:
         takes_groups = "groups" in signature(sampler.fit_resample).parameters
         metadata = {} if groups is None or not takes_groups else {"groups": groups}
         images, labels = _resample_images(sampler, images, rows, labels, metadata)
@@ -182,7 +232,18 @@ def resample(
         block = np.ascontiguousarray(block, dtype=images.dtype)
         images = Images(block, images.layout, images.dtype)
     y = labels if classes is None else np.searchsorted(classes, labels)
-    return images, np.arange(len(y)), y, None
+    return images, np.arange(len(y)), y, None, _origin(sampler, rows, len(y))
+
+
+def _origin(sampler: Any, rows: np.ndarray, n: int) -> np.ndarray:
+    """Where each of the n resampled rows comes from, as far as the sampler tells; else -1."""
+    chosen = getattr(sampler, "sample_indices_", None)
+    origin = np.full(n, -1)
+    if chosen is not None and len(chosen) == n:
+        origin[:] = rows[np.asarray(chosen, dtype=int)]
+    elif isinstance(sampler, BaseOverSampler) and not getattr(sampler, "replace", False):
+        origin[: len(rows)] = rows  # originals come first
+    return origin
 
 
 def _resample_images(

@@ -134,3 +134,9 @@ def inference_block(shape: tuple[int, ...], device: torch.device) -> int:
     if device.type == "cuda":
         return min(max(2**24 // n_pixels, 32), 1024)
     return min(max(2**18 // n_pixels, 4), 512)
+
+
+def pixel_block(shape: tuple[int, ...], device: torch.device) -> int:
+    """Images at a time for work pixel by pixel, which needs many times their memory."""
+    n_pixels = math.prod(shape[1:]) if len(shape) > 1 else shape[0]
+    return max(1, (2**24 if device.type == "cuda" else 2**18) // n_pixels)

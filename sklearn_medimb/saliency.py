@@ -19,12 +19,20 @@ import torch.nn.functional as F
 from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
 from sklearn.utils._param_validation import StrOptions
 
-from sklearn_medimb.images import INPUT_CONSTRAINTS, Images, as_pixels, read_images, to_unit_scale
-from sklearn_medimb.runtime import inference_block, one_thread_in_workers, resolve_device
+from sklearn_medimb.images import (
+    INPUT_CONSTRAINTS,
+    Images,
+    as_pixels,
+    read_images,
+    to_unit_scale,
+    warn_of_flat_images,
+)
+from sklearn_medimb.runtime import one_thread_in_workers, pixel_block, resolve_device
 
 Detector = Callable[..., torch.Tensor]
 
 LUMA = (0.299, 0.587, 0.114)
+POLARITIES = ("both", "dark", "bright")
 RADII = (12, 24, 48, 28, 56, 112)  # pixels, for images whose shorter side has 450
 
 
@@ -53,18 +61,40 @@ def _rounding(gray: torch.Tensor) -> torch.Tensor:
 
 
 def _in_blocks(detect: Detector) -> Detector:
-    """Run a detector on as many images at a time as stay in cache."""
+    """Check the input of a detector, and give it as many images at a time as stay in cache."""
 
     @wraps(detect)
     def detect_all(
         images: torch.Tensor, *, valid: torch.Tensor | None = None, **options: Any
     ) -> torch.Tensor:
-        block = inference_block(tuple(images.shape[1:]), images.device)
-        masks = [None] * len(images) if valid is None else valid.split(block)
-        parts = zip(images.split(block), masks, strict=False)
-        return torch.cat([detect(part, valid=mask, **options) for part, mask in parts])
+        shape = (len(images), *images.shape[2:])
+        if images.ndim not in (4, 5):
+            raise ValueError(
+                f"images has shape {tuple(images.shape)}; it must be (n, C, H, W) or "
+                "(n, C, D, H, W)."
+            )
+        if valid is not None and tuple(valid.shape) != shape:
+            raise ValueError(f"valid has shape {tuple(valid.shape)}; it must be {shape}.")
+        if images.dtype not in (torch.float32, torch.float64):
+            images = images.float()
+        if not torch.isfinite(images).all():
+            raise ValueError("images holds NaN or infinity.")
+        block = pixel_block(tuple(images.shape[1:]), images.device)
+        parts = images.split(block)
+        masks = [None] * len(parts) if valid is None else valid.split(block)
+        maps = [detect(part, valid=m, **options) for part, m in zip(parts, masks, strict=True)]
+        return torch.cat(maps)
 
     return detect_all
+
+
+def _filled(gray: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Give pixels outside the valid region the mean of those inside, so that nothing leaks in."""
+    if valid is None:
+        return gray
+    inside = valid.to(gray.dtype)
+    total = _over_pixels(torch.sum, inside).clamp(min=1)
+    return torch.where(valid, gray, _over_pixels(torch.sum, gray * inside) / total)
 
 
 # ---------------------------------------------------------------- detectors
@@ -97,7 +127,8 @@ def fine_grained(
         They are scaled with ``min(H, W)``, along the depth with ``min(D, H, W)``, to 1 at least.
         None takes them as they are.
     valid : tensor of bool, shape (n, *spatial), default=None
-        Pixels outside enter no mean and no maximum, and have saliency 0.
+        Pixels outside enter no mean and no maximum, and have saliency 0; in the blur the mean of
+        those inside stands for them.
 
     Returns
     -------
@@ -110,8 +141,11 @@ def fine_grained(
        derived from a visual saliency mechanism", Image and Vision Computing 28, 2010. Here boxes
        are symmetric and all arithmetic is float; OpenCV's integer version correlates above .99.
     """
+    if polarity not in POLARITIES:
+        raise ValueError(f"polarity={polarity!r} must be one of {POLARITIES}.")
     gray = intensity(images)
     noise = _rounding(gray)
+    gray = _filled(gray, valid)
     gray = gray - _over_pixels(torch.mean, gray)  # sums around zero round less
     for axis in range(1, gray.ndim):
         gray = _blur(_blur(gray, axis), axis)
@@ -219,12 +253,11 @@ def spectral_residual(
     ----------
     .. [1] X. Hou and L. Zhang, "Saliency detection: a spectral residual approach", CVPR 2007.
     """
+    if size < 3:
+        raise ValueError(f"size={size} must be at least 3.")
     gray = intensity(images)
     noise = _rounding(gray)
-    if valid is not None:
-        inside = valid.to(gray.dtype)
-        total = _over_pixels(torch.sum, inside).clamp(min=1)
-        gray = torch.where(valid, gray, _over_pixels(torch.sum, gray * inside) / total)
+    gray = _filled(gray, valid)
     low = _over_pixels(torch.amin, gray)
     contrast = _over_pixels(torch.amax, gray) - low
     gray = (gray - low) / torch.where(contrast > noise, contrast, 1)
@@ -243,7 +276,7 @@ def spectral_residual(
     for axis in axes:
         maps = _convolve(maps, window / window.sum(), axis)
     maps = F.interpolate(maps.square()[:, None], size=gray.shape[1:], mode=mode)[:, 0]
-    maps = maps if valid is None else maps * inside
+    maps = maps if valid is None else maps * valid
     return torch.where(contrast > noise, _over_maximum(maps, torch.zeros_like(contrast)), 0)
 
 
@@ -351,7 +384,11 @@ def saliency_maps(
     ValueError
         If a callable's maps have another shape, or values outside [0, 1].
     """
+    if isinstance(mask, str) and mask != "auto":
+        raise ValueError(f'mask={mask!r} must be "auto", a tensor or None.')
     valid = valid_region(images) if isinstance(mask, str) else mask
+    if not callable(saliency) and saliency not in DETECTORS:
+        raise ValueError(f"saliency={saliency!r} must be one of {sorted(DETECTORS)}, or callable.")
     if not callable(saliency):
         options = {"polarity": polarity} if saliency == "fine_grained" else {}
         return DETECTORS[saliency](images, valid=valid, **options)
@@ -366,7 +403,7 @@ def check_maps(maps: Any, shape: tuple[int, ...], name: str) -> torch.Tensor:
     Parameters
     ----------
     maps : array-like or tensor
-        The maps.
+        The maps; a channel axis of length 1 and flattened maps are understood.
     shape : tuple of int
         Wanted shape, (n, *spatial).
     name : str
@@ -377,19 +414,31 @@ def check_maps(maps: Any, shape: tuple[int, ...], name: str) -> torch.Tensor:
     maps : tensor of float
         The maps, on the device where they were.
     """
-    maps = torch.as_tensor(maps)
-    if tuple(maps.shape) != tuple(shape):
-        raise ValueError(f"{name} gives maps of shape {tuple(maps.shape)}; it must be {shape}.")
-    if maps.dtype == torch.uint8 and maps.amax() > 1:
+    maps = as_maps(maps, shape, name)
+    whole = not maps.is_floating_point()
+    maps = maps.float() if whole else maps
+    if whole and maps.numel() and maps.amax() > 1:
         maps = maps / 255
-    maps = maps if maps.is_floating_point() else maps.float()
     wrong = ~((maps >= 0) & (maps <= 1)).flatten(1).all(dim=1)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
-            f"{name} must give finite maps in [0, 1] (or bool, or uint8): see the map of row {row}."
+            f"{name} must give finite maps in [0, 1], or masks of bool or whole numbers up to 255: "
+            f"see the map of row {row}."
         )
     return maps
+
+
+def as_maps(maps: Any, shape: tuple[int, ...], name: str) -> torch.Tensor:
+    """Bring maps to a tensor of the wanted shape; their values stay."""
+    try:
+        maps = maps if isinstance(maps, torch.Tensor) else torch.from_numpy(np.asarray(maps))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be read as numbers: {error}") from error
+    found, flat = tuple(maps.shape), (shape[0], int(np.prod(shape[1:])))
+    if found in (shape, flat, (shape[0], 1, *shape[1:]), (*shape, 1)):
+        return maps.reshape(shape)
+    raise ValueError(f"{name} has maps of shape {found}; it must be {tuple(shape)}.")
 
 
 class SaliencyMap(TransformerMixin, BaseEstimator):
@@ -409,7 +458,8 @@ class SaliencyMap(TransformerMixin, BaseEstimator):
 
     image_shape : tuple of int or None, default=None
         Shape of one image where X holds flattened ones: ``(H, W)``, ``(C, H, W)``,
-        ``(C, D, H, W)``. Without it the rows of a 2-D X are images of height 1.
+        ``(C, D, H, W)``, or with the channels last. Without it the rows of a 2-D X are images of
+        height 1, with a warning.
 
     data_format : {"auto", "channels_first", "channels_last"}, default="auto"
         Where the channel axis is.
@@ -497,7 +547,9 @@ class SaliencyMap(TransformerMixin, BaseEstimator):
         self : SaliencyMap
             The transformer.
         """
-        self.image_shape_ = self._read(X, reset=True).image_shape
+        images = self._read(X, reset=True)
+        warn_of_flat_images(self, images)
+        self.image_shape_ = images.image_shape
         return self
 
     def transform(self, X: Any) -> np.ndarray:
@@ -511,8 +563,10 @@ class SaliencyMap(TransformerMixin, BaseEstimator):
         Returns
         -------
         maps : ndarray of shape (n, *spatial), or (n, n_pixels) where X is 2-D
-            Values in [0, 1]; float32, or float64 where X is.
+            Values in [0, 1]; float32, or float64 where X is. Images other than uint8 are first
+            clipped to their quantiles of 0.5 % and 99.5 %: scans have hot pixels.
         """
+        self._validate_params()
         images = self._read(X, reset=False)
         maps = maps_of(
             images,
@@ -543,6 +597,21 @@ class SaliencyMap(TransformerMixin, BaseEstimator):
         return tags
 
 
+def _without_outliers(images: torch.Tensor, share: float = 0.005) -> torch.Tensor:
+    """Clip each image to its quantiles: one hot pixel of a scan must not hide the lesion.
+
+    Images of few pixels, whose quantiles are single pixels, stay as they are.
+    """
+    pixels = images.flatten(1)
+    if pixels.shape[1] * share < 1:
+        return images
+    rank = int(pixels.shape[1] * share)
+    low = pixels.kthvalue(rank + 1, dim=1).values
+    high = pixels.kthvalue(pixels.shape[1] - rank, dim=1).values
+    bounds = (part.view(-1, *[1] * (images.ndim - 1)) for part in (low, high))
+    return images.clamp(*bounds)
+
+
 def maps_of(
     images: Images,
     rows: np.ndarray,
@@ -568,10 +637,14 @@ def maps_of(
         On the CPU, one row per entry of `rows`.
     """
     dtype = torch.float64 if images.dtype == np.float64 else torch.float32
-    block = inference_block(images.image_shape, device)
-    with torch.inference_mode(), one_thread_in_workers():
+    block = pixel_block(images.image_shape, device)
+
+    def read(part: np.ndarray) -> torch.Tensor:
+        pixels = as_pixels(to_unit_scale(images.rows(part).to(device), dtype))
+        return pixels if images.dtype == np.uint8 else _without_outliers(pixels)
+
+    with torch.no_grad(), one_thread_in_workers():
         parts = [
-            detect(as_pixels(to_unit_scale(images.rows(part).to(device), dtype))).cpu()
-            for part in np.split(rows, range(block, len(rows), block))
+            detect(read(part)).cpu() for part in np.split(rows, range(block, len(rows), block))
         ]
     return torch.cat(parts)

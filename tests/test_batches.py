@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from imblearn.over_sampling import SMOTE, RandomOverSampler
-from imblearn.under_sampling import RandomUnderSampler
+from imblearn.under_sampling import NearMiss, RandomUnderSampler
 from torch.utils.data import DataLoader, TensorDataset
 
 from sklearn_medimb import BalancedBatchSampler, SoftmaxClassifier
@@ -449,6 +449,9 @@ def test_batch_sampler_with_pk_plan():
         ([0, 1], {"batch_size": 2.5}, "batch_size=2.5"),
         ([0, 1], {"n_per_class": 0}, "n_per_class=0"),
         ([0, 1], {"n_batches": -1}, "n_batches=-1"),
+        ([0, 1], {"n_batches": 0}, "n_batches=0"),
+        ([0, 1], {"sampler": NearMiss()}, "NearMiss looks at features"),
+        ([0.5, 1.2], {}, "continuous"),
         ([0, 1], {"plan": "random"}, "plan='random'"),
         ([0, 1], {"plan": "pk", "batch_size": 3}, "batch_size=3 holds no class"),
         ([], {}, "y is empty"),
@@ -461,6 +464,37 @@ def test_batch_sampler_refuses_bad_input(y, params, message):
 
 
 def test_batch_sampler_refuses_a_sampler_that_makes_rows():
-    batches = BalancedBatchSampler(np.repeat([0, 1], [40, 12]), SMOTE())
+    y = np.repeat([0, 1], [40, 12])
+    batches = BalancedBatchSampler(y, SMOTE(), X=np.random.default_rng(0).random((52, 2)))
     with pytest.raises(ValueError, match="SMOTE makes new rows"):
         list(batches)
+
+
+def test_batch_sampler_takes_only_samplers():
+    with pytest.raises(TypeError, match="sampler=16"):
+        BalancedBatchSampler([0, 1], 16)
+
+
+def test_batch_sampler_shows_features_to_samplers_that_look_at_them():
+    y = np.repeat([0, 1], [40, 12])
+    X = np.random.default_rng(0).normal(size=(52, 3))
+    rows = np.concatenate(list(BalancedBatchSampler(y, NearMiss(), X=X)))
+    wanted = NearMiss()
+    wanted.fit_resample(X, y)
+    assert sorted(rows) == sorted(wanted.sample_indices_)
+
+
+@pytest.mark.parametrize("plan", ["class_balanced", "pk"])
+@pytest.mark.parametrize(
+    ("counts", "batch_size"),
+    [([12] + [7] * 12, 32), ([4] * 16 + [1] * 4, 16), ([80, 15, 5], 9), ([300, 2], 8)],
+)
+def test_each_epoch_covers_the_tail(plan, counts, batch_size):
+    for seed in range(5):
+        y = balanced_problem(counts, seed)
+        batches = BalancedBatchSampler(y, plan=plan, batch_size=batch_size, random_state=seed)
+        for _ in range(2):
+            seen = set(np.concatenate(list(batches)))
+            small = np.bincount(y)[y] <= len(y) / len(counts)
+            assert set(np.flatnonzero(small)) <= seen
+            assert set(y[list(seen)]) == set(y)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -78,12 +79,14 @@ def test_every_estimator_has_a_tiny_configuration():
     assert not stale, f"{sorted(stale)} are no longer public: remove their rows from TINY."
 
 
+@pytest.mark.filterwarnings("ignore:.* reads the rows of a 2-D X as images of height 1")
 @parametrize_with_checks(default_estimators())
 def test_scikit_learn_checks(estimator, check):
     check(estimator)
 
 
 @pytest.mark.filterwarnings("ignore:.*sparse columns")
+@pytest.mark.filterwarnings("ignore:.* reads the rows of a 2-D X as images of height 1")
 @pytest.mark.parametrize(
     ("estimator", "check"),
     [
@@ -425,7 +428,9 @@ class MixesFlatRows(BrokenSampler):
     breaks = "check_sampler_layouts"
 
     def fit_resample(self, X, y, **params):
-        flat, y = super().fit_resample(X.reshape(len(X), -1), y, **params)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            flat, y = super().fit_resample(X.reshape(len(X), -1), y, **params)
         return flat.reshape(-1, *X.shape[1:]), y
 
 
@@ -434,6 +439,13 @@ class StacksLazyImages(BrokenSampler):
 
     def fit_resample(self, X, y, **params):
         return super().fit_resample(np.stack([X[i] for i in range(len(X))]), y, **params)
+
+
+class MixesPatientsWithThemselves(BrokenSampler):
+    breaks = "check_sampler_keeps_patients_apart"
+
+    def _pairs(self, y, groups, rng):
+        return super()._pairs(y, np.arange(len(y)), rng)
 
 
 class DrawsPairsFromTheGlobalGenerator(BrokenSampler):

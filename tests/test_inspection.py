@@ -98,6 +98,29 @@ def test_display_refuses_what_it_cannot_show():
         SPMixDisplay.from_sampler(SPMixSampler(), X, y, axes=plt.subplots(2, 2)[1])
 
 
+def test_display_refuses_what_the_sampler_did_not_see():
+    X, y = problem()
+    sampler = SPMixSampler(random_state=0)
+    sampler.fit_resample(X, y, maps=np.ones((16, 12, 10)))
+    with pytest.raises(ValueError, match="pass the same maps"):
+        SPMixDisplay.from_sampler(sampler, X, y)
+    sampler.fit_resample(X, y)
+    for rows in (np.arange(14), np.roll(np.arange(16), 5)):
+        with pytest.raises(ValueError, match="not the one"):
+            SPMixDisplay.from_sampler(sampler, X[rows], y[rows])
+    with pytest.raises(ValueError, match="n_images=0"):
+        SPMixDisplay.from_sampler(sampler, X, y, n_images=0)
+    with pytest.raises(TypeError, match="not a str"):
+        SPMixDisplay.from_sampler("SPMix", X, y)
+
+
+def test_display_shows_the_rarest_class_first():
+    X = np.random.default_rng(0).integers(0, 256, (30, 12, 10, 3), dtype=np.uint8)
+    y = np.repeat(["a", "b", "c"], [20, 8, 2])
+    display = SPMixDisplay.from_sampler(SPMixSampler(random_state=0), X, y, n_images=3)
+    assert [own for own, _ in display.labels] == ["c", "b", "c"]
+
+
 def test_display_without_matplotlib_says_what_to_install(monkeypatch):
     X, y = problem()
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)

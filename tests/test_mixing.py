@@ -211,3 +211,38 @@ def test_lesions_are_kept_and_background_is_borrowed():
     background = wide[~(inside | inside_head)].mean()
     assert wide[inside].mean() >= background + 0.05
     assert wide[inside_head].mean() >= background + 0.05
+
+
+def test_mix_is_linear_in_each_picture():
+    a, b, c = (noise(2, 3, 8, 8, seed=seed) for seed in range(3))
+    ratio = noise(2, 2, 2, seed=3)
+    torch.testing.assert_close(
+        spmix(2 * a + b, c, ratio, 4) - spmix(b, c, ratio, 4),
+        2 * spmix(a, torch.zeros_like(c), ratio, 4),
+    )
+
+
+def test_nan_maps_are_not_taken_for_empty_ones():
+    maps = noise(2, 8, 8)
+    maps[0, 0, 0] = torch.nan
+    assert spmix_ratio(maps, maps, 4)[0].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: spmix_ratio(m, m, 4, merge="Patch"), "merge='Patch'"),
+        (lambda m: spmix_ratio(m, m[:1], 4), "differ in shape"),
+        (lambda m: spmix_ratio(m, m, (4,)), r"patch_size=\(4,\)"),
+        (lambda m: spmix_ratio(m, m, 0), "patch_size=0"),
+        (lambda m: spmix(m[:, None], m[:, None], m[:, :3, :3], 4), r"grid of \(3, 3\)"),
+    ],
+)
+def test_functions_refuse_wrong_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(noise(2, 8, 8))
+
+
+def test_patch_size_may_be_a_numpy_integer():
+    maps = noise(2, 8, 8)
+    torch.testing.assert_close(patch_means(maps, np.int64(4)), patch_means(maps, 4))

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from imblearn.over_sampling import SMOTE, RandomOverSampler
-from imblearn.under_sampling import NearMiss, RandomUnderSampler, TomekLinks
+from imblearn.pipeline import Pipeline
+from imblearn.under_sampling import (
+    EditedNearestNeighbours,
+    NearMiss,
+    RandomUnderSampler,
+    TomekLinks,
+)
 
-from sklearn_medimb import CSSNClassifier, SoftmaxClassifier
+from sklearn_medimb import CSSNClassifier, SoftmaxClassifier, SPMixSampler
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.images import Images, infer_layout
-from sklearn_medimb.rows import resample, validation_split
+from sklearn_medimb.rows import group_codes, validation_split
+from sklearn_medimb.rows import resample as resample_with_origin
 
 
 def rng(seed=0):
@@ -381,7 +389,75 @@ def test_sampling_strategy_of_shifted_labels():
     np.testing.assert_allclose(clf.class_prior_, np.array([20, 28, 4]) / 52)
 
 
-def test_support_of_resampled_training_are_rows_of_the_data():
+@pytest.mark.parametrize("early_stopping", [False, True])
+@pytest.mark.parametrize(
+    "sampler",
+    [RandomOverSampler(), RandomUnderSampler(), SMOTE(k_neighbors=2), SPMixSampler()],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_supports_of_resampled_training_are_rows_of_the_data(sampler, early_stopping):
     X = rng().integers(0, 256, (32, 8, 8), dtype=np.uint8)
-    clf = tiny(CSSNClassifier, sampler=RandomOverSampler(), n_tokens=4).fit(X, Y)
-    np.testing.assert_array_equal(Y[clf.support_indices_], clf.support_labels_)
+    order = rng().permutation(32)
+    X, y = X[order], Y[order]
+    clf = tiny(CSSNClassifier, sampler=sampler, n_tokens=4, early_stopping=early_stopping)
+    clf.fit(X, y)
+    np.testing.assert_array_equal(y[clf.support_indices_], clf.support_labels_)
+    assert (clf.support_indices_ >= 0).all()
+    found = clf.explain(X[:3]).indices
+    assert set(found.ravel()) <= set(clf.support_indices_)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "made"),
+    [(SMOTE(k_neighbors=2), 28), (EditedNearestNeighbours(n_neighbors=1), 0), (SPMixSampler(), 28)],
+    ids=lambda value: type(value).__name__,
+)
+def test_origin_names_the_rows_that_came_through(sampler, made):
+    array = rng().integers(0, 256, (32, 4, 5), dtype=np.uint8)
+    images = images_of(array)
+    rows = np.arange(31, -1, -1)
+    found, picks, y, _, origin = resample_with_origin(sampler, images, rows, Y[rows], None, 0)
+    assert (origin < 0).sum() == made
+    kept = origin >= 0
+    np.testing.assert_array_equal(found.rows(picks[kept]), images.rows(origin[kept]))
+    np.testing.assert_array_equal(y[kept], Y[origin[kept]])
+
+
+def test_pipeline_that_holds_a_sampler_of_images_is_refused():
+    steps = Pipeline([("mix", SPMixSampler()), ("drop", RandomUnderSampler())])
+    X = rng().integers(0, 256, (32, 8, 8), dtype=np.uint8)
+    with pytest.raises(ValueError, match="holds a sampler of images"):
+        tiny(sampler=steps).fit(X, Y)
+
+
+def test_seed_reaches_the_steps_of_a_pipeline():
+    steps = Pipeline([("over", SMOTE(k_neighbors=2)), ("drop", RandomUnderSampler())])
+    images = images_of(rng().integers(0, 256, (32, 4, 5), dtype=np.uint8))
+    one, two, other = (
+        resample(steps, images, np.arange(32), Y, None, seed)[0].data for seed in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(one, two)
+    assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([1, 2], r"shape \(2,\)"),
+        ([1.0, np.nan, 2.0], "row 1"),
+        (["a", "b", None], "row 2"),
+        (np.array([pd.NA, "b", "c"], dtype=object), "row 0"),
+        (np.array([1, "b", 2], dtype=object), "not both"),
+    ],
+)
+def test_missing_patients_are_refused(groups, message):
+    with pytest.raises(ValueError, match=message):
+        group_codes(groups, np.zeros(3))
+
+
+def test_patients_are_numbered():
+    np.testing.assert_array_equal(group_codes([["b"], ["a"], ["b"]], np.zeros(3)), [1, 0, 1])
+
+
+def resample(*args, **kwargs):
+    return resample_with_origin(*args, **kwargs)[:4]

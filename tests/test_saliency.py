@@ -46,7 +46,8 @@ def blurred(gray):
 
 def slow_fine_grained(gray, radii, inside, polarity):
     """Pixel by pixel, straight from the definition."""
-    gray = blurred(gray)
+    inside = inside.astype(bool)
+    gray = blurred(np.where(inside, gray, gray[inside].mean()))
     h, w = gray.shape
     on, off = np.zeros_like(gray), np.zeros_like(gray)
     for r in radii:
@@ -153,7 +154,7 @@ def test_blocks_do_not_matter(monkeypatch):
     images = noise(7, 1, 12, 12)
     valid = images[:, 0] > 0.1
     whole = {name: detect(images, valid=valid) for name, detect in DETECTORS.items()}
-    monkeypatch.setattr("sklearn_medimb.saliency.inference_block", lambda *_: 2)
+    monkeypatch.setattr("sklearn_medimb.saliency.pixel_block", lambda *_: 2)
     for name, detect in DETECTORS.items():
         torch.testing.assert_close(detect(images, valid=valid), whole[name], rtol=0, atol=1e-12)
 
@@ -262,7 +263,10 @@ def test_callables_give_maps_in_any_form(make, wanted):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda x: x, r"saliency gives maps of shape \(3, 1, 6, 5\); it must be \(3, 6, 5\)"),
+        (
+            lambda x: x[:, :, 1:],
+            r"saliency has maps of shape \(3, 1, 5, 5\); it must be \(3, 6, 5\)",
+        ),
         (lambda x: 2 * x[:, 0] + 1, r"\[0, 1\].*row 0"),
         (lambda x: torch.where(torch.arange(3)[:, None, None] == 1, torch.nan, x[:, 0]), "row 1"),
     ],
@@ -380,3 +384,115 @@ def test_maps_correlate_with_opencv(detect, name, over_images):
         _, wanted = theirs.computeSaliency(image[..., ::-1].copy())
         correlations.append(np.corrcoef(found.ravel(), wanted.ravel())[0, 1])
     assert over_images(correlations) >= 0.99
+
+
+# ---------------------------------------------------------------- what the outside does not see
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_what_lies_outside_the_mask_has_no_influence(name):
+    images = noise(2, 3, 20, 16)
+    valid = torch.ones(2, 20, 16, dtype=torch.bool)
+    valid[:, :5] = False
+    black, white = (torch.where(valid[:, None], images, value) for value in (0.0, 9.0))
+    one, two = (DETECTORS[name](part, valid=valid) for part in (black, white))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-9)
+    assert one[:, 5:].any()
+
+
+def test_masked_rim_does_not_hide_a_faint_lesion():
+    images, disc = fundus()
+    images = torch.where(disc, 0.5 + 0.01 * noise(1, 40, 40)[0], torch.zeros(40, 40)).expand(
+        1, 3, 40, 40
+    )
+    images = images.clone()
+    images[..., 16:24, 16:24] -= 0.08
+    maps = fine_grained(images, polarity="dark", valid=disc[None])[0]
+    eroded = disc.clone()
+    eroded[1:-1, 1:-1] = disc[:-2, 1:-1] & disc[2:, 1:-1] & disc[1:-1, :-2] & disc[1:-1, 2:]
+    assert maps[17:23, 17:23].mean() > 3 * maps[disc & ~eroded].mean()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detectors_refuse_what_is_not_finite(name, value):
+    images = noise(2, 1, 8, 8)
+    images[1, 0, 3, 3] = value
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        DETECTORS[name](images)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: fine_grained(x, polarity="drak"), "polarity='drak'"),
+        (lambda x: fine_grained(x[0]), "images has shape"),
+        (
+            lambda x: fine_grained(x, valid=torch.ones(1, 8, 8).bool()),
+            r"valid has shape \(1, 8, 8\)",
+        ),
+        (lambda x: spectral_residual(x, size=2), "size=2"),
+        (lambda x: saliency_maps(x, "sobel"), "saliency='sobel'"),
+        (lambda x: saliency_maps(x, mask="black"), "mask='black'"),
+    ],
+)
+def test_functions_refuse_wrong_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(noise(3, 1, 8, 8))
+
+
+def test_functions_take_integers_and_half_precision():
+    images = (255 * noise(2, 1, 12, 12)).byte()
+    wanted = fine_grained(images.float())
+    assert torch.equal(fine_grained(images), wanted)
+    torch.testing.assert_close(fine_grained(images.bfloat16()), wanted, rtol=0, atol=1e-5)
+
+
+def test_hot_pixel_of_a_scan_does_not_hide_the_lesion():
+    rng = np.random.default_rng(0)
+    X = rng.normal(100, 5, (1, 48, 48))
+    X[0, 20:28, 20:28] -= 40
+    hot = X.copy()
+    hot[0, 3, 3] = 4000
+    plain, with_hot = (SaliencyMap(polarity="dark").fit_transform(part)[0] for part in (X, hot))
+    assert with_hot[21:27, 21:27].mean() > 0.8 * plain[21:27, 21:27].mean()
+
+
+def test_callables_may_use_gradients():
+    """Class-activation maps need them."""
+    images = noise(3, 2, 6, 5)
+    layer = torch.nn.Conv2d(2, 1, 3, padding=1).double()
+
+    def gradients(batch):
+        with torch.enable_grad():
+            batch = batch.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(layer(batch).square().sum(), batch)
+        return gradient.abs().sum(1) / gradient.abs().sum(1).max()
+
+    X = images.numpy()
+    maps = SaliencyMap(gradients, data_format="channels_first").fit_transform(X)
+    np.testing.assert_allclose(maps, gradients(images).numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("param", [{"saliency": "sobel"}, {"polarity": "drak"}, {"mask": "black"}])
+def test_transform_without_fit_checks_the_parameters(param):
+    with pytest.raises(ValueError, match=next(iter(param))):
+        SaliencyMap(**param).transform(np.zeros((2, 8, 8)))
+
+
+def test_polarity_and_mask_reach_the_detector():
+    X = np.full((1, 40, 40), 0.5)
+    X[0, 10:16, 10:16], X[0, 26:32, 26:32] = 0.2, 0.8
+    dark, bright = (SaliencyMap(polarity=p).fit_transform(X)[0] for p in ("dark", "bright"))
+    assert dark[12, 12] > 0.5 > dark[28, 28]
+    assert bright[28, 28] > 0.5 > bright[12, 12]
+    framed = np.zeros((1, 40, 40))
+    framed[:, 8:32, 8:32] = X[:, 8:32, 8:32]
+    maps = SaliencyMap(mask="auto").fit_transform(framed)[0]
+    assert not maps[:8].any()
+    assert SaliencyMap().fit_transform(framed)[0][:8].any()
+
+
+def test_flat_rows_without_a_shape_are_warned_of():
+    with pytest.warns(UserWarning, match="images of height 1: set image_shape"):
+        SaliencyMap().fit(np.random.default_rng(0).random((3, 16)))

@@ -12,7 +12,7 @@ from sklearn import config_context
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
-from sklearn_medimb import SoftmaxClassifier, SPMixSampler
+from sklearn_medimb import SaliencyMap, SoftmaxClassifier, SPMixSampler
 from sklearn_medimb.images import is_lazy
 from sklearn_medimb.mixing import spmix, spmix_ratio
 from sklearn_medimb.rows import resample
@@ -90,7 +90,7 @@ def test_copies_read_no_partner():
     lazy = LazyImages(X)
     sampler = SPMixSampler(mix_prob=0, random_state=0)
     sampler.fit_resample(lazy, y)
-    assert lazy.n_reads == 2 * 4
+    assert lazy.n_reads == 4
 
 
 def test_partner_saliency_can_be_left_out():
@@ -285,6 +285,91 @@ def test_given_maps_decide():
     )
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda maps: maps[..., None],
+        lambda maps: maps[:, None],
+        lambda maps: maps.reshape(len(maps), -1),
+        lambda maps: 255 * maps.astype(np.int64),
+        lambda maps: torch.from_numpy(maps),
+        list,
+    ],
+)
+def test_maps_come_in_many_forms(change):
+    X, y = problem()
+    maps = np.zeros((len(X), 12, 10), bool)
+    maps[:, 3:9, 2:7] = True
+    wanted, _ = SPMixSampler(random_state=0).fit_resample(X, y, maps=maps)
+    found, _ = SPMixSampler(random_state=0).fit_resample(X, y, maps=change(maps))
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_maps_of_the_transformer_are_those_of_the_sampler():
+    X, y = problem()
+    flat, shape = X.reshape(len(X), -1), (12, 10, 3)
+    maps = SaliencyMap(image_shape=shape).fit_transform(flat)
+    wanted, _ = SPMixSampler(image_shape=shape, random_state=0).fit_resample(flat, y)
+    found, _ = SPMixSampler(image_shape=shape, random_state=0).fit_resample(flat, y, maps=maps)
+    np.testing.assert_array_equal(found, wanted)
+    pixel = {"merge": "pixel", "image_shape": shape, "random_state": 0}
+    wanted, _ = SPMixSampler(**pixel).fit_resample(flat, y)
+    found, _ = SPMixSampler(**pixel).fit_resample(flat, y, maps=maps)
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"polarity": "dark"},
+        {"polarity": "bright"},
+        {"mask": "auto"},
+        {"saliency": "center"},
+        {"saliency": "spectral_residual"},
+    ],
+)
+def test_where_saliency_comes_from_reaches_the_mix(params):
+    X, y = problem((20, 8), sides=(24, 24), channels=1)
+    X[:, :4], X[:, 10:14, 10:14] = 0, X[:, 10:14, 10:14] // 3
+    X = X[..., 0]
+    sampler = SPMixSampler(**params, mix_prob=1, random_state=0)
+    sampler.fit_resample(X, y)
+    maps = SaliencyMap(**params).fit_transform(X)
+    ratio = spmix_ratio(
+        torch.from_numpy(maps[sampler.sample_indices_]),
+        torch.from_numpy(maps[sampler.partner_indices_]),
+        sampler.patch_size_,
+    )
+    np.testing.assert_allclose(sampler.ratio_, ratio, atol=1e-6)
+    plain = SPMixSampler(mix_prob=1, random_state=0)
+    plain.fit_resample(X, y)
+    assert not np.allclose(plain.ratio_, sampler.ratio_)
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">i2", ">f4", ">f8"])
+def test_byte_order_does_not_matter(dtype):
+    X, y = problem()
+    wanted, _ = SPMixSampler(random_state=0).fit_resample(X.astype(dtype[1:]), y)
+    found, _ = SPMixSampler(random_state=0).fit_resample(X.astype(dtype), y)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_list_of_pil_images():
+    image = pytest.importorskip("PIL.Image")
+    X, y = problem()
+    wanted, _ = SPMixSampler(random_state=0).fit_resample(X, y)
+    found, _ = SPMixSampler(random_state=0).fit_resample([image.fromarray(x) for x in X], y)
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_thin_volumes_need_no_warning():
+    X, y = problem((8, 4), sides=(40, 40), channels=1)
+    thin = np.repeat(X[:, None, :, :, 0], 2, axis=1)
+    sampler = SPMixSampler(spatial_dims=3, random_state=0)
+    sampler.fit_resample(thin, y)
+    assert sampler.patch_size_ == (2, 3, 3)
+
+
 def test_callable_saliency_sees_unit_images():
     seen = []
 
@@ -321,6 +406,8 @@ def test_lazy_input_stays_lazy_and_only_mixed_images_are_read():
     np.testing.assert_array_equal(part[0], X[3])
     with pytest.raises(IndexError):
         X_new[len(wanted)]
+    with pytest.raises(IndexError, match="by rows only"):
+        X_new[2, 3]
 
 
 def test_patients_are_not_mixed_with_themselves():
@@ -419,7 +506,7 @@ def test_resample_keeps_patients_apart_and_uint8_whole():
     images = clf._read(X, reset=True)
     groups = np.arange(len(y)) // 3
     rows = np.arange(0, len(y), 2)
-    new, picks, labels, weight = resample(
+    new, picks, labels, weight, origin = resample(
         SPMixSampler(), images, rows, y[rows], None, 0, groups=groups[rows]
     )
     assert weight is None
@@ -429,6 +516,8 @@ def test_resample_keeps_patients_apart_and_uint8_whole():
     counts = np.bincount(labels)
     assert len(set(counts)) == 1
     np.testing.assert_array_equal(picks, np.arange(counts.sum()))
+    np.testing.assert_array_equal(origin[: len(rows)], rows)
+    assert (origin[len(rows) :] == -1).all()
 
 
 def test_estimator_with_sampler_reads_a_lazy_x(tiny):
@@ -473,7 +562,7 @@ BAD = {
     "NaN": ({}, {"X": np.where(GOOD_X[3, 0, 0, 0] == GOOD_X, np.nan, 1.0)}, "NaN.*row"),
     "short y": ({}, {"y": GOOD_Y[:5]}, "inconsistent numbers"),
     "short groups": ({}, {"groups": [1, 2]}, r"groups has shape \(2,\)"),
-    "short maps": ({}, {"maps": np.ones((2, 12, 10))}, r"maps gives maps of shape \(2, 12, 10\)"),
+    "short maps": ({}, {"maps": np.ones((2, 12, 10))}, r"maps has maps of shape \(2, 12, 10\)"),
     "maps above 1": ({}, {"maps": np.full((9, 12, 10), 1.5)}, "maps must give finite maps"),
     "ragged list": ({}, {"X": [np.zeros((4, 4))] * 8 + [np.zeros((4, 5))]}, "row 8"),
     "continuous y": ({}, {"y": np.linspace(0, 1, 9)}, "Unknown label type"),

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import GridSearchCV
 
-from sklearn_medimb import BalancedVirtualFeatures
+from sklearn_medimb import BalancedVirtualFeatures, SoftmaxClassifier
 from sklearn_medimb.over_sampling._virtual_features import ClassGaussians
 
 KINDS = ["shrunk", "full", "diag", "tied"]
@@ -38,7 +38,7 @@ def moments(X, y, covariance, eps):
     ]
     within = sum((np.sum(y == k) - 1) * S for k, S in zip(classes, own, strict=True))
     within = within / (n - len(classes))
-    extra = eps * np.eye(d) * (1 if covariance == "full" else np.trace(within) / d)
+    extra = eps * np.diag(np.ones(d) if covariance == "full" else np.diag(within))
     sigmas = []
     for k, S in zip(classes, own, strict=True):
         n_k = (y == k).sum()
@@ -69,9 +69,8 @@ def test_factor_is_the_documented_covariance(covariance, d, eps):
         found = rows.T @ rows + np.diag(np.broadcast_to(noise, d))
         np.testing.assert_allclose(found, sigma, atol=1e-9 * np.trace(sigma))
         values = np.linalg.eigvalsh(found)
-        smallest = (
-            eps if covariance == "full" else eps * np.trace(moments(X, y, "tied", 0)[1][0]) / d
-        )
+        variances = np.diag(moments(X, y, "tied", 0)[1][0])
+        smallest = eps if covariance == "full" else eps * variances.min()
         assert values.min() >= smallest - 1e-9 * max(values.max(), 1)
 
 
@@ -188,6 +187,8 @@ def test_dtype_is_kept_and_originals_come_first(dtype):
     ("strategy", "counts"),
     [
         ("auto", [30, 30, 30]),
+        ("not minority", [30, 30, 4]),
+        (lambda y: {2: 9}, [30, 12, 9]),
         ("minority", [30, 12, 30]),
         ("all", [30, 30, 30]),
         ({1: 40}, [30, 40, 4]),
@@ -279,6 +280,50 @@ def test_between_an_encoder_and_a_classifier_in_a_search():
     ).fit(X, y)
     assert search.predict(X).shape == y.shape
     assert search.best_estimator_[1].means_.shape == (3, 5)
+
+
+def test_between_a_network_and_a_classifier_on_images(tiny):
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], [40, 12])
+    X = rng.integers(0, 120, (52, 8, 8, 3)).astype(np.uint8) + (
+        100 * y[:, None, None, None]
+    ).astype(np.uint8)
+    pipeline = make_pipeline(
+        SoftmaxClassifier(**tiny),
+        BalancedVirtualFeatures(replace=True, n_per_class=50, random_state=0),
+        LogisticRegression(max_iter=500),
+    )
+    grid = {"balancedvirtualfeatures__covariance": ["shrunk", "full"]}
+    search = GridSearchCV(pipeline, grid, cv=2, scoring="balanced_accuracy", error_score="raise")
+    search.fit(X, y)
+    assert search.best_estimator_[0].pixel_range_ == "uint8"
+    assert search.best_score_ > 0.8
+
+
+def test_columns_of_whole_numbers_are_rounded_and_bools_stay_bools():
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], [3000, 1000])
+    frame = pd.DataFrame(
+        {
+            "age": rng.normal(60, 10, 4000),
+            "smoker": rng.random(4000) < 0.3,
+            "nodes": rng.poisson(5, 4000),
+        }
+    )
+    found, _ = BalancedVirtualFeatures(random_state=0).fit_resample(frame, y)
+    drawn = found.iloc[4000:]
+    assert found.dtypes.tolist() == frame.dtypes.tolist()
+    assert abs(drawn["smoker"].mean() - 0.33) < 0.08
+    assert abs(drawn["nodes"].mean() - frame["nodes"].mean()) < 0.2
+
+
+@pytest.mark.parametrize("covariance", ["shrunk", "diag", "tied"])
+def test_noise_follows_the_scale_of_each_feature(covariance):
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(200, 4)) * [1, 1, 1000, 0], np.repeat([0, 1], [150, 50])
+    found, _ = BalancedVirtualFeatures(covariance=covariance, random_state=0).fit_resample(X, y)
+    spread = found[200:].std(axis=0)
+    np.testing.assert_allclose(spread / [1, 1, 1000, 1], [1, 1, 1, 0], atol=0.3)
 
 
 BAD = {

@@ -20,11 +20,21 @@ from sklearn_medimb.images import (
     Images,
     as_array,
     as_pixels,
+    is_image,
     read_images,
+    warn_of_flat_images,
 )
 from sklearn_medimb.mixing import patch_means, spmix, spmix_ratio
-from sklearn_medimb.runtime import inference_block, one_thread_in_workers, resolve_device
-from sklearn_medimb.saliency import DETECTORS, Detector, check_maps, maps_of, saliency_maps
+from sklearn_medimb.rows import group_codes
+from sklearn_medimb.runtime import one_thread_in_workers, pixel_block, resolve_device
+from sklearn_medimb.saliency import (
+    DETECTORS,
+    Detector,
+    as_maps,
+    check_maps,
+    maps_of,
+    saliency_maps,
+)
 
 
 class SPMixSampler(BaseOverSampler):
@@ -82,11 +92,13 @@ class SPMixSampler(BaseOverSampler):
     partners : {"head", "majority", "other", "any"}, default="head"
         Where a partner is drawn from: images of classes more frequent than the base's, of the most
         frequent class, of all other classes, or all images. Where "head" or "majority" leave none,
-        all other classes serve. An image is never its own partner.
+        all other classes serve, and where these are all of the base's patient, the other patients
+        of its own class. An image is never its own partner.
 
     image_shape : tuple of int or None, default=None
         Shape of one image where X holds flattened ones: ``(H, W)``, ``(C, H, W)``,
-        ``(C, D, H, W)``. Without it the rows of a 2-D X are mixed as images of height 1.
+        ``(C, D, H, W)``, or with the channels last. Without it the rows of a 2-D X are mixed as
+        images of height 1, with a warning.
 
     data_format : {"auto", "channels_first", "channels_last"}, default="auto"
         Where the channel axis is.
@@ -106,7 +118,8 @@ class SPMixSampler(BaseOverSampler):
         Number of new images of each class that grows.
 
     sample_indices_ : ndarray of int of shape (n_new,)
-        Row of X that each new image is based on. The images of a class take turns.
+        Row of X that each new image is based on. The images of a class take turns. The patients
+        of the result are ``np.concatenate([groups, groups[sampler.sample_indices_]])``.
 
     partner_indices_ : ndarray of int of shape (n_new,)
         Row of X that it was mixed with; of no consequence for copies.
@@ -116,6 +129,12 @@ class SPMixSampler(BaseOverSampler):
 
     patch_size_ : tuple of int
         Sides of a patch in pixels, one per spatial axis.
+
+    n_samples_ : int
+        Images given.
+
+    maps_given_ : bool
+        Whether saliency was given with them.
 
     image_shape_ : tuple of int
         Shape of one image, ``(C, *spatial)``, or ``(d,)``.
@@ -164,7 +183,12 @@ class SPMixSampler(BaseOverSampler):
         "cap": [Interval(Real, 0, 1, closed="both")],
         "floor": [Interval(Real, 0, 1, closed="both"), None],
         "mix_prob": [Interval(Real, 0, 1, closed="both")],
-        "patch_size": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left"), tuple],
+        "patch_size": [
+            StrOptions({"auto"}),
+            Interval(Integral, 1, None, closed="left"),
+            tuple,
+            list,
+        ],
         "merge": [StrOptions({"patch", "pixel"})],
         "saliency": [StrOptions(set(DETECTORS)), callable],
         "polarity": [StrOptions({"both", "dark", "bright"})],
@@ -225,13 +249,15 @@ class SPMixSampler(BaseOverSampler):
             Patient of each image: none is mixed with itself.
         maps : array-like of shape (n, *spatial), default=None
             Saliency of each image in place of `saliency`: lesion masks, class-activation maps.
-            bool, uint8, or floats in [0, 1].
+            bool, whole numbers up to 255, or floats in [0, 1]. They cannot pass through an
+            estimator's ``sampler=``.
 
         Returns
         -------
         X_resampled : array of shape (n + n_new, ...)
             The images given, then the new ones, in the layout and dtype of X: whole numbers are
-            rounded. Of a lazy X only the images that are mixed are read, and the result is lazy.
+            rounded. Of a lazy X only bases and partners are read, anew for each block of new
+            images; the result is lazy, with the new images in memory.
         y_resampled : ndarray of shape (n + n_new,)
             Their labels.
 
@@ -241,7 +267,7 @@ class SPMixSampler(BaseOverSampler):
             If the input is wrong or ambiguous, there is one class only, or `groups` leaves an
             image without a partner.
         """
-        if isinstance(X, (list, tuple)) and len(X) and hasattr(X[0], "shape"):
+        if isinstance(X, (list, tuple)) and len(X) and is_image(X[0]):
             X = as_array(X)  # a list of images comes back as one array
         return super().fit_resample(X, y, groups=groups, maps=maps)
 
@@ -260,6 +286,7 @@ class SPMixSampler(BaseOverSampler):
         )
         y = column_or_1d(y)
         check_consistent_length(images.data, y)
+        warn_of_flat_images(self, images)
         self.image_shape_ = images.image_shape
         return images, y, binarize_y
 
@@ -270,23 +297,32 @@ class SPMixSampler(BaseOverSampler):
         sides = tuple(as_pixels(torch.empty(1, *images.image_shape)).shape[2:])
         self.patch_size_ = self._patch_size(sides)
         if maps is not None:
-            maps = check_maps(maps, (len(y), *sides), "maps")
-        bases, partners = self._pairs(y, _check_groups(groups, y), rng)
-        copied = rng.random(len(bases)) >= self.mix_prob
-        self.sample_indices_, self.partner_indices_ = bases, partners
-        with torch.inference_mode(), one_thread_in_workers():
-            new = self._mix(images, bases, np.where(copied, bases, partners), maps, sides)
-        y_new = np.concatenate([y, y[bases]])
-        if images.lazy:
-            return ExtendedImages(images.data, new), y_new
-        return np.concatenate([images.data, new]), y_new
+            maps = as_maps(maps, (len(y), *sides), "maps")
+        codes = np.arange(len(y)) if groups is None else group_codes(groups, y)
+        bases, partners = self._pairs(y, codes, rng)
+        mixed = rng.random(len(bases)) < self.mix_prob
+        n_kept = 0 if images.lazy else len(y)  # lazy images stay where they are
+        out = np.empty((n_kept + len(bases), *images.data.shape[1:]), dtype=images.dtype)
+        if n_kept:
+            out[:n_kept] = images.data
+        with torch.no_grad(), one_thread_in_workers():
+            self._copy(out[n_kept:], images, bases, np.flatnonzero(~mixed))
+            ratio = self._mix(
+                out[n_kept:], images, bases, partners, np.flatnonzero(mixed), maps, sides
+            )
+        self.sample_indices_, self.partner_indices_, self.ratio_ = bases, partners, ratio
+        self.n_samples_, self.maps_given_ = len(y), maps is not None
+        return ExtendedImages(images.data, out) if images.lazy else out, np.concatenate(
+            [y, y[bases]]
+        )
 
     def _patch_size(self, sides: tuple[int, ...]) -> tuple[int, ...]:
         """Sides of a patch along each axis."""
-        if isinstance(self.patch_size, tuple):
-            patches = self.patch_size
-        elif isinstance(self.patch_size, str):
-            patches = (max(1, round(min(sides[-2:]) / 14)),) * len(sides)
+        if isinstance(self.patch_size, str):
+            side = max(1, round(min(sides[-2:]) / 14))
+            return tuple(min(side, s) for s in sides)
+        if isinstance(self.patch_size, (tuple, list)):
+            patches = tuple(self.patch_size)
         else:
             patches = (self.patch_size,) * len(sides)
         if len(patches) != len(sides) or not all(
@@ -296,11 +332,11 @@ class SPMixSampler(BaseOverSampler):
                 f"patch_size={self.patch_size} must hold a whole number above 0 for each spatial "
                 f"axis of the images, {sides}."
             )
-        if len(self.image_shape_) > 1 and any(p > s for p, s in zip(patches, sides, strict=True)):
+        if any(p > s for p, s in zip(patches, sides, strict=True)):
             warnings.warn(
                 f"patch_size={self.patch_size} is larger than the images, {sides}: along that "
                 "axis there is one patch.",
-                stacklevel=4,
+                stacklevel=2,
             )
         return tuple(min(p, s) for p, s in zip(patches, sides, strict=True))
 
@@ -315,10 +351,10 @@ class SPMixSampler(BaseOverSampler):
             members = np.flatnonzero(y == label)
             if n_new > 50 * len(members):
                 warnings.warn(
-                    f"Each of the {len(members)} images of class {label!r} becomes the base of "
+                    f"Each of the {len(members)} images of class {label} becomes the base of "
                     f"about {n_new // len(members)} new ones: sampling_strategy could ask for "
                     "fewer.",
-                    stacklevel=4,
+                    stacklevel=2,
                 )
             # The images of a class take turns, in an order drawn anew each time.
             rounds = np.tile(members, (-(-n_new // len(members)), 1))
@@ -334,29 +370,35 @@ class SPMixSampler(BaseOverSampler):
             partners.append(_partners(drawn, [preferred, other, everything], groups, rng))
         return np.concatenate(bases), np.concatenate(partners)
 
+    def _copy(self, out: np.ndarray, images: Images, bases: np.ndarray, where: np.ndarray) -> None:
+        """Fill the places `where` of `out` with their bases."""
+        block = pixel_block(images.image_shape, torch.device("cpu"))
+        for start in range(0, len(where), block):
+            part = where[start : start + block]
+            rows, own = np.unique(bases[part], return_inverse=True)
+            pixels = images.layout.restore(images.rows(rows).numpy())
+            out[part] = pixels.reshape(-1, *out.shape[1:])[own]
+
     def _mix(
         self,
+        out: np.ndarray,
         images: Images,
         bases: np.ndarray,
         partners: np.ndarray,
+        where: np.ndarray,
         maps: torch.Tensor | None,
         sides: tuple[int, ...],
     ) -> np.ndarray:
-        """Make the new images, in the caller's layout and dtype; set `ratio_`.
-
-        An image that is its own partner is copied.
-        """
+        """Fill the places `where` of `out` with mixes; return the ratios of all."""
         device = resolve_device(self.device)
         patch = self.patch_size_
         whole = images.dtype.kind in "bui"
         wide = images.dtype.itemsize > (2 if whole else 4)
         dtype = torch.float64 if wide else torch.float32
-
-        new = np.empty((len(bases), *images.data.shape[1:]), dtype=images.dtype)
         grid = [-(-side // p) for side, p in zip(sides, patch, strict=True)]
-        self.ratio_ = np.empty((len(bases), *grid), dtype=np.float64 if wide else np.float32)
-        if not len(bases):
-            return new
+        ratios = np.ones((len(bases), *grid), dtype=np.float64 if wide else np.float32)
+        if not len(where):
+            return ratios
 
         # Saliency of each image that takes part, once; of patches where these are all that counts.
         pool = patch if self.merge == "patch" else 1
@@ -365,37 +407,43 @@ class SPMixSampler(BaseOverSampler):
             found = saliency_maps(batch, self.saliency, polarity=self.polarity, mask=self.mask)
             return patch_means(found, pool)
 
-        used, places = np.unique(np.concatenate([bases, partners]), return_inverse=True)
+        pairs = np.concatenate([bases[where], partners[where]])
+        used, places = np.unique(pairs, return_inverse=True)
         if maps is None:
             scores = maps_of(images, used, detect, device)
         else:
-            scores = patch_means(maps[used], pool)
+            scores = patch_means(check_maps(maps[used], (len(used), *sides), "maps"), pool)
         s_t, s_h = torch.from_numpy(places).chunk(2)
 
-        block = inference_block(images.image_shape, device)
-        for start in range(0, len(bases), block):
-            part = slice(start, start + block)
-            ratio = spmix_ratio(
-                scores[s_t[part]].to(device, dtype),
-                scores[s_h[part]].to(device, dtype),
-                1 if self.merge == "patch" else patch,
-                cap=self.cap,
-                floor=self.floor,
-                merge=self.merge,
-                partner_saliency=self.partner_saliency,
+        block = pixel_block(images.image_shape, device)
+        for start in range(0, len(where), block):
+            some = slice(start, start + block)
+            part = where[some]
+            ratio = self._ratio(
+                scores[s_t[some]].to(device, dtype), scores[s_h[some]].to(device, dtype)
             )
-            ratio[torch.from_numpy(bases[part] == partners[part]).to(device)] = 1
-            rows, own = np.unique(
-                np.concatenate([bases[part], partners[part]]), return_inverse=True
-            )
+            pair = np.concatenate([bases[part], partners[part]])
+            rows, own = np.unique(pair, return_inverse=True)
             pixels = as_pixels(images.rows(rows).to(device).to(dtype))
             x_t, x_h = pixels[torch.from_numpy(own).to(device)].chunk(2)
             mixed = spmix(x_t, x_h, ratio, patch).cpu().numpy()
             if whole:
                 mixed = np.rint(mixed)
-            new[part] = images.layout.restore(mixed).reshape(-1, *new.shape[1:])
-            self.ratio_[part] = ratio.cpu().numpy()
-        return new
+            out[part] = images.layout.restore(mixed).reshape(-1, *out.shape[1:])
+            ratios[part] = ratio.cpu().numpy()
+        return ratios
+
+    def _ratio(self, s_t: torch.Tensor, s_h: torch.Tensor) -> torch.Tensor:
+        """Share of the base in each patch, from saliency: of patches, or pixels to merge first."""
+        return spmix_ratio(
+            s_t,
+            s_h,
+            1 if self.merge == "patch" else self.patch_size_,
+            cap=self.cap,
+            floor=self.floor,
+            merge=self.merge,
+            partner_saliency=self.partner_saliency,
+        )
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -403,18 +451,6 @@ class SPMixSampler(BaseOverSampler):
         tags.input_tags.three_d_array = True
         tags.sampler_tags.sample_indices = True
         return tags
-
-
-def _check_groups(groups: Any, y: np.ndarray) -> np.ndarray:
-    """Patient number of each image; without groups each image is its own patient."""
-    if groups is None:
-        return np.arange(len(y))
-    groups = np.asarray(groups)
-    if groups.shape != y.shape:
-        raise ValueError(
-            f"groups has shape {groups.shape}; it needs one entry per image, {y.shape}."
-        )
-    return np.unique(groups, return_inverse=True)[1]
 
 
 def _partners(

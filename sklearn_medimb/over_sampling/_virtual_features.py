@@ -40,21 +40,23 @@ class BalancedVirtualFeatures(BaseOverSampler):
         the paper. False gives the originals first, then virtual rows.
 
     n_per_class : int or None, default=None
-        With ``replace=True``; None is 1,000 or the size of the largest class, whichever is more.
+        Only with ``replace=True``; None is 1,000 or the size of the largest class, whichever is
+        more.
 
     covariance : {"shrunk", "full", "diag", "tied"}, default="shrunk"
         With S_k the covariance of class k, n_k its rows, d the features, W the pooled
         within-class covariance and I the identity:
 
-        - "shrunk": ``(1 - s_k) S_k + s_k W + eps tr(W) / d I`` with ``s_k = d / (n_k + d)``;
+        - "shrunk": ``(1 - s_k) S_k + s_k W + eps diag(W)`` with ``s_k = d / (n_k + d)``;
         - "full": ``S_k + eps I``, the paper's;
-        - "diag": the diagonal of S_k, plus ``eps tr(W) / d``;
-        - "tied": ``W + eps tr(W) / d I``.
+        - "diag": ``diag(S_k) + eps diag(W)``;
+        - "tied": ``W + eps diag(W)``.
 
         A class of one row has no covariance of its own: s_k is 1, or S_k is 0.
 
     eps : float, default=1e-2
-        Added variance; see `covariance`.
+        Added variance: absolute with "full", as published, so that features should be of unit
+        scale; else in shares of each feature's variance within classes.
 
     random_state : int, RandomState or None, default=None
         Seeds the draws.
@@ -88,7 +90,9 @@ class BalancedVirtualFeatures(BaseOverSampler):
     Draws are combinations of the centred rows with normal coefficients, ``mu_k + sum_i g_i a_i``:
     their covariance is that of the rows, and no d x d matrix is formed or factorised unless there
     are more rows than features. Statistics are float64; draws are float32 where X is, and take its
-    dtype (whole numbers are rounded).
+    dtype (whole numbers are rounded, True and False drawn as 1 and 0).
+    As ``sampler=`` of an image classifier it would draw pixels: put it between an encoder and a
+    classifier instead.
     The covariance of each class on its own needs tens of rows per class; with fewer, shrinkage
     gains (see the benchmark and tests). There is no transfer between classes in the paper.
 
@@ -137,6 +141,13 @@ class BalancedVirtualFeatures(BaseOverSampler):
         self.eps = eps
         self.random_state = random_state
 
+    def _check_X_y(self, X: Any, y: Any, accept_sparse: Any = None) -> Any:  # noqa: N802
+        # Columns of whole numbers, which a DataFrame may hold beside others, are rounded: its
+        # conversion back would cut them off, and take every other number for True.
+        kinds = [getattr(kind, "kind", "O") for kind in getattr(X, "dtypes", [])]
+        self._whole = {kind: np.flatnonzero([k in kind for k in kinds]) for kind in ("b", "ui")}
+        return super()._check_X_y(X, y, accept_sparse)
+
     def _fit_resample(self, X: Any, y: np.ndarray) -> tuple[Any, np.ndarray]:
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         generator = torch.Generator().manual_seed(seed)
@@ -167,6 +178,9 @@ class BalancedVirtualFeatures(BaseOverSampler):
             for code, n in targets:
                 gaussians.draw(code, out[start : start + n], generator)
                 start += n
+        for kind, columns in self._whole.items():
+            drawn = np.rint(out[n_kept:, columns])
+            out[n_kept:, columns] = drawn.clip(0, 1) if kind == "b" else drawn
         return (X.__class__(out) if sparse.issparse(X) else out), y_out.astype(y.dtype)
 
 
@@ -186,16 +200,17 @@ class ClassGaussians:
     def __init__(self, X: np.ndarray, codes: np.ndarray, *, covariance: str, eps: float) -> None:
         n, d = X.shape
         self.codes, self.counts = codes, np.bincount(codes)
-        one_hot = (codes == np.arange(len(self.counts))[:, np.newaxis]).astype(np.float64)
         self.centred = X.astype(np.float64)
-        self.means = one_hot @ self.centred / self.counts[:, np.newaxis]
+        starts = np.cumsum(self.counts) - self.counts
+        sums = np.add.reduceat(self.centred[np.argsort(codes, kind="stable")], starts)
+        self.means = sums / self.counts[:, np.newaxis]
         self.centred -= self.means[codes]
         # W = centred^T centred / (n - K)
         self.n_within = max(n - len(self.counts), 1)
         self.diagonal = covariance == "diag"
+        self.noise = np.full(d, float(eps))
         if covariance != "full":
-            eps *= np.square(self.centred).sum() / self.n_within / d
-        self.eps = eps
+            self.noise *= np.square(self.centred).sum(axis=0) / self.n_within
         self.shrinkage = np.zeros(len(self.counts))
         if covariance == "shrunk":
             self.shrinkage = np.where(self.counts == 1, 1.0, d / (self.counts + d))
@@ -207,26 +222,27 @@ class ClassGaussians:
         """W, of shape (d, d); only where there are more rows than features."""
         return self.centred.T @ self.centred / self.n_within
 
-    def factor(self, code: int) -> tuple[np.ndarray, np.ndarray | float]:
+    def factor(self, code: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows B and variances v with ``Sigma_k = B^T B + diag(v)``; B has d rows at most."""
         share, member = self.shrinkage[code], self.codes == code
         weight = member * (1 - share) / max(self.counts[code] - 1, 1)
         if self.diagonal:
-            return self.centred[:0], weight @ np.square(self.centred) + self.eps
+            return self.centred[:0], weight @ np.square(self.centred) + self.noise
         taking_part = member if share == 0 else np.ones_like(member)
         if taking_part.sum() <= self.centred.shape[1]:
             weight = weight + share / self.n_within
-            return self.centred[taking_part] * np.sqrt(weight[taking_part, np.newaxis]), self.eps
-        own = self.centred[member]
-        sigma = own.T @ own * weight.max()
+            return self.centred[taking_part] * np.sqrt(weight[taking_part, np.newaxis]), self.noise
+        sigma = np.diag(self.noise)
+        if share < 1:
+            own = self.centred[member]
+            sigma += own.T @ own * weight.max()
         if share > 0:
             sigma += share * self.pooled
-        sigma.flat[:: len(sigma) + 1] += self.eps
         try:
-            return np.linalg.cholesky(sigma).T, 0.0
+            return np.linalg.cholesky(sigma).T, np.zeros(len(sigma))
         except np.linalg.LinAlgError:  # eps is 0 and some features are linear in others
             values, vectors = np.linalg.eigh(sigma)
-            return (vectors * np.sqrt(values.clip(min=0))).T, 0.0
+            return (vectors * np.sqrt(values.clip(min=0))).T, np.zeros(len(sigma))
 
     def draw(self, code: int, out: np.ndarray, generator: torch.Generator) -> None:
         """Fill `out`, of shape (n_draws, d), with draws of a class; whole numbers are rounded."""
@@ -242,10 +258,10 @@ class ClassGaussians:
             weights[:, -1] = 1
             draws = part if part.dtype == dtype else np.empty(part.shape, dtype)
             np.matmul(weights, rows_and_mean, out=draws)
-            if np.any(spread):
-                noise = _normal(part.shape, dtype, generator)
-                noise *= spread
-                draws += noise
+            if spread.any():
+                extra = _normal(part.shape, dtype, generator)
+                extra *= spread
+                draws += extra
             if draws is not part:
                 part[...] = _rounded(draws, out.dtype) if whole else draws
 

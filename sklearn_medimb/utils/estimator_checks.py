@@ -27,6 +27,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
+from inspect import signature
 from numbers import Integral
 from typing import Any
 from unittest import SkipTest
@@ -964,6 +965,24 @@ def check_sampler_lazy_images(name: str, sampler: Any) -> None:
     _assert_equal(images, expected, f"{name} makes other images of a lazy X than of the array.")
 
 
+def check_sampler_keeps_patients_apart(name: str, sampler: Any) -> None:
+    """Demand that ``groups`` keeps the images of a patient from being mixed with one another.
+
+    Such a mix is a third near-copy of what is there twice already.
+    """
+    if "groups" not in signature(sampler.fit_resample).parameters:
+        raise SkipTest(f"{name} takes no groups.")
+    X, y = _imbalanced()
+    groups = np.arange(len(y)) % 3
+    prepared = _prepare(sampler)
+    prepared.fit_resample(X, y, groups=groups)
+    pairs = groups[prepared.sample_indices_], groups[prepared.partner_indices_]
+    assert (pairs[0] != pairs[1]).all(), f"{name} mixes patients with themselves: mind groups."
+    message = f"{name} must refuse groups of another length by a ValueError that names them."
+    with _refusal("groups", message):
+        _prepare(sampler).fit_resample(X, y, groups=groups[1:])
+
+
 def check_sampler_random_state(name: str, sampler: Any) -> None:
     """Demand that ``random_state`` alone decides, and that the global generators stay as they were.
 
@@ -1053,6 +1072,7 @@ SAMPLER_CHECKS: tuple[Callable[[str, Any], None], ...] = (
     check_sampler_keeps_originals,
     check_sampler_layouts,
     check_sampler_lazy_images,
+    check_sampler_keeps_patients_apart,
     check_sampler_random_state,
     check_sampler_rare_and_constant,
     check_sampler_non_finite_images,

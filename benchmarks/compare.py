@@ -1,0 +1,450 @@
+"""Every method on every data set: a resumable list of jobs, and a tidy table.
+
+    python benchmarks/compare.py FOLDER --suite core --out results [--jobs 2 | --dask ADDRESS]
+
+FOLDER holds MedMNIST-style ``.npz`` files; synthetic lesions come on top. A job is one method on
+one data set, cut, fold and seed. Its result is a file of its own, written whole or not at all, so
+that a run which was killed goes on where it was. At the end, or with ``--table``, ``results.csv``
+is written from these files. ``report.py`` turns it into a page.
+
+Protocol: the official test images where there are some, else a stratified fold that keeps patients
+whole, drawn anew for each seed; training parts as they are, and cut to imbalance ratios of 10, 50
+and 100 where that leaves enough images. All networks have the same backbone, augmentation,
+optimiser and number of steps. Nothing is selected here: every method has its default or the setting
+that its literature advises.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from imblearn.ensemble import BalancedRandomForestClassifier, EasyEnsembleClassifier
+from imblearn.metrics import geometric_mean_score
+from imblearn.over_sampling import SMOTE, RandomOverSampler
+from imblearn.pipeline import make_pipeline
+from joblib import Parallel, delayed, parallel_config
+from sklearn.decomposition import PCA
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.svm import SVC
+from sklearn.utils import Bunch
+from tqdm import tqdm
+
+from sklearn_medimb import BalancedVirtualFeatures, CSSNClassifier, SoftmaxClassifier, SPMixSampler
+from sklearn_medimb.datasets import load_npz, make_lesions, make_long_tailed
+from sklearn_medimb.metrics import expected_calibration_error, head_tail_gap, shot_recall
+
+# ---------------------------------------------------------------- contestants
+
+
+def network(**params: Any) -> Callable[..., Any]:
+    def make(seed: int, spatial_dims: int, _: int) -> Any:
+        return SoftmaxClassifier(**params, spatial_dims=spatial_dims, random_state=seed)
+
+    return make
+
+
+def cssn(seed: int, spatial_dims: int, _: int) -> Any:
+    return CSSNClassifier(spatial_dims=spatial_dims, random_state=seed)
+
+
+def flat(X: np.ndarray) -> np.ndarray:
+    return X.reshape(len(X), -1).astype(np.float32) / 255
+
+
+def classical(make_steps: Callable[[int, Any], list[Any]]) -> Callable[..., Any]:
+    def make(seed: int, _: int, n_rarest: int) -> Any:
+        # SMOTE needs as many neighbours as it interpolates between.
+        k = min(5, n_rarest - 1)
+        smote = (
+            SMOTE(k_neighbors=k, random_state=seed) if k else RandomOverSampler(random_state=seed)
+        )
+        return make_pipeline(FunctionTransformer(flat), *make_steps(seed, smote))
+
+    return make
+
+
+def components(seed: int) -> list[Any]:
+    return [StandardScaler(), PCA(0.9, svd_solver="full", whiten=False, random_state=seed)]
+
+
+# Each takes the seed, the spatial axes of the images and the size of the rarest class.
+METHODS: dict[str, Callable[..., Any]] = {
+    "CE": network(),
+    "class weights": network(class_weight="balanced"),
+    "oversampling": network(sampler=RandomOverSampler()),
+    "SPMix": network(sampler=SPMixSampler()),
+    "focal": network(loss="focal"),
+    "class-balanced": network(loss="class_balanced"),
+    "LDAM-DRW": network(loss="ldam"),
+    "balanced softmax": network(loss="balanced_softmax"),
+    "logit adjustment": network(loss="logit_adjusted"),
+    "post-hoc adjustment": network(post_hoc_tau=1.0),
+    "mixup": network(mixup="mixup"),
+    "balanced mixup": network(mixup="balanced"),
+    "CSSN": cssn,
+    "virtual features": lambda seed, spatial_dims, _: make_pipeline(
+        SoftmaxClassifier(spatial_dims=spatial_dims, random_state=seed),
+        StandardScaler(),
+        BalancedVirtualFeatures(replace=True, random_state=seed),
+        LogisticRegression(C=0.01, max_iter=1000),
+    ),
+    "balanced forest": classical(
+        lambda seed, _: [
+            BalancedRandomForestClassifier(
+                300, sampling_strategy="all", replacement=True, bootstrap=False, random_state=seed
+            )
+        ]
+    ),
+    "EasyEnsemble": classical(
+        lambda seed, _: [*components(seed), EasyEnsembleClassifier(20, random_state=seed)]
+    ),
+    "SMOTE + SVM": classical(lambda seed, smote: [*components(seed), smote, SVC(C=10)]),
+    "SMOTE + logistic": classical(
+        lambda seed, smote: [*components(seed), smote, LogisticRegression(C=0.01, max_iter=2000)]
+    ),
+    "boosting": classical(
+        lambda seed, _: [
+            *components(seed),
+            HistGradientBoostingClassifier(class_weight="balanced", random_state=seed),
+        ]
+    ),
+}
+
+
+# ---------------------------------------------------------------- data and jobs
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """How large and how many."""
+
+    image_size: int
+    volume_size: int
+    max_train: int
+    max_test: int
+    seeds: tuple[int, ...]
+    cuts: tuple[int | None, ...]
+    methods: tuple[str, ...]
+    data: tuple[str, ...] | None = None  # None takes every file of the folder
+
+
+SUITES = {
+    "core": Suite(28, 14, 500, 1000, (0, 1, 2), (None, 10, 50, 100), tuple(METHODS)),
+    "smoke": Suite(
+        12, 8, 90, 90, (0,), (None, 10), ("CE", "oversampling", "CSSN", "boosting"), ("lesions",)
+    ),
+}
+MIN_RAREST = 4  # training images that a cut must leave of the rarest class
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One method on one data set, cut and seed."""
+
+    suite: str
+    data: str
+    cut: int | None
+    seed: int
+    method: str
+
+    @property
+    def slug(self) -> str:
+        words = f"{self.data} {self.cut or 'natural'} {self.seed} {self.method}"
+        return "".join(c if c.isalnum() else "-" for c in words)
+
+
+@cache
+def load(folder: str | None, name: str, image_size: int, volume_size: int) -> Bunch:
+    """Images, classes, patients and official test rows of a data set."""
+    if name == "lesions":
+        data = make_lesions(
+            2000, image_size=image_size, difficulty=0.2, images_per_patient=2, random_state=0
+        )
+        return Bunch(**data, split=None, spatial_dims=2)
+    path = Path(folder or "") / f"{name}.npz"
+    with np.load(path, allow_pickle=False) as archive:
+        keys = set(archive.files)
+        key = "images" if "images" in keys else "train_images"
+        shape = archive[key].shape
+        volumes = len(shape) == 4 and shape[-1] not in (1, 3, 4)
+        twins = archive["dup_groups"] if "dup_groups" in keys else None
+    size = volume_size if volumes else image_size
+    data = load_npz(path, image_size=size if min(shape[1:3]) > size else None)
+    if data.groups is None:
+        data.groups = twins  # identical files count as one patient
+    data.spatial_dims = 3 if volumes else 2
+    return data
+
+
+def split(data: Bunch, suite: Suite, cut: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train and to test on; the test rows do not depend on the cut."""
+    y = data.target
+    if data.split is not None:
+        train, test = np.flatnonzero(data.split == "train"), np.flatnonzero(data.split == "test")
+    elif data.groups is not None:
+        folds = StratifiedGroupKFold(4, shuffle=True, random_state=seed)
+        train, test = next(folds.split(y, y, data.groups))
+    else:
+        folds = StratifiedKFold(4, shuffle=True, random_state=seed)
+        train, test = next(folds.split(y, y))
+    rng = np.random.default_rng(seed)
+    test = np.sort(rng.permutation(test)[: suite.max_test])
+    if cut is not None:
+        options = {"imbalance_ratio": cut, "random_state": seed, "return_indices": True}
+        rows = make_long_tailed(train, y[train], **options)[2]
+        if len(rows) > suite.max_train:
+            rows = make_long_tailed(train, y[train], **options, n_samples=suite.max_train)[2]
+        train = train[rows]
+    elif len(train) > suite.max_train:  # the same share of every class, four images at least
+        share = suite.max_train / len(train)
+        own = [rng.permutation(train[y[train] == k]) for k in np.unique(y[train])]
+        train = np.concatenate([rows[: max(4, round(share * len(rows)))] for rows in own])
+    return np.sort(train), test
+
+
+def names(folder: Path | None, suite: Suite) -> list[str]:
+    """Data sets of a suite: image archives of the folder, and the lesions."""
+    if suite.data is not None:
+        return list(suite.data)
+    found = []
+    for path in sorted(folder.glob("*.npz")) if folder else []:
+        with np.load(path, allow_pickle=False) as archive:
+            if {"images", "train_images"} & set(archive.files) and not path.stem.endswith("_64"):
+                found.append(path.stem)
+    return [*found, "lesions"]
+
+
+def jobs(folder: Path | None, suite_name: str, only: list[str] | None) -> Iterator[Job]:
+    """All jobs, seed by seed, so that a run cut short has whole rounds."""
+    suite = SUITES[suite_name]
+    for seed in suite.seeds:
+        for name in names(folder, suite):
+            if only and name not in only:
+                continue
+            data = load(str(folder), name, suite.image_size, suite.volume_size)
+            for cut in suite.cuts:
+                counts = np.bincount(data.target[split(data, suite, None, seed)[0]])
+                counts = counts[counts > 0]
+                if cut is not None and counts.max() / counts.min() >= cut:
+                    continue  # it is as imbalanced already
+                try:
+                    train, _ = split(data, suite, cut, seed)
+                except ValueError:
+                    continue  # too few images for this ratio
+                left = np.bincount(data.target[train])
+                if cut is not None and (left[left > 0].min() < MIN_RAREST or len(train) < 60):
+                    continue
+                for method in suite.methods:
+                    yield Job(suite_name, name, cut, seed, method)
+
+
+# ---------------------------------------------------------------- one job
+
+
+def measures(
+    classifier: Any, X: np.ndarray, y: np.ndarray, y_train: np.ndarray
+) -> dict[str, float]:
+    """All scores of a fitted classifier."""
+    predicted = classifier.predict(X)
+    classes, shots = classifier.classes_, shot_recall(y, predicted, y_train)
+    scores = {
+        "balanced_accuracy": balanced_accuracy_score(y, predicted),
+        "macro_f1": f1_score(y, predicted, average="macro"),
+        "geometric_mean": geometric_mean_score(y, predicted),
+        "many_recall": shots.many,
+        "few_recall": shots.few,
+        "head_tail_gap": head_tail_gap(y, predicted, y_train),
+    }
+    if hasattr(classifier, "predict_proba"):
+        proba = classifier.predict_proba(X)
+        scores["calibration_error"] = expected_calibration_error(y, proba, labels=classes)
+        scores["class_wise_calibration_error"] = expected_calibration_error(
+            y, proba, labels=classes, class_wise=True
+        )
+    else:
+        proba = classifier.decision_function(X)
+    if proba.ndim == 1:
+        scores["macro_auroc"] = roc_auc_score(y, proba)
+    else:  # one class against the rest, for each class that the test part holds
+        areas = [
+            roc_auc_score(y == k, proba[:, i]) for i, k in enumerate(classes) if (y == k).any()
+        ]
+        scores["macro_auroc"] = float(np.mean(areas))
+    return {name: round(float(value), 6) for name, value in scores.items()}
+
+
+def peak_memory(reset: bool = False) -> float:
+    """Largest resident memory of this process since the last reset, in MB; NaN if unknown."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    except (OSError, IndexError):
+        return math.nan
+
+
+def run(job: Job, folder: str | None) -> dict[str, Any]:
+    """Train and test one method; what came out, with all that a reader may ask."""
+    warnings.filterwarnings("ignore")
+    suite = SUITES[job.suite]
+    data = load(folder, job.data, suite.image_size, suite.volume_size)
+    train, test = split(data, suite, job.cut, job.seed)
+    X, y, counts = data.images[train], data.target[train], np.bincount(data.target[train])
+    counts = counts[counts > 0]
+    classifier = METHODS[job.method](job.seed, data.spatial_dims, int(counts.min()))
+    peak_memory(reset=True)
+    start = time.perf_counter()
+    classifier.fit(X, y)
+    fitted = time.perf_counter()
+    classifier.predict(data.images[test])
+    predicted = time.perf_counter()
+    return {
+        **dataclasses.asdict(job),
+        "cut": job.cut or "natural",
+        "n_train": len(train),
+        "n_test": len(test),
+        "n_classes": len(counts),
+        "n_rarest": int(counts.min()),
+        "imbalance_ratio": round(float(counts.max() / counts.min()), 2),
+        **measures(classifier, data.images[test], data.target[test], y),
+        "fit_seconds": round(fitted - start, 2),
+        "predict_seconds": round(predicted - fitted, 3),
+        "peak_mb": round(peak_memory(), 1),
+    }
+
+
+# ---------------------------------------------------------------- all jobs
+
+
+def circumstances() -> dict[str, str]:
+    """Commit, versions and hardware."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    packages = ("torch", "scikit-learn", "imbalanced-learn", "skorch", "numpy")
+    return {
+        "commit": commit or "unknown",
+        "versions": " ".join(f"{name} {version(name)}" for name in packages),
+        "hardware": f"{os.cpu_count()} cores {platform.machine()}{_gpu()}",
+    }
+
+
+def _gpu() -> str:
+    import torch
+
+    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial_path = path.with_suffix(f".{os.getpid()}.tmp")
+    with partial_path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial_path.replace(path)
+
+
+def is_done(path: Path) -> bool:
+    """Whether a job's file is there and whole."""
+    try:
+        return "balanced_accuracy" in json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def write_table(folder: Path) -> Path:
+    """Gather the files of all jobs into one table, in an order of its own."""
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("jobs/*.json"))]
+    rows.sort(key=lambda r: (r["data"], str(r["cut"]).zfill(8), r["seed"], r["method"]))
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = folder / "results.csv"
+    lines = [columns, *[[row.get(name, "") for name in columns] for row in rows]]
+    temporary = table.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
+    temporary.replace(table)
+    return table
+
+
+def outcome(job: Job, folder: str | None) -> tuple[Job, dict[str, Any] | str]:
+    """Result of a job, or why there is none; one that fails does not stop the others."""
+    try:
+        return job, run(job, folder)
+    except Exception as error:  # reported at the end
+        return job, f"{type(error).__name__}: {error}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="of .npz files; none: lesions only")
+    parser.add_argument("--suite", choices=list(SUITES), default="smoke")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--jobs", type=int, default=1, help="local processes")
+    parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster")
+    parser.add_argument("--data", nargs="+", help="only these sets")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="only these methods")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    parser.add_argument("--table", action="store_true", help="only gather what is there")
+    args = parser.parse_args()
+
+    (args.out / "jobs").mkdir(parents=True, exist_ok=True)
+    if not args.table:
+        folder = None if args.folder is None else str(args.folder.resolve())
+        failed = run_all(args, folder)
+        for job, reason in failed:
+            print(f"FAILED {job.slug}: {reason}", file=sys.stderr)
+    print(f"table: {write_table(args.out)}")
+
+
+def run_all(args: argparse.Namespace, folder: str | None) -> list[tuple[Job, str]]:
+    """Run what is not done yet; return what failed."""
+    path_of = {
+        job: args.out / "jobs" / f"{job.slug}.json"
+        for job in jobs(args.folder, args.suite, args.data)
+        if (not args.methods or job.method in args.methods)
+        and (args.seeds is None or job.seed in args.seeds)
+    }
+    missing = [job for job, path in path_of.items() if not is_done(path)]
+    print(f"{len(path_of)} jobs, {len(path_of) - len(missing)} of them done", flush=True)
+    backend: dict[str, Any] = {"n_jobs": args.jobs}
+    if args.dask:
+        from dask.distributed import Client
+
+        client = Client(args.dask)
+        backend = {"backend": "dask", "n_jobs": sum(client.nthreads().values())}
+    facts, failed = circumstances(), []
+    with parallel_config(**backend):
+        results = Parallel(return_as="generator_unordered")(
+            delayed(outcome)(job, folder) for job in missing
+        )
+        for job, result in tqdm(results, total=len(missing), unit="job", smoothing=0.05):
+            if isinstance(result, str):
+                failed.append((job, result))
+            else:
+                write(path_of[job], json.dumps({**result, **facts}, indent=0))
+    return failed
+
+
+if __name__ == "__main__":
+    main()
