@@ -38,7 +38,8 @@ def main() -> None:
     sampler = SPMixSampler(polarity=args.polarity, random_state=0)
     X_new, y_new = sampler.fit_resample(data.images, y, groups=data.groups)
     print(f"{len(y_new)} images: {dict(Counter(y_new.tolist()))}")
-    print(f"share of the base: {sampler.ratio_.min():.2f} to {sampler.ratio_.max():.2f}")
+    shares = sampler.ratio_[sampler.ratio_ < 1]  # the others are copies
+    print(f"share of the base: {shares.min():.2f} to {shares.max():.2f}")
 
     maps = SaliencyMap(polarity=args.polarity).fit_transform(X_new[-100:])
     print(f"mean saliency of the newest images: {maps.mean():.2f}")

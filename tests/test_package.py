@@ -25,7 +25,7 @@ PRINTED = {
         "balanced acc.", "macro-F1", "G-mean", "worst recall", "fit s", "predict s", "CSSN",
         "network", "class weights", "oversampling", "balanced random forest",
     ],
-    "spmix_gallery": ["share of the base: 0.50 to 0.80"],
+    "spmix_gallery": ["share of the base: 0.5", "to 0.80"],
     "virtual_features": ["tail recall", "virtual features", "own covariance", "P x K batch"],
 }  # fmt: skip
 PUBLIC = [name for name in sklearn_medimb.__all__ if name[0].isupper()]
