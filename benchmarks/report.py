@@ -1,0 +1,307 @@
+"""Turn results.csv of compare.py into a page and figures.
+
+    python benchmarks/report.py benchmarks/results.csv [--out benchmarks]
+
+Writes ``RESULTS.md`` and ``figures/*.png`` beside it. The same table gives the same page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from scipy import stats
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+MEASURES = {
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro-F1",
+    "macro_auroc": "macro-AUROC",
+    "few_recall": "recall of rare classes",
+    "calibration_error": "calibration error",
+}
+BASELINE = "logit adjustment"
+PLAIN = "CE"
+Table = dict[str, dict[tuple[str, str], list[float]]]  # method -> (data, cut) -> one value a seed
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#000000"]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for name, value in row.items():
+            try:
+                row[name] = float(value)
+            except (TypeError, ValueError):
+                row[name] = float("nan") if value == "" else value
+    return rows
+
+
+def gather(rows: list[dict[str, Any]], measure: str) -> Table:
+    table: Table = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        cut = row["cut"] if isinstance(row["cut"], str) else f"1 : {row['cut']:.0f}"
+        table[row["method"]][row["data"], cut].append(row.get(measure, float("nan")))
+    return table
+
+
+def complete(table: Table) -> list[tuple[str, str]]:
+    """Data sets and cuts that every method was run on."""
+    shared = set.intersection(*(set(of) for of in table.values()))
+    return sorted(shared)
+
+
+def means(table: Table, cells: list[tuple[str, str]]) -> dict[str, np.ndarray]:
+    return {name: np.array([np.mean(of[cell]) for cell in cells]) for name, of in table.items()}
+
+
+def ranks(scores: dict[str, np.ndarray]) -> dict[str, float]:
+    """Mean rank of each method over data sets; 1 is best."""
+    matrix = np.column_stack(list(scores.values()))
+    ranked = stats.rankdata(-matrix, axis=1)
+    return dict(zip(scores, ranked.mean(axis=0).tolist(), strict=True))
+
+
+def critical_difference(n_methods: int, n_sets: int, level: float = 0.05) -> float:
+    """Nemenyi's distance of mean ranks (Demsar, JMLR 2006)."""
+    q = stats.studentized_range.ppf(1 - level, n_methods, np.inf) / np.sqrt(2)
+    return float(q * np.sqrt(n_methods * (n_methods + 1) / (6 * n_sets)))
+
+
+# ---------------------------------------------------------------- figures
+
+
+def rank_figure(order: dict[str, float], distance: float, path: Path) -> None:
+    """Mean ranks with the critical difference: methods joined by a bar are not told apart."""
+    names = sorted(order, key=order.get)
+    fig, ax = plt.subplots(figsize=(7, 0.28 * len(names) + 1.1), layout="constrained")
+    places = np.arange(len(names))
+    values = np.array([order[name] for name in names])
+    ax.hlines(places, values - distance / 2, values + distance / 2, color="#56B4E9", linewidth=5)
+    ax.plot(values, places, "o", color="#0072B2")
+    ax.axvline(values[0] + distance / 2, color="0.6", linestyle=":", linewidth=1)
+    ax.set_yticks(places, names)
+    ax.invert_yaxis()
+    ax.set_xlabel(
+        f"mean rank of balanced accuracy, 1 is best; bars that overlap differ by less than the\n"
+        f"critical difference of {distance:.1f} (Nemenyi, 5 %)"
+    )
+    fig.savefig(path, dpi=140, metadata={"Software": None})
+    plt.close(fig)
+
+
+def time_figure(scores: dict[str, np.ndarray], seconds: dict[str, np.ndarray], path: Path) -> None:
+    """Balanced accuracy against time to fit."""
+    fig, ax = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    points = {name: (seconds[name].mean(), scores[name].mean()) for name in scores}
+    for name, (x, y) in points.items():
+        ax.plot(x, y, "o", color=COLOURS[0] if name != "CSSN" else COLOURS[3])
+    placed: list[tuple[float, float]] = []
+    low, high = ax.get_ylim()
+    step = (high - low) / 24
+    for name, (x, y) in sorted(points.items(), key=lambda item: item[1][1]):
+        label = y
+        while any(abs(np.log(x / px)) < 0.9 and abs(label - py) < step for px, py in placed):
+            label += step
+        placed.append((x, label))
+        ax.annotate(name, (x, y), (x * 1.04, label), fontsize=7.5, va="center")
+    ax.set_xscale("log")
+    ax.set_xlabel("mean seconds to fit")
+    ax.set_ylabel("mean balanced accuracy")
+    ax.margins(x=0.25)
+    fig.savefig(path, dpi=140, metadata={"Software": None})
+    plt.close(fig)
+
+
+def ratio_figure(rows: list[dict[str, Any]], order: dict[str, float], path: Path) -> None:
+    """Gain over plain cross-entropy against the imbalance of the training set."""
+    shown = [name for name in sorted(order, key=order.get) if name != PLAIN][:5]
+    shown += ["CSSN"] if "CSSN" in order and "CSSN" not in shown else []
+    plain = {
+        (row["data"], row["cut"], row["seed"]): row["balanced_accuracy"]
+        for row in rows
+        if row["method"] == PLAIN
+    }
+    edges = [1, 5, 15, 40, 1000]
+    names = ["below 5", "5 to 15", "15 to 40", "above 40"]
+    fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    for k, method in enumerate(shown):
+        gains = defaultdict(list)
+        for row in rows:
+            key = row["data"], row["cut"], row["seed"]
+            if row["method"] == method and key in plain:
+                place = int(np.searchsorted(edges, row["imbalance_ratio"], side="right")) - 1
+                gains[min(place, 3)].append(row["balanced_accuracy"] - plain[key])
+        x = np.array(sorted(gains))
+        y = np.array([np.mean(gains[p]) for p in x])
+        error = np.array([np.std(gains[p]) / np.sqrt(len(gains[p])) for p in x])
+        colour = COLOURS[k % len(COLOURS)]
+        ax.errorbar(x + 0.05 * (k - 2), y, error, fmt="o-", color=colour, label=method, capsize=2)
+    ax.axhline(0, color="0.5", linewidth=1)
+    ax.set_xticks(range(4), names)
+    ax.set_xlabel("largest class / smallest class of the training images")
+    ax.set_ylabel("balanced accuracy,\ngain over cross-entropy (s.e.)")
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    fig.savefig(path, dpi=140, metadata={"Software": None})
+    plt.close(fig)
+
+
+# ---------------------------------------------------------------- page
+
+
+def spread(values: list[float]) -> str:
+    return f"{np.mean(values):.3f} ± {np.std(values):.3f}".replace("0.", ".")
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    table = gather(rows, "balanced_accuracy")
+    cells = complete(table)
+    scores = means(table, cells)
+    order = ranks(scores)
+    distance = critical_difference(len(order), len(cells))
+    names = sorted(order, key=order.get)
+    best = names[0]
+    alike = [name for name in names if order[name] - order[best] < distance]
+    gain = {name: scores[name] - scores[BASELINE] for name in names}
+    behind = [name for name in names if gain[name].mean() < 0]
+    worse = [name for name in names if (scores[name] - scores[PLAIN]).mean() < 0]
+    seeds = sorted({int(row["seed"]) for row in rows})
+    sets = sorted({data for data, _ in cells})
+    small = [c for c in cells if 2 < _ratio(rows, c) < 12 and _classes(rows, c) == 2]
+    plural = "s" if len(seeds) > 1 else ""
+    below = (
+        f"Below plain cross-entropy: {', '.join(worse)}."
+        if worse
+        else ("None falls below plain cross-entropy.")
+    )
+    losers = ", ".join(f"{name} ({gain[name].mean():+.3f})" for name in behind)
+    lines = [
+        "# Results",
+        "",
+        f"{len(names)} methods on {len(cells)} training sets ({len(sets)} collections, as they "
+        f"are and cut to larger imbalance ratios), {len(seeds)} seed{plural}, images of 28 pixels "
+        "(volumes: 14), at most 500 of them to train on.",
+        "",
+        f"**What does not beat its baseline.** Against {BASELINE}, the simplest remedy, mean "
+        f"balanced accuracy is lower for {losers or 'none'}. {below} By rank, {len(alike)} "
+        f"methods cannot be told from the best ({best}) at the 5 % level.",
+        "",
+    ]
+    if small:
+        chosen = means(table, small)
+        top = sorted(chosen, key=lambda name: -chosen[name].mean())[:4]
+        winners = ", ".join(f"{name} ({chosen[name].mean():.3f})" for name in top)
+        lines += [
+            f"**For two classes, a few hundred images and a ratio up to 1 : 12** take {winners}: "
+            f"the first of {len(small)} such training sets, where cross-entropy has "
+            f"{chosen[PLAIN].mean():.3f}.",
+            "",
+        ]
+    lines += _summary(rows, names, order, cells)
+    lines += [
+        "",
+        "![Mean ranks](figures/ranks.png)",
+        "",
+        "![Accuracy and time](figures/time.png)",
+        "",
+        "![Gain and imbalance](figures/ratio.png)",
+        "",
+        "## Balanced accuracy, each training set",
+        "",
+        "Mean ± standard deviation over seeds; the best of a row is bold.",
+        "",
+    ]
+    lines += _details(table, cells, names)
+    hardware, versions, commits = (
+        ", ".join(sorted({str(row[name]) for row in rows}))
+        for name in ("hardware", "versions", "commit")
+    )
+    hours = sum(row["fit_seconds"] + row["predict_seconds"] for row in rows) / 3600
+    lines += [
+        "",
+        f"{len(rows)} fits, {hours:.1f} hours of one core; {hardware}; {versions}; {commits}.",
+        "",
+        "Rerun: `python benchmarks/compare.py FOLDER --suite core --out results --jobs 2`, "
+        "then `python benchmarks/report.py results/results.csv`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(rows: list[dict[str, Any]], cell: tuple[str, str]) -> float:
+    return next(r["imbalance_ratio"] for r in rows if _cell(r) == cell)
+
+
+def _classes(rows: list[dict[str, Any]], cell: tuple[str, str]) -> int:
+    return int(next(r["n_classes"] for r in rows if _cell(r) == cell))
+
+
+def _cell(row: dict[str, Any]) -> tuple[str, str]:
+    return row["data"], row["cut"] if isinstance(row["cut"], str) else f"1 : {row['cut']:.0f}"
+
+
+def _summary(
+    rows: list[dict[str, Any]],
+    names: list[str],
+    order: dict[str, float],
+    cells: list[tuple[str, str]],
+) -> list[str]:
+    """All measures, mean over training sets."""
+    columns = {title: means(gather(rows, name), cells) for name, title in MEASURES.items()}
+    seconds = means(gather(rows, "fit_seconds"), cells)
+    head = ["method", "mean rank", *columns, "fit, s"]
+    lines = ["| " + " | ".join(head) + " |", "|--" * len(head) + "|"]
+    for name in names:
+        values = [_shown(of[name]) for of in columns.values()]
+        line = [name, f"{order[name]:.1f}", *values, f"{seconds[name].mean():.1f}"]
+        lines.append("| " + " | ".join(line) + " |")
+    return lines
+
+
+def _shown(values: np.ndarray) -> str:
+    return f"{np.nanmean(values):.3f}" if np.isfinite(values).any() else ""
+
+
+def _details(table: Table, cells: list[tuple[str, str]], names: list[str]) -> list[str]:
+    lines = ["| training set | " + " | ".join(names) + " |", "|--" * (len(names) + 1) + "|"]
+    for cell in cells:
+        best = max(np.mean(table[name][cell]) for name in names)
+        texts = []
+        for name in names:
+            text = spread(table[name][cell])
+            texts.append(f"**{text}**" if np.mean(table[name][cell]) == best else text)
+        label = cell[0].replace("_", " ") + ("" if cell[1] == "natural" else f", {cell[1]}")
+        lines.append(f"| {label} | " + " | ".join(texts) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    args = parser.parse_args()
+    rows = read(args.table)
+    (args.out / "figures").mkdir(parents=True, exist_ok=True)
+    (args.out / "RESULTS.md").write_text(page(rows))
+    table = gather(rows, "balanced_accuracy")
+    cells = complete(table)
+    scores = means(table, cells)
+    order = ranks(scores)
+    figures = args.out / "figures"
+    rank_figure(order, critical_difference(len(order), len(cells)), figures / "ranks.png")
+    time_figure(scores, means(gather(rows, "fit_seconds"), cells), figures / "time.png")
+    ratio_figure(rows, order, figures / "ratio.png")
+    print(f"page: {args.out / 'RESULTS.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The comparison: what is finished is never lost or redone, and the page follows from the table."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MEASURED = {"fit_seconds", "predict_seconds", "peak_mb"}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+compare, report = load("compare"), load("report")
+QUICK = compare.Suite(
+    10, 8, 80, 60, (0, 1, 2), (None, 10), ("SMOTE + logistic", "balanced forest"), ("lesions",)
+)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A suite of twelve jobs of a tenth of a second."""
+    monkeypatch.setitem(compare.SUITES, "quick", QUICK)
+    for method, steps in {
+        "SMOTE + logistic": lambda _, smote: [smote, compare.LogisticRegression(max_iter=50)],
+        "balanced forest": lambda seed, _: [
+            compare.BalancedRandomForestClassifier(
+                10, sampling_strategy="all", replacement=True, bootstrap=False, random_state=seed
+            )
+        ],
+    }.items():
+        monkeypatch.setitem(compare.METHODS, method, compare.classical(steps))
+
+
+def start(out, *more):
+    sys.argv = ["compare.py", "--suite", "quick", "--out", str(out), *more]
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    compare.main()
+
+
+def table(out):
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_killed_twenty_times_the_table_is_that_of_an_undisturbed_run(tmp_path, quick):
+    context = multiprocessing.get_context("fork")
+
+    def run(out, patience=None):
+        process = context.Process(target=start, args=(out,))
+        process.start()
+        process.join(patience)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        return process.exitcode
+
+    assert run(tmp_path / "calm") == 0
+    wanted = table(tmp_path / "calm")
+    assert len(wanted) == 12
+    assert len({row["balanced_accuracy"] for row in wanted}) > 6
+
+    out, rng = tmp_path / "killed", np.random.default_rng(0)
+    finished: dict[Path, int] = {}
+    kills = 0
+    while kills < 20:
+        # As the jobs get done, kills that come too late start from nothing again.
+        kills += run(out, patience=rng.uniform(0.02, 0.5)) == -signal.SIGKILL
+        for path, stamp in finished.items():
+            assert path.stat().st_mtime_ns == stamp, f"{path.name} was done again"
+        finished = {path: path.stat().st_mtime_ns for path in out.glob("jobs/*.json")}
+        if len(finished) == 12 and kills < 20:
+            for path in out.glob("jobs/*"):
+                path.unlink()
+            finished = {}
+    assert run(out) == 0
+    for path, stamp in finished.items():
+        assert path.stat().st_mtime_ns == stamp
+    assert table(out) == wanted
+
+
+def test_damaged_result_is_done_again(tmp_path, quick, monkeypatch, capsys):
+    args = ["compare.py", "--suite", "quick", "--out", str(tmp_path), "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", args)
+    compare.main()
+    wanted = table(tmp_path)
+    path = sorted(tmp_path.glob("jobs/*.json"))[0]
+    path.write_text(path.read_text()[:50])
+    compare.main()
+    assert "4 jobs, 3 of them done" in capsys.readouterr().out
+    assert table(tmp_path) == wanted
+
+
+def test_job_that_fails_does_not_stop_the_others(tmp_path, quick, monkeypatch, capsys):
+    def broken(seed, spatial_dims, n_rarest):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setitem(compare.METHODS, "balanced forest", broken)
+    args = ["compare.py", "--suite", "quick", "--out", str(tmp_path), "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", args)
+    compare.main()
+    assert "FAILED lesions-natural-0-balanced-forest: RuntimeError" in capsys.readouterr().err
+    assert {row["method"] for row in table(tmp_path)} == {"SMOTE + logistic"}
+
+
+def test_splits_keep_patients_whole_and_test_rows_uncut():
+    data = compare.load(None, "lesions", 10, 8)
+    suite = compare.SUITES["core"]
+    natural, test = compare.split(data, suite, None, 0)
+    for cut in (None, 10, 50):
+        train, same_test = compare.split(data, suite, cut, 0)
+        np.testing.assert_array_equal(same_test, test)
+        assert not set(data.groups[train]) & set(data.groups[test])
+        assert len(train) <= suite.max_train + 4
+        if cut is not None:
+            counts = np.bincount(data.target[train])
+            assert counts.max() / counts.min() == pytest.approx(cut, rel=0.35)
+    assert not np.array_equal(natural, compare.split(data, suite, None, 1)[0])
+
+
+def test_every_method_makes_a_classifier_of_its_own():
+    for make in compare.METHODS.values():
+        one, two = make(0, 2, 6), make(0, 2, 6)
+        assert one is not two
+        assert hasattr(one, "fit")
+        assert hasattr(one, "predict")
+
+
+def test_page_follows_from_the_table_and_says_who_loses(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    skill = {"CE": 0.6, "logit adjustment": 0.8, "CSSN": 0.7, "focal": 0.55}
+    rows = [
+        {
+            "data": data, "cut": cut, "seed": seed, "method": method, "n_classes": 2,
+            "imbalance_ratio": 6.0 if cut == "natural" else 50.0,
+            "balanced_accuracy": round(score + rng.normal() / 100, 4), "macro_f1": 0.5,
+            "macro_auroc": 0.5, "few_recall": 0.5, "calibration_error": "", "fit_seconds": 3.0,
+            "predict_seconds": 0.1, "peak_mb": 9, "commit": "abc", "versions": "v", "hardware": "h",
+        }
+        for data in ("one", "two") for cut in ("natural", 50) for seed in (0, 1, 2)
+        for method, score in skill.items()
+    ]  # fmt: skip
+    path = tmp_path / "results.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    pages = []
+    for out in (tmp_path / "a", tmp_path / "b"):
+        monkeypatch.setattr(sys, "argv", ["report.py", str(path), "--out", str(out)])
+        report.main()
+        pages.append((out / "RESULTS.md").read_text())
+        assert {p.name for p in out.glob("figures/*")} == {"ranks.png", "time.png", "ratio.png"}
+        time.sleep(0.01)
+    assert pages[0] == pages[1]
+    first = pages[0].split("\n\n")[2]
+    assert first.startswith("**What does not beat its baseline.**")
+    for name in ("CE (-0.2", "CSSN (-0.1", "focal (-0.2"):
+        assert name in first
+    assert "Below plain cross-entropy: focal." in first
+    assert "logit adjustment (" not in first
+    assert "| logit adjustment | 1.0 |" in pages[0]
+    assert "take logit adjustment (0.8" in pages[0]
+    assert report.critical_difference(10, 20) == pytest.approx(3.164 * np.sqrt(110 / 120), abs=0.01)
