@@ -5,13 +5,14 @@
 FOLDER holds MedMNIST-style ``.npz`` files; synthetic lesions come on top. A job is one method on
 one data set, cut, fold and seed. Its result is a file of its own, written whole or not at all, so
 that a run which was killed goes on where it was. At the end, or with ``--table``, ``results.csv``
-is written from these files. ``report.py`` turns it into a page.
+is written from these files; jobs that it holds already count as done. ``report.py`` turns it into
+a page.
 
 Protocol: the official test images where there are some, else a stratified fold that keeps patients
 whole, drawn anew for each seed; training parts as they are, and cut to imbalance ratios of 10, 50
 and 100 where that leaves enough images. All networks have the same backbone, augmentation,
-optimiser and number of steps. Nothing is selected here: every method has its default or the setting
-that its literature advises.
+optimiser and number of steps (in the core suite half of their default). Nothing is selected here:
+every method has its default or the setting that its literature advises.
 """
 
 from __future__ import annotations
@@ -56,29 +57,64 @@ from sklearn_medimb.metrics import expected_calibration_error, head_tail_gap, sh
 # ---------------------------------------------------------------- contestants
 
 
-def network(**params: Any) -> Callable[..., Any]:
-    def make(seed: int, spatial_dims: int, _: int) -> Any:
-        return SoftmaxClassifier(**params, spatial_dims=spatial_dims, random_state=seed)
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a method may know before it sees an image."""
+
+    seed: int
+    spatial_dims: int
+    counts: tuple[int, ...]  # training images of each class
+    step_share: float
+
+    def epochs(self, steps_per_epoch: int) -> int:
+        """Passes that make the same number of steps for all: a share of the networks' default."""
+        n_steps = self.step_share * (180 + 60 * min(len(self.counts), 17))
+        return max(1, round(n_steps / max(1, steps_per_epoch)))
+
+
+def network(*, balanced: bool = False, **params: Any) -> Callable[[Setting], Any]:
+    """Make the plain network; `balanced` where a sampler brings all classes to equal size."""
+
+    def make(s: Setting) -> Any:
+        n = len(s.counts) * max(s.counts) if balanced else sum(s.counts)
+        return SoftmaxClassifier(
+            **params,
+            spatial_dims=s.spatial_dims,
+            max_epochs=s.epochs(math.ceil(n / 64)),
+            random_state=s.seed,
+        )
 
     return make
 
 
-def cssn(seed: int, spatial_dims: int, _: int) -> Any:
-    return CSSNClassifier(spatial_dims=spatial_dims, random_state=seed)
+def cssn(s: Setting) -> Any:
+    """As many steps as the others, of two views of each of 32 images instead of 64 images."""
+    epochs = s.epochs(round(sum(s.counts) / max(32, 2 * len(s.counts))))
+    return CSSNClassifier(spatial_dims=s.spatial_dims, max_epochs=epochs, random_state=s.seed)
+
+
+def virtual_features(s: Setting) -> Any:
+    return make_pipeline(
+        network()(s),
+        StandardScaler(),
+        BalancedVirtualFeatures(replace=True, random_state=s.seed),
+        LogisticRegression(C=0.01, max_iter=1000),
+    )
 
 
 def flat(X: np.ndarray) -> np.ndarray:
     return X.reshape(len(X), -1).astype(np.float32) / 255
 
 
-def classical(make_steps: Callable[[int, Any], list[Any]]) -> Callable[..., Any]:
-    def make(seed: int, _: int, n_rarest: int) -> Any:
+def classical(make_steps: Callable[[int, Any], list[Any]]) -> Callable[[Setting], Any]:
+    def make(s: Setting) -> Any:
         # SMOTE needs as many neighbours as it interpolates between.
-        k = min(5, n_rarest - 1)
-        smote = (
-            SMOTE(k_neighbors=k, random_state=seed) if k else RandomOverSampler(random_state=seed)
+        k = min(5, min(s.counts) - 1)
+        smote = SMOTE(k_neighbors=k, random_state=s.seed)
+        fallback = RandomOverSampler(random_state=s.seed)
+        return make_pipeline(
+            FunctionTransformer(flat), *make_steps(s.seed, smote if k else fallback)
         )
-        return make_pipeline(FunctionTransformer(flat), *make_steps(seed, smote))
 
     return make
 
@@ -87,12 +123,11 @@ def components(seed: int) -> list[Any]:
     return [StandardScaler(), PCA(0.9, svd_solver="full", whiten=False, random_state=seed)]
 
 
-# Each takes the seed, the spatial axes of the images and the size of the rarest class.
-METHODS: dict[str, Callable[..., Any]] = {
+METHODS: dict[str, Callable[[Setting], Any]] = {
     "CE": network(),
     "class weights": network(class_weight="balanced"),
-    "oversampling": network(sampler=RandomOverSampler()),
-    "SPMix": network(sampler=SPMixSampler()),
+    "oversampling": network(sampler=RandomOverSampler(), balanced=True),
+    "SPMix": network(sampler=SPMixSampler(), balanced=True),
     "focal": network(loss="focal"),
     "class-balanced": network(loss="class_balanced"),
     "LDAM-DRW": network(loss="ldam"),
@@ -102,12 +137,7 @@ METHODS: dict[str, Callable[..., Any]] = {
     "mixup": network(mixup="mixup"),
     "balanced mixup": network(mixup="balanced"),
     "CSSN": cssn,
-    "virtual features": lambda seed, spatial_dims, _: make_pipeline(
-        SoftmaxClassifier(spatial_dims=spatial_dims, random_state=seed),
-        StandardScaler(),
-        BalancedVirtualFeatures(replace=True, random_state=seed),
-        LogisticRegression(C=0.01, max_iter=1000),
-    ),
+    "virtual features": virtual_features,
     "balanced forest": classical(
         lambda seed, _: [
             BalancedRandomForestClassifier(
@@ -142,6 +172,7 @@ class Suite:
     volume_size: int
     max_train: int
     max_test: int
+    step_share: float  # of the networks' default number of steps
     seeds: tuple[int, ...]
     cuts: tuple[int | None, ...]
     methods: tuple[str, ...]
@@ -149,9 +180,17 @@ class Suite:
 
 
 SUITES = {
-    "core": Suite(28, 14, 500, 1000, (0, 1, 2), (None, 10, 50, 100), tuple(METHODS)),
+    "core": Suite(28, 14, 500, 1000, 0.5, (0, 1, 2), (None, 10, 50, 100), tuple(METHODS)),
     "smoke": Suite(
-        12, 8, 90, 90, (0,), (None, 10), ("CE", "oversampling", "CSSN", "boosting"), ("lesions",)
+        12,
+        8,
+        90,
+        90,
+        0.2,
+        (0,),
+        (None, 10),
+        ("CE", "oversampling", "CSSN", "boosting"),
+        ("lesions",),
     ),
 }
 MIN_RAREST = 4  # training images that a cut must leave of the rarest class
@@ -312,7 +351,8 @@ def run(job: Job, folder: str | None) -> dict[str, Any]:
     train, test = split(data, suite, job.cut, job.seed)
     X, y, counts = data.images[train], data.target[train], np.bincount(data.target[train])
     counts = counts[counts > 0]
-    classifier = METHODS[job.method](job.seed, data.spatial_dims, int(counts.min()))
+    setting = Setting(job.seed, data.spatial_dims, tuple(counts.tolist()), suite.step_share)
+    classifier = METHODS[job.method](setting)
     peak_memory(reset=True)
     start = time.perf_counter()
     classifier.fit(X, y)
@@ -365,24 +405,46 @@ def write(path: Path, text: str) -> None:
     partial_path.replace(path)
 
 
-def is_done(path: Path) -> bool:
-    """Whether a job's file is there and whole."""
+def read_table(folder: Path) -> dict[tuple[str, ...], dict[str, str]]:
+    """Rows of an earlier table, by job: they count as done too."""
+    path = folder / "results.csv"
+    if not path.exists():
+        return {}
+    with path.open() as file:
+        return {_key(row): row for row in csv.DictReader(file)}
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in ("suite", "data", "cut", "seed", "method"))
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """A job's result, if its file is there and whole."""
     try:
-        return "balanced_accuracy" in json.loads(path.read_text())
+        result = json.loads(path.read_text())
     except (OSError, ValueError):
-        return False
+        return None
+    return result if "balanced_accuracy" in result else None
 
 
 def write_table(folder: Path) -> Path:
-    """Gather the files of all jobs into one table, in an order of its own."""
-    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("jobs/*.json"))]
-    rows.sort(key=lambda r: (r["data"], str(r["cut"]).zfill(8), r["seed"], r["method"]))
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    """Gather the files of all jobs, and what a table held before, in an order of its own."""
+    rows = read_table(folder)
+    for path in sorted(folder.glob("jobs/*.json")):
+        result = read_result(path)
+        if result is not None:
+            rows[_key(result)] = result
+    ordered = sorted(
+        rows.values(),
+        key=lambda r: (r["suite"], r["data"], str(r["cut"]).zfill(8), int(r["seed"]), r["method"]),
+    )
+    columns = list(dict.fromkeys(name for row in ordered for name in row))
     table = folder / "results.csv"
-    lines = [columns, *[[row.get(name, "") for name in columns] for row in rows]]
     temporary = table.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(lines)
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(ordered)
     temporary.replace(table)
     return table
 
@@ -425,7 +487,13 @@ def run_all(args: argparse.Namespace, folder: str | None) -> list[tuple[Job, str
         if (not args.methods or job.method in args.methods)
         and (args.seeds is None or job.seed in args.seeds)
     }
-    missing = [job for job, path in path_of.items() if not is_done(path)]
+    known = read_table(args.out)
+    missing = [
+        job
+        for job, path in path_of.items()
+        if read_result(path) is None
+        and _key({**dataclasses.asdict(job), "cut": job.cut or "natural"}) not in known
+    ]
     print(f"{len(path_of)} jobs, {len(path_of) - len(missing)} of them done", flush=True)
     backend: dict[str, Any] = {"n_jobs": args.jobs}
     if args.dask:

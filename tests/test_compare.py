@@ -28,7 +28,7 @@ def load(name):
 
 compare, report = load("compare"), load("report")
 QUICK = compare.Suite(
-    10, 8, 80, 60, (0, 1, 2), (None, 10), ("SMOTE + logistic", "balanced forest"), ("lesions",)
+    10, 8, 80, 60, 0.1, (0, 1, 2), (None, 10), ("SMOTE + logistic", "balanced forest"), ("lesions",)
 )
 
 
@@ -104,13 +104,49 @@ def test_damaged_result_is_done_again(tmp_path, quick, monkeypatch, capsys):
     wanted = table(tmp_path)
     path = sorted(tmp_path.glob("jobs/*.json"))[0]
     path.write_text(path.read_text()[:50])
+    (tmp_path / "results.csv").unlink()
     compare.main()
     assert "4 jobs, 3 of them done" in capsys.readouterr().out
     assert table(tmp_path) == wanted
 
 
+def test_rows_of_an_earlier_table_count_as_done(tmp_path, quick, monkeypatch, capsys):
+    args = ["compare.py", "--suite", "quick", "--out", str(tmp_path), "--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", args)
+    compare.main()
+    wanted = table(tmp_path)
+    for path in tmp_path.glob("jobs/*"):
+        path.unlink()
+    monkeypatch.setattr(sys, "argv", [*args, "1"])
+    compare.main()
+    assert "8 jobs, 4 of them done" in capsys.readouterr().out
+    found = table(tmp_path)
+    assert len(found) == 8
+    assert [row for row in found if row["seed"] == "0"] == wanted
+
+
+def test_networks_have_the_same_number_of_steps():
+    y = np.repeat([0, 1, 2], [90, 30, 6])
+    X = np.random.default_rng(0).integers(0, 256, (126, 8, 8), dtype=np.uint8)
+    setting = compare.Setting(0, 2, (90, 30, 6), 0.1)
+    steps = {}
+    for name in ("CE", "oversampling", "SPMix", "CSSN", "focal"):
+        clf = compare.METHODS[name](setting)
+        sampler = getattr(clf, "sampler", None)
+        n = 270 if sampler is not None else 126
+        clf.set_params(backbone=compare_backbone()).fit(X, y)
+        steps[name] = clf.n_iter_ * clf._steps_per_epoch(n)
+    assert max(steps.values()) / min(steps.values()) < 1.25
+
+
+def compare_backbone():
+    from sklearn_medimb.backbones import ConvNet
+
+    return ConvNet(widths=(4, 8))
+
+
 def test_job_that_fails_does_not_stop_the_others(tmp_path, quick, monkeypatch, capsys):
-    def broken(seed, spatial_dims, n_rarest):
+    def broken(setting):
         raise RuntimeError("out of luck")
 
     monkeypatch.setitem(compare.METHODS, "balanced forest", broken)
@@ -138,7 +174,8 @@ def test_splits_keep_patients_whole_and_test_rows_uncut():
 
 def test_every_method_makes_a_classifier_of_its_own():
     for make in compare.METHODS.values():
-        one, two = make(0, 2, 6), make(0, 2, 6)
+        setting = compare.Setting(0, 2, (30, 6), 0.5)
+        one, two = make(setting), make(setting)
         assert one is not two
         assert hasattr(one, "fit")
         assert hasattr(one, "predict")

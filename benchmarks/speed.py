@@ -1,0 +1,28 @@
+"""All speed ratios of the package, in one run: training, CSSN's step, saliency, virtual features.
+
+    python benchmarks/speed.py [--only cssn_step]
+
+Each part can also be run alone, with options of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+PARTS = ("training_speed", "cssn_step", "sampler_speed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    args = parser.parse_args()
+    sys.argv = sys.argv[:1]
+    for part in args.only:
+        print(f"\n## {part}", flush=True)
+        importlib.import_module(part).main()
+
+
+if __name__ == "__main__":
+    main()
