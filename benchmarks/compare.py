@@ -180,7 +180,7 @@ class Suite:
 
 
 SUITES = {
-    "core": Suite(28, 14, 500, 1000, 0.5, (0, 1, 2), (None, 10, 50, 100), tuple(METHODS)),
+    "core": Suite(28, 8, 500, 1000, 0.5, (0, 1, 2), (None, 10, 50, 100), tuple(METHODS)),
     "smoke": Suite(
         12,
         8,
@@ -500,6 +500,7 @@ def run_all(args: argparse.Namespace, folder: str | None) -> list[tuple[Job, str
         from dask.distributed import Client
 
         client = Client(args.dask)
+        client.upload_file(__file__)
         backend = {"backend": "dask", "n_jobs": sum(client.nthreads().values())}
     facts, failed = circumstances(), []
     with parallel_config(**backend):
@@ -515,4 +516,9 @@ def run_all(args: argparse.Namespace, folder: str | None) -> list[tuple[Job, str
 
 
 if __name__ == "__main__":
-    main()
+    # Workers find functions by the name of their module, which `__main__` is not.
+    here = str(Path(__file__).resolve().parent)
+    os.environ["PYTHONPATH"] = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
+    import compare
+
+    compare.main()

@@ -190,7 +190,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         f"{len(names)} methods on {len(cells)} training sets ({len(sets)} collections, as they "
         f"are and cut to larger imbalance ratios), {len(seeds)} seed{plural}, images of 28 pixels "
-        "(volumes: 14), at most 500 of them to train on.",
+        "(volumes: 8), at most 500 of them to train on.",
         "",
         f"**What does not beat its baseline.** Against {BASELINE}, the simplest remedy, mean "
         f"balanced accuracy is lower for {losers or 'none'}. {below} By rank, {len(alike)} "
