@@ -189,7 +189,7 @@ SUITES = {
         0.2,
         (0,),
         (None, 10),
-        ("CE", "oversampling", "CSSN", "boosting"),
+        ("CE", "logit adjustment", "CSSN", "SMOTE + SVM", "boosting"),
         ("lesions",),
     ),
 }

@@ -217,3 +217,20 @@ def test_page_follows_from_the_table_and_says_who_loses(tmp_path, monkeypatch):
     assert "| logit adjustment | 1.0 |" in pages[0]
     assert "take logit adjustment (0.8" in pages[0]
     assert report.critical_difference(10, 20) == pytest.approx(3.164 * np.sqrt(110 / 120), abs=0.01)
+
+
+def test_smoke_suite_runs_and_makes_a_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--suite", "smoke", "--out", str(tmp_path)])
+    compare.main()
+    rows = table(tmp_path)
+    suite = compare.SUITES["smoke"]
+    assert len(rows) == len(suite.methods) * len(suite.cuts)
+    for row in rows:
+        assert 0 <= float(row["balanced_accuracy"]) <= 1
+        assert 0 <= float(row["macro_auroc"]) <= 1
+        assert row["commit"]
+        assert (row["calibration_error"] == "") == (row["method"] == "SMOTE + SVM")
+    args = ["report.py", str(tmp_path / "results.csv"), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", args)
+    report.main()
+    assert "| CSSN |" in (tmp_path / "RESULTS.md").read_text()
