@@ -77,12 +77,14 @@ def _in_blocks(detect: Detector) -> Detector:
             raise ValueError(f"valid has shape {tuple(valid.shape)}; it must be {shape}.")
         if images.dtype not in (torch.float32, torch.float64):
             images = images.float()
-        if not torch.isfinite(images).all():
-            raise ValueError("images holds NaN or infinity.")
         block = pixel_block(tuple(images.shape[1:]), images.device)
         parts = images.split(block)
         masks = [None] * len(parts) if valid is None else valid.split(block)
-        maps = [detect(part, valid=m, **options) for part, m in zip(parts, masks, strict=True)]
+        maps = []
+        for part, mask in zip(parts, masks, strict=True):
+            if not torch.isfinite(part.sum()):  # in cache, and no mask of booleans
+                raise ValueError("images holds NaN or infinity.")
+            maps.append(detect(part, valid=mask, **options))
         return torch.cat(maps)
 
     return detect_all

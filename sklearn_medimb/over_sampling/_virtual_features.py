@@ -16,7 +16,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 
 from sklearn_medimb.runtime import one_thread_in_workers
 
-_BLOCK = 2**21  # numbers drawn at a time: 8 to 16 MB
+_BLOCK = 2**24  # numbers drawn at a time: 64 to 128 MB, of a larger result
 
 
 class BalancedVirtualFeatures(BaseOverSampler):
