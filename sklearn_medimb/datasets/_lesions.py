@@ -211,9 +211,7 @@ def _lesion(
 ) -> tuple[np.ndarray, np.ndarray]:
     """How much each pixel belongs to the lesion, and to its spots: (n, *sides), 0 to 1."""
     dims, n = len(sides), len(traits["radius"])
-    places = np.meshgrid(
-        *[np.linspace(-1, 1, side, dtype=np.float32) for side in sides], indexing="ij"
-    )
+    places = _grid(sides)
     offsets = [place - _over(traits["centre"][:, axis], dims) for axis, place in enumerate(places)]
     in_plane = offsets[-1] ** 2 + offsets[-2] ** 2
     distance = np.sqrt(sum(offset**2 for offset in offsets))
@@ -257,9 +255,7 @@ def _photograph(
     images += brown[:, np.newaxis, np.newaxis] * (pigment * texture)[..., np.newaxis] * share
     images *= 1 - (0.45 * (1 - 0.2 * difficulty)) * spots[..., np.newaxis]
 
-    y, x = np.meshgrid(
-        *[np.linspace(-1, 1, side, dtype=np.float32) for side in sides], indexing="ij"
-    )
+    y, x = _grid(sides)
     images *= _hairs(y, x, n, difficulty, rng)[..., np.newaxis]
     reach = rng.uniform(1.15, 1.5, n).astype(np.float32)
     radius = np.sqrt(y**2 + x**2)
