@@ -69,7 +69,7 @@ class Setting:
 
     @property
     def network(self) -> dict[str, Any]:
-        """What all networks share; narrower for volumes, whose kernels have three times the taps."""
+        """What all networks share; narrower for volumes, as 3-D kernels cost more."""
         backbone = ConvNet((16, 32, 64, 64)) if self.spatial_dims == 3 else "auto"
         return {
             "backbone": backbone,

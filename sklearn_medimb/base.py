@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -75,6 +75,20 @@ _RESERVED = {
 
 
 @dataclass
+class Stage:
+    """One course of training: what is minimised, on which batches, for how long."""
+
+    criterion: nn.Module
+    batches: Iterable[Any]
+    n_epochs: int
+    steps_per_epoch: int
+    lr: float
+    lr_schedule: str
+    name: str = ""
+    callbacks: tuple[Callback, ...] = ()
+
+
+@dataclass
 class TrainingSet:
     """Validated training data: row numbers into `images`, with one class and weight per row.
 
@@ -97,6 +111,11 @@ class TrainingSet:
         mass = np.bincount(self.y, self.weight, minlength=n_classes).astype(np.float64)
         return np.where(mass > 0, mass, 1.0)
 
+    def label_mass(self, n_classes: int) -> np.ndarray:
+        """One-hot label of each row times its weight, shape (n, n_classes)."""
+        mass = np.eye(n_classes)[self.y]
+        return mass if self.weight is None else mass * self.weight[:, None]
+
 
 class BaseImageClassifier(
     CallbackSupportMixin,
@@ -108,7 +127,9 @@ class BaseImageClassifier(
     """Common ground of the image classifiers: validation, training, inference, persistence.
 
     A method supplies its network (`_make_network`), its loss (`_make_criterion`), its batches
-    (`_make_batches`) and its class scores (`_scores`).
+    (`_make_batches`) and its class scores (`_scores`); one that trains in several stages lists them
+    (`_stages`). What only training needs belongs to the criterion: its parameters are trained, and
+    it is gone afterwards.
     """
 
     net_: Net
@@ -156,6 +177,20 @@ class BaseImageClassifier(
 
     def _steps_per_epoch(self, n_samples: int) -> int:
         raise NotImplementedError
+
+    def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
+        """Courses of training, one after another on the same network."""
+        n_steps = self._steps_per_epoch(len(train.rows))
+        return [
+            Stage(
+                self._make_criterion(train, n_epochs * n_steps),
+                self._make_batches(train, **common),
+                n_epochs,
+                n_steps,
+                self.lr,
+                self.lr_schedule,
+            )
+        ]
 
     def _scores(self, images: Images) -> np.ndarray:
         """Log-scale class scores, shape (n, n_classes): their softmax is `predict_proba`."""
@@ -213,8 +248,6 @@ class BaseImageClassifier(
 
             with seeded(seed, device):
                 train, held = self._training_rows(data, groups, rng, partial)
-                n_epochs = 1 if partial else self._n_epochs(len(train.rows))
-                n_steps = n_epochs * self._steps_per_epoch(len(train.rows))
                 if fresh:
                     self.pixel_mean_, self.pixel_std_ = channel_statistics(
                         train.images,
@@ -222,65 +255,77 @@ class BaseImageClassifier(
                         train.weight,
                         block=inference_block(train.images.image_shape, torch.device("cpu")),
                     )
-                net = self.net_ = self._make_net(device, previous)
-                schedule = "constant" if partial else self.lr_schedule
-                net.start_schedule(schedule, n_steps, self.lr)
-                if partial and previous is not None and previous.schedule == schedule:
-                    net.optimizer_.load_state_dict(copy.deepcopy(previous.optimizer_.state_dict()))
-                net.criterion_ = self._make_criterion(train, n_steps).to(device, net.dtype)
-                batches = self._make_batches(
+                self.net_ = self._make_net(device, previous)
+                stages = self._stages(
                     train,
+                    1 if partial else self._n_epochs(len(train.rows)),
                     preprocess=self._preprocessor(),
-                    augmentation=resolve_augmentation(self.augment),
+                    views=(resolve_augmentation(self.augment),),
                     rng=rng,
                     generator=generator,
                 )
+                if partial:
+                    stages[0].lr_schedule = "constant"
                 score = None if held is None else self._validation_score(X, y, held, train)
                 best = None if score is None else BestEpoch(score, self.n_iter_no_change)
                 if checkpoint is not None:
                     checkpoint.attach(seed=seed, rng=rng, generator=generator)
-                self._train(batches, n_epochs, train, (X, y), best, checkpoint, report=not partial)
+                reporter = None
+                if not partial and hasattr(self, "_init_callback_context"):
+                    reporter = SklearnCallbacks(self, X, y, lambda: self._inference_state(train))
+                optimizer = previous.optimizer_state("constant") if partial and previous else None
+                self._train(stages, best, checkpoint, reporter, optimizer)
+                self._set_fitted(self._inference_state(train))
+                if checkpoint is not None and self.net_.complete:
+                    checkpoint.remove()
+                if reporter is not None:
+                    reporter.finish()
         return self
 
     def _train(
         self,
-        batches: Batches,
-        n_epochs: int,
-        train: TrainingSet,
-        data: tuple[Any, Any],
+        stages: list[Stage],
         best: BestEpoch | None,
         checkpoint: Checkpoint | None,
-        *,
-        report: bool,
+        reporter: SklearnCallbacks | None,
+        optimizer: dict[str, Any] | None,
     ) -> None:
-        """Run the epochs with everything around them, then keep what prediction needs."""
-        net, done = self.net_, 0
-        stop = StopWhenAsked()
-        callbacks: list[Callback] = [] if best is None else [best]
-        if checkpoint is not None:
-            done = checkpoint.resume(net, best)
-            callbacks.append(SaveCheckpoint(checkpoint, best))
-        reporter = None
-        if report and hasattr(self, "_init_callback_context"):
-            reporter = SklearnCallbacks(self, *data, lambda: self._inference_state(train))
-            callbacks.append(reporter)
-        if self.verbose:
-            n_steps = (n_epochs - done) * self._steps_per_epoch(len(train.rows))
-            callbacks.append(ProgressBar(type(self).__name__, n_steps))
-        stop.askers = [cb for cb in (best, reporter) if cb is not None]
-
-        complete = net.run(batches, n_epochs - done, callbacks, stop)
-        if best is not None:
-            best.restore(net)
-            self.best_score_ = best.best_score
-        net.module_.eval()
-        self._set_fitted(self._inference_state(train))
-        self.history_ = [_numbers(row) for row in net.history]
-        self.n_iter_ = len(self.history_)
-        if checkpoint is not None and complete:
-            checkpoint.remove()
+        """Run the stages, with everything around their epochs."""
+        net, stop = self.net_, StopWhenAsked([cb for cb in (best, reporter) if cb is not None])
+        first = 0 if checkpoint is None else checkpoint.stage
         if reporter is not None:
-            reporter.finish()
+            reporter.begin(sum(stage.n_epochs for stage in stages))
+        for number, stage in enumerate(stages[first:], first):
+            net.stage = stage.name
+            net.criterion_ = stage.criterion.to(net.device, net.dtype)
+            net.start_schedule(stage.lr_schedule, stage.n_epochs * stage.steps_per_epoch, stage.lr)
+            if optimizer is not None:
+                net.optimizer_.load_state_dict(optimizer)
+            if best is not None:
+                best.n_stale = 0
+            n_left = stage.n_epochs
+            if checkpoint is not None:
+                n_left -= checkpoint.begin_stage(number, net, best)
+            if best is not None and best.wants_to_stop:  # it crashed after its last epoch
+                n_left = 0
+            callbacks: list[Callback | None] = [
+                best,
+                *stage.callbacks,
+                None if checkpoint is None else SaveCheckpoint(checkpoint, best),
+                reporter,
+            ]
+            if self.verbose:
+                label = f"{type(self).__name__} {stage.name}".rstrip()
+                callbacks.append(ProgressBar(label, n_left * stage.steps_per_epoch))
+            net.run(stage.batches, n_left, [cb for cb in callbacks if cb is not None], stop)
+            if best is not None:
+                best.restore(net)
+                self.best_score_ = best.best_score
+            if not net.complete or (reporter is not None and reporter.wants_to_stop):
+                break
+        net.module_.eval()
+        self.history_ = [_plain(row) for row in net.history]
+        self.n_iter_ = len(self.history_)
 
     def _training_rows(
         self,
@@ -672,6 +717,6 @@ def _mixed(seed: int, n_epochs: int) -> int:
     return int(np.random.SeedSequence([seed, n_epochs]).generate_state(1)[0] % 2**31)
 
 
-def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """One epoch of history: its plain numbers."""
-    return {name: value for name, value in row.items() if isinstance(value, (int, float))}
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """One epoch of history: its plain numbers, and the name of its stage."""
+    return {name: value for name, value in row.items() if isinstance(value, (int, float, str))}

@@ -8,7 +8,7 @@ Python runs per sample.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -347,14 +347,12 @@ class Batches:
         ``plan(rng)`` gives the epoch's index arrays.
     preprocess : Preprocessor
         Normalisation and device.
-    augmentation : Augmentation
-        Drawn afresh for every view.
+    views : sequence of Augmentation
+        Each gives one copy of a batch, all stacked along the first axis.
     rng : numpy.random.Generator
         For the plans.
     generator : torch.Generator
         For the augmentation, on the device.
-    n_views : int, default=1
-        Differently augmented copies of each batch, stacked along the first axis.
     """
 
     # One resident copy on an accelerator may take this share of its free memory.
@@ -367,21 +365,19 @@ class Batches:
         targets: torch.Tensor,
         plan: Plan,
         preprocess: Preprocessor,
-        augmentation: Augmentation,
+        views: Sequence[Augmentation],
         *,
         rng: np.random.Generator,
         generator: torch.Generator,
-        n_views: int = 1,
     ) -> None:
         self.images = images
         self.rows = rows
         self.targets = targets
         self.plan = plan
         self.preprocess = preprocess
-        self.augmentation = augmentation
+        self.views = views
         self.rng = rng
         self.generator = generator
-        self.n_views = n_views
         self.resident = self._resident_copy()
 
     def _resident_copy(self) -> torch.Tensor | None:
@@ -421,9 +417,8 @@ class Batches:
         raw = self.preprocess.upload(self.images.rows(self.rows[picks]))
         return raw, self.targets[index.to(self.targets.device)]
 
-    def _view(self, images: torch.Tensor) -> torch.Tensor:
+    def _view(self, images: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
         """One augmented copy, still on the original scale."""
-        augmentation = self.augmentation
         # Vectors are not augmented. Of the caller's own augmentations, draw and apply are asked.
         if images.ndim < 4 or getattr(augmentation, "is_identity", False):
             return images
@@ -434,6 +429,6 @@ class Batches:
         for picks in self.plan(self.rng):
             raw, targets = self._gather(picks)
             images = to_unit_scale(raw, self.preprocess.dtype)
-            views = [self._view(images) for _ in range(self.n_views)]
-            stacked = views[0] if self.n_views == 1 else torch.cat(views)
+            views = [self._view(images, augmentation) for augmentation in self.views]
+            stacked = views[0] if len(views) == 1 else torch.cat(views)
             yield self.preprocess.normalise(stacked), targets

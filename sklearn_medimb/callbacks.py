@@ -110,8 +110,8 @@ class SaveCheckpoint(Callback):
 class StopWhenAsked(Callback):
     """End the training, after everything else of the epoch is done."""
 
-    def __init__(self) -> None:
-        self.askers: list[BestEpoch | SklearnCallbacks] = []
+    def __init__(self, askers: list[BestEpoch | SklearnCallbacks]) -> None:
+        self.askers = askers
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
         """Stop as skorch's own callbacks do."""
@@ -143,9 +143,8 @@ class SklearnCallbacks(Callback):
         self.task = {"estimator": estimator, "X": X, "y": y}
         self.inference_state = inference_state
 
-    def on_train_begin(self, net: Any, **kwargs: Any) -> None:
+    def begin(self, n_epochs: int) -> None:
         """Begin the fit."""
-        n_epochs = net.max_epochs
         self.root_ = self.estimator._init_callback_context(max_subtasks=n_epochs)
         self.root_.call_on_fit_task_begin(**self.task)
 

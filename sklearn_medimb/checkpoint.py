@@ -16,7 +16,7 @@ from skorch.history import History
 
 from sklearn_medimb.images import Images
 
-FORMAT = 1
+FORMAT = 2
 
 
 def fingerprint(
@@ -138,8 +138,20 @@ class Checkpoint(Callback):
         self.rng = rng
         self.generator = generator
 
-    def resume(self, net: Any, best: Any | None) -> int:
-        """Put `net` where the interrupted fit stopped; return the number of epochs done."""
+    @property
+    def stage(self) -> int:
+        """Number of the stage that the interrupted fit was in."""
+        return 0 if self.state is None else self.state["stage"]
+
+    def begin_stage(self, number: int, net: Any, best: Any | None) -> int:
+        """Begin a stage, or put `net` where the interrupted fit was in it.
+
+        Returns
+        -------
+        n_epochs : int
+            Epochs of the stage that are done.
+        """
+        self.stage_ = number
         self.epochs_before = len(net.history)
         if self.state is None:
             return 0
@@ -156,6 +168,8 @@ class Checkpoint(Callback):
         torch.set_rng_state(state["torch"])
         if self.generator.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda"], self.generator.device)
+        self.epochs_before = len(net.history) - state["n_epochs"]
+        self.state = None
         return state["n_epochs"]
 
     def save(self, net: Any, best: Any | None) -> None:
@@ -164,6 +178,7 @@ class Checkpoint(Callback):
             "format": FORMAT,
             "token": self.token,
             "seed": self.seed_,
+            "stage": self.stage_,
             "n_epochs": len(net.history) - self.epochs_before,
             "module": net.module_.state_dict(),
             "criterion": net.criterion_.state_dict(),

@@ -730,8 +730,7 @@ class CSSNClassifier(BaseImageClassifier):
             train.rows,
             y,
             plan,
-            n_views=1 if pairwise else 2,
-            **common,
+            **common | {"views": common["views"] * (1 if pairwise else 2)},
         )
 
     # ---------------------------------------------------------------- support bank

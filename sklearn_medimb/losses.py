@@ -10,8 +10,15 @@ where ``mass[i]`` is the one-hot (or mixed) label of sample i times its weight.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.utils.class_weight import compute_class_weight
+from torch import nn
 
 
 def cross_entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -116,3 +123,82 @@ def effective_number_weights(class_mass: torch.Tensor, beta: float = 0.999) -> t
     """
     weights = (1 - beta) / (1 - beta**class_mass)
     return weights * (len(weights) / weights.sum())
+
+
+def class_weights(
+    class_weight: dict[Any, float] | str | None, classes: np.ndarray, class_mass: np.ndarray
+) -> np.ndarray:
+    """Turn the constructor parameter `class_weight` into one weight per class.
+
+    Parameters
+    ----------
+    class_weight : dict, "balanced" or None
+        As in scikit-learn.
+    classes : ndarray of shape (K,)
+        The caller's labels, ascending.
+    class_mass : ndarray of shape (K,)
+        Training samples (or summed weights) per class.
+
+    Raises
+    ------
+    ValueError
+        If a weight is negative or not finite, or a class is not among `classes`.
+    """
+    if class_weight == "balanced":
+        return class_mass.sum() / (len(class_mass) * class_mass)
+    if isinstance(class_weight, dict):
+        weights = list(class_weight.values())
+        if not all(isinstance(w, Real) and 0 <= float(w) < np.inf for w in weights):
+            raise ValueError(f"class_weight must hold non-negative numbers, got {weights}.")
+        if unknown := [k for k in class_weight if k not in set(classes.tolist())]:
+            raise ValueError(
+                f"class_weight names classes {unknown} that y lacks: it holds {classes.tolist()}."
+            )
+    return compute_class_weight(class_weight, classes=classes, y=classes)
+
+
+class LabelLoss(nn.Module):
+    """``mean_i sum_k mass[i, k] w[k] costs[i, k]``, with `w` changing once where asked.
+
+    Parameters
+    ----------
+    costs : callable
+        Logits (n, K) to costs (n, K).
+    weight : tensor of shape (K,)
+        Class weights from the first step on.
+    late_weight : tensor of shape (K,), default=None
+        Class weights from step `switch` on (deferred re-weighting).
+    switch : int, default=0
+        That step.
+    """
+
+    def __init__(
+        self,
+        costs: Callable[[torch.Tensor], torch.Tensor],
+        weight: torch.Tensor,
+        late_weight: torch.Tensor | None = None,
+        switch: int = 0,
+    ) -> None:
+        super().__init__()
+        self.weight: torch.Tensor
+        self.late_weight: torch.Tensor | None
+        self.costs = costs
+        self.switch = switch
+        self.step = 0
+        self.register_buffer("weight", weight)
+        self.register_buffer("late_weight", late_weight)
+
+    def forward(self, logits: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+        """Loss of one batch."""
+        late = self.late_weight if self.step >= self.switch else None
+        weight = self.weight if late is None else late
+        self.step += 1
+        return (mass * weight * self.costs(logits)).sum() / len(logits)
+
+    def get_extra_state(self) -> int:
+        """Step count, so that a resumed fit re-weights on time."""
+        return self.step
+
+    def set_extra_state(self, state: int) -> None:
+        """Restore the step count."""
+        self.step = state

@@ -7,8 +7,10 @@ nothing waits for the device inside an epoch.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,7 @@ from skorch import NeuralNet
 from skorch.callbacks import Callback, EpochTimer
 from torch import nn
 
+from sklearn_medimb.backbones import as_features
 from sklearn_medimb.batches import Batches
 
 SCHEDULES = ("one_cycle", "cosine", "constant")
@@ -77,6 +80,24 @@ class Trunk(nn.Module):
         return output.to(images.dtype)
 
 
+class SoftmaxNetwork(nn.Module):
+    """Backbone, pooled features, head."""
+
+    def __init__(self, trunk: Trunk, head: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.n_features = as_features(trunk.probe()).shape[1]
+        self.head = head(self.n_features)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Embedding of shape (n, n_features)."""
+        return as_features(self.trunk(images))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits of shape (n, n_classes)."""
+        return self.head(self.features(images))
+
+
 def learning_rate_factor(schedule: str, step: int, n_steps: int, warm_up: float = 0.3) -> float:
     """Share of the peak learning rate at a step.
 
@@ -103,7 +124,8 @@ class Net(NeuralNet):
     """A skorch net that trains on :class:`~sklearn_medimb.batches.Batches`.
 
     ``infer`` and ``get_loss`` are skorch's: ``criterion_(module_(images), targets)``. The history
-    receives one ``train_loss`` per epoch.
+    receives one ``train_loss`` per epoch, and the means of the criterion's ``terms`` where it has
+    this dict of tensors.
 
     Parameters
     ----------
@@ -112,7 +134,9 @@ class Net(NeuralNet):
     """
 
     schedule: str | None = None
+    stage = ""
     stopped_by_callback = False
+    complete = True
     callbacks_: list[tuple[str, Callback]]
     dtype: torch.dtype
 
@@ -157,15 +181,17 @@ class Net(NeuralNet):
             module.compile()
         return module
 
+    def optimizer_state(self, schedule: str) -> dict[str, Any] | None:
+        """State to go on from, if the last course of training had this schedule."""
+        return copy.deepcopy(self.optimizer_.state_dict()) if self.schedule == schedule else None
+
     def run(
-        self, batches: Batches, n_epochs: int, callbacks: list[Callback], last: Callback
-    ) -> bool:
+        self, batches: Iterable[Any], n_epochs: int, callbacks: list[Callback], last: Callback
+    ) -> None:
         """Train for some epochs with extra callbacks: before the user's, and `last` after them.
 
-        Returns
-        -------
-        complete : bool
-            False if the user interrupted; what was learned so far is kept, with a warning.
+        `complete` is False afterwards if the user interrupted; what was learned so far is kept,
+        with a warning.
         """
         own, before = self.callbacks_, len(self.history)
         timer, *users = own
@@ -179,14 +205,13 @@ class Net(NeuralNet):
             for callback in callbacks:
                 getattr(callback, "close", lambda: None)()
         ran = len(self.history) - before
-        complete = ran >= n_epochs or self.stopped_by_callback
-        if not complete:
+        self.complete = ran >= n_epochs or self.stopped_by_callback
+        if not self.complete:
             warnings.warn(
                 f"Training was interrupted in epoch {ran} of {n_epochs}; the estimator keeps what "
                 "it learned so far.",
                 stacklevel=2,
             )
-        return complete
 
     def run_single_epoch(
         self, iterator: Batches | None, training: bool, prefix: str, step_fn: Any, **fit_params: Any
@@ -194,16 +219,22 @@ class Net(NeuralNet):
         """Train one epoch; the loss is summed on the device and read once at its end."""
         if iterator is None:
             return
-        total, count = 0.0, 0
+        totals: dict[str, Any] = {}
+        count = 0
         for batch in iterator:
             self.notify("on_batch_begin", batch=batch, training=training)
             step = step_fn(batch, **fit_params)
             self.scheduler.step()
-            total = total + step["loss"].detach() * len(batch[1])
+            terms = {"loss": step["loss"], **getattr(self.criterion_, "terms", {})}
+            for name, value in terms.items():
+                totals[name] = totals.get(name, 0.0) + value.detach() * len(batch[1])
             count += len(batch[1])
             self.notify("on_batch_end", batch=batch, training=training, **step)
-        loss = float(total) / count
-        self.history.record(f"{prefix}_loss", loss)
+        for name, total in totals.items():
+            self.history.record(f"{prefix}_{name}", float(total) / count)
+        if self.stage:
+            self.history.record("stage", self.stage)
+        loss = self.history[-1, f"{prefix}_loss"]
         if not math.isfinite(loss):
             raise ValueError(
                 f"The training loss became {loss} in epoch {len(self.history)}: lower lr "

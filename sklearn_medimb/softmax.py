@@ -12,16 +12,15 @@ import torch
 import torch.nn.functional as F
 from sklearn.base import _fit_context
 from sklearn.utils._param_validation import Interval, StrOptions
-from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 
 from sklearn_medimb import losses
 from sklearn_medimb._docs import shared_parameters
-from sklearn_medimb.backbones import as_features
 from sklearn_medimb.base import BaseImageClassifier, TrainingSet
 from sklearn_medimb.batches import Batches, class_balanced, shuffled
 from sklearn_medimb.images import Images
-from sklearn_medimb.net import Trunk
+from sklearn_medimb.losses import LabelLoss, class_weights
+from sklearn_medimb.net import SoftmaxNetwork, Trunk
 
 LOSSES = (
     "cross_entropy",
@@ -46,71 +45,6 @@ class CosineHead(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Logits of shape (n, n_classes), within ``+-scale``."""
         return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
-
-
-class SoftmaxNetwork(nn.Module):
-    """Backbone, pooled features, head."""
-
-    def __init__(self, trunk: Trunk, head: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.n_features = as_features(trunk.probe()).shape[1]
-        self.head = head(self.n_features)
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Embedding of shape (n, n_features)."""
-        return as_features(self.trunk(images))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits of shape (n, n_classes)."""
-        return self.head(self.features(images))
-
-
-class LabelLoss(nn.Module):
-    """``mean_i sum_k mass[i, k] w[k] costs[i, k]``, with `w` changing once where asked.
-
-    Parameters
-    ----------
-    costs : callable
-        Logits (n, K) to costs (n, K), see :mod:`sklearn_medimb.losses`.
-    weight : tensor of shape (K,)
-        Class weights from the first step on.
-    late_weight : tensor of shape (K,), default=None
-        Class weights from step `switch` on (deferred re-weighting).
-    switch : int, default=0
-        That step.
-    """
-
-    def __init__(
-        self,
-        costs: Callable[[torch.Tensor], torch.Tensor],
-        weight: torch.Tensor,
-        late_weight: torch.Tensor | None = None,
-        switch: int = 0,
-    ) -> None:
-        super().__init__()
-        self.weight: torch.Tensor
-        self.late_weight: torch.Tensor | None
-        self.costs = costs
-        self.switch = switch
-        self.step = 0
-        self.register_buffer("weight", weight)
-        self.register_buffer("late_weight", late_weight)
-
-    def forward(self, logits: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-        """Loss of one batch."""
-        late = self.late_weight if self.step >= self.switch else None
-        weight = self.weight if late is None else late
-        self.step += 1
-        return (mass * weight * self.costs(logits)).sum() / len(logits)
-
-    def get_extra_state(self) -> int:
-        """Step count, so that a resumed fit re-weights on time."""
-        return self.step
-
-    def set_extra_state(self, state: int) -> None:
-        """Restore the step count."""
-        self.step = state
 
 
 class MixedBatches:
@@ -401,7 +335,7 @@ class SoftmaxClassifier(BaseImageClassifier):
         class_mass = train.class_mass(len(self.classes_))
         mass = torch.from_numpy(class_mass)
         effective = losses.effective_number_weights(mass, self.beta)
-        weight = torch.from_numpy(self._class_weights(class_mass))
+        weight = torch.from_numpy(class_weights(self.class_weight, self.classes_, class_mass))
         late = None
         reweight_after = self.reweight_after
         if reweight_after == "auto":
@@ -427,27 +361,11 @@ class SoftmaxClassifier(BaseImageClassifier):
         tau = 1.0 if self.loss == "balanced_softmax" else self.tau
         return partial(losses.logit_adjusted, log_prior=log_prior, tau=tau)
 
-    def _class_weights(self, class_mass: np.ndarray) -> np.ndarray:
-        """Constructor's `class_weight`, per encoded class."""
-        if self.class_weight == "balanced":
-            return class_mass.sum() / (len(class_mass) * class_mass)
-        if self.class_weight is not None:
-            weights = list(self.class_weight.values())
-            if not all(isinstance(w, Real) and 0 <= float(w) < np.inf for w in weights):
-                raise ValueError(f"class_weight must hold non-negative numbers, got {weights}.")
-            if unknown := [k for k in self.class_weight if k not in set(self.classes_.tolist())]:
-                raise ValueError(
-                    f"class_weight names classes {unknown} that y lacks: it holds "
-                    f"{self.classes_.tolist()}."
-                )
-        return compute_class_weight(self.class_weight, classes=self.classes_, y=self.classes_)
-
     def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
         n, n_classes = len(train.y), len(self.classes_)
-        mass = np.eye(n_classes)[train.y]
-        if train.weight is not None:
-            mass *= train.weight[:, None]
-        mass = torch.as_tensor(mass, dtype=self.net_.dtype, device=self.net_.device)
+        mass = torch.as_tensor(
+            train.label_mass(n_classes), dtype=self.net_.dtype, device=self.net_.device
+        )
         args = (train.images, train.rows, mass)
         plain = Batches(*args, lambda rng: shuffled(n, self.batch_size, rng), **common)
         if self.mixup is None:

@@ -177,7 +177,7 @@ def images_of(array):
     return Images(array, infer_layout(array.shape), array.dtype)
 
 
-def make_batches(array, *, rows=None, targets=None, plan=None, augment="none", seed=0, **params):
+def make_batches(array, *, rows=None, targets=None, plan=None, augment="none", seed=0, n_views=1):
     rows = np.arange(len(array)) if rows is None else rows
     images = images_of(array)
     channels = images.image_shape[0]
@@ -189,10 +189,9 @@ def make_batches(array, *, rows=None, targets=None, plan=None, augment="none", s
         torch.as_tensor(rows if targets is None else targets),
         plan or (lambda rng: shuffled(len(rows), 4, rng)),
         Preprocessor(np.zeros(channels), np.ones(channels), dtype=torch.float32, device=CPU),
-        augment,
+        [augment] * n_views,
         rng=rng(seed),
         generator=torch.Generator().manual_seed(seed),
-        **params,
     )
 
 

@@ -15,7 +15,8 @@ from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.batches import Batches, Preprocessor, class_balanced, shuffled
 from sklearn_medimb.images import Images, infer_layout
-from sklearn_medimb.softmax import LOSSES, CosineHead, LabelLoss, MixedBatches
+from sklearn_medimb.losses import LabelLoss
+from sklearn_medimb.softmax import LOSSES, CosineHead, MixedBatches
 
 COUNTS = [100.0, 30.0, 4.0, 1.0]
 MASS = torch.tensor(COUNTS, dtype=torch.float64)
@@ -393,7 +394,7 @@ def batches_of(plan, rng, y=TAIL, weight=None):
         torch.from_numpy(mass.astype(np.float32)),
         plan,
         Preprocessor(np.zeros(1), np.ones(1), dtype=torch.float32, device=torch.device("cpu")),
-        Augmentation(),
+        [Augmentation()],
         rng=rng,
         generator=torch.Generator().manual_seed(0),
     )
@@ -430,16 +431,16 @@ def test_images_and_masses_mix_alike(kind):
     seen = []
     plain_view, partner_view = generator.batches._view, None
 
-    def remember(images):
+    def remember(images, augmentation):
         seen.append(images[:, 0, 0, 0].numpy().copy())
-        return plain_view(images)
+        return plain_view(images, augmentation)
 
     generator.batches._view = remember
     others = []
     if generator.partners is not None:
         partner_view = generator.partners._view
-        generator.partners._view = lambda images: (
-            others.append(images[:, 0, 0, 0].numpy().copy()) or partner_view(images)
+        generator.partners._view = lambda images, augmentation: (
+            others.append(images[:, 0, 0, 0].numpy().copy()) or partner_view(images, augmentation)
         )
     eye = np.eye(3)
     checked = 0
