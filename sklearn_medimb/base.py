@@ -621,6 +621,12 @@ class BaseImageClassifier(
         return self._map(images, self.net_.module_.features).cpu().numpy()
 
     @property
+    def backbone_(self) -> nn.Module:
+        """The trained backbone; another estimator starts from it with ``backbone=``."""
+        check_is_fitted(self)
+        return self.net_.module_.trunk.backbone
+
+    @property
     def _n_features_out(self) -> int:
         return self.net_.module_.n_features
 

@@ -408,6 +408,12 @@ class Batches:
         other.plan = plan
         return other
 
+    def with_views(self, *views: Augmentation) -> Batches:
+        """Batches of the same images by the same plan in other views."""
+        other = copy.copy(self)
+        other.views = views
+        return other
+
     def _gather(self, picks: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Raw rows and their targets, on the device."""
         index = torch.from_numpy(picks)

@@ -34,11 +34,20 @@ SHARED = {"backbone": ConvNet(widths=(4, 8)), "max_epochs": 3, "batch_size": 8}
 # One row per public estimator: what makes it small and fast on images. None is for those that do
 # not take images.
 TINY: dict[str, dict | None] = {
+    "BalancedSoftmax": None,
     "BalancedVirtualFeatures": None,
     "CSSNClassifier": SHARED,
+    "ClassifierRetraining": None,
+    "LMDClassifier": {**SHARED, "n_rounds": 3},
+    "LearnableWeightScaling": None,
+    "LogitAdjustment": None,
+    "MetricTwoStageClassifier": SHARED,
+    "NearestClassMean": None,
     "SPMixSampler": {},
     "SaliencyMap": {},
     "SoftmaxClassifier": SHARED,
+    "TauNormalization": None,
+    "VirtualFeatureCalibration": None,
 }
 
 

@@ -1,0 +1,225 @@
+"""What two-stage classifiers share: a network trained as the data are, then a rebalanced head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from sklearn.utils._param_validation import StrOptions
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+
+from sklearn_medimb import losses
+from sklearn_medimb.base import BaseImageClassifier, TrainingSet
+from sklearn_medimb.batches import Batches, shuffled
+from sklearn_medimb.images import Images
+from sklearn_medimb.losses import LabelLoss, class_weights
+from sklearn_medimb.net import SoftmaxNetwork, Trunk
+from sklearn_medimb.rebalance import RebalancedHead, resolve_head
+from sklearn_medimb.runtime import one_thread_in_workers
+
+STAGE_ONE, STAGE_TWO = "stage one", "stage two"
+
+
+class Output(NamedTuple):
+    """Features (n, d) and logits (n, K) of a batch."""
+
+    features: torch.Tensor
+    logits: torch.Tensor
+
+
+class TwoStageNetwork(SoftmaxNetwork):
+    """Backbone, pooled features, linear head; training sees the features too."""
+
+    def forward(self, images: torch.Tensor) -> Output:  # type: ignore[override]
+        """Features and logits."""
+        features = self.features(images)
+        return Output(features, self.head(features))
+
+
+class LabelStageLoss(nn.Module):
+    """Cross-entropy alone, of a network that gives features too: plain decoupling."""
+
+    def __init__(self, label_loss: LabelLoss) -> None:
+        super().__init__()
+        self.label_loss = label_loss
+
+    def forward(self, output: Output, mass: torch.Tensor) -> torch.Tensor:
+        """Loss of a batch."""
+        return self.label_loss(output.logits, mass)
+
+
+class TwoStageClassifier(BaseImageClassifier):
+    """A network in stage one, a rebalanced head on its frozen features in stage two.
+
+    A method supplies stage one (`_make_criterion`, `_make_batches`, or `_stages`). The head is made
+    from the features of the training rows, un-augmented and in evaluation mode: nothing of the
+    network changes. Where validation rows decide on the epoch, they are scored with a head too.
+    """
+
+    head_: Any
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **BaseImageClassifier._parameter_constraints,
+        "class_weight": [dict, StrOptions({"balanced"}), None],
+    }
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        resolve_head(self._head())
+
+    def _head(self) -> Any:
+        """Head of stage two: a name of ``HEADS`` or a classifier."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- stage one
+
+    def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
+        n_classes = len(self.classes_)
+        return TwoStageNetwork(trunk(), lambda n_features: nn.Linear(n_features, n_classes))
+
+    def _label_loss(self, train: TrainingSet) -> LabelLoss:
+        """Cross-entropy, with the constructor's class weights."""
+        mass = train.class_mass(len(self.classes_))
+        weight = class_weights(self.class_weight, self.classes_, mass)
+        return LabelLoss(losses.cross_entropy, torch.from_numpy(weight))
+
+    def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
+        """Every training row once per epoch; targets are one-hot."""
+        n, net = len(train.y), self.net_
+        mass = torch.as_tensor(
+            train.label_mass(len(self.classes_)), dtype=net.dtype, device=net.device
+        )
+        return Batches(
+            train.images,
+            train.rows,
+            mass,
+            lambda rng: shuffled(n, self.batch_size, rng),
+            **common,
+        )
+
+    def _steps_per_epoch(self, n_samples: int) -> int:
+        return -(-n_samples // self.batch_size)
+
+    # ---------------------------------------------------------------- stage two
+
+    def _inference_state(self, train: TrainingSet) -> dict[str, Any]:
+        features = self._features(train.images, train.rows)
+        return {"head_": self._fit_head(self._head(), features, train.y)}
+
+    def _features(self, images: Images, rows: np.ndarray | None = None) -> np.ndarray:
+        """Features in evaluation mode, float64, which the heads work in."""
+        features = self._map(images, self.net_.module_.features, rows)
+        return features.cpu().numpy().astype(np.float64)
+
+    def _stage_one_head(self) -> dict[str, np.ndarray]:
+        """Linear head that stage one leaves behind, as keywords for a head's fit."""
+        head = self.net_.module_.head
+        weight, bias = (p.detach().cpu().numpy().astype(float) for p in (head.weight, head.bias))
+        return {"coef_init": weight, "intercept_init": bias}
+
+    def _fit_head(
+        self,
+        rebalance: Any,
+        features: np.ndarray,
+        codes: np.ndarray,
+        start: dict[str, Any] | None = None,
+    ) -> Any:
+        """Fit a head to frozen features; its classes are the class codes."""
+        head = resolve_head(rebalance)
+        params = head.get_params()
+        if params.get("random_state", 0) is None:
+            head.set_params(random_state=self.random_seed_)
+        if isinstance(self.class_weight, dict) and params.get("class_weight", 0) is None:
+            weight = dict(enumerate(class_weights(self.class_weight, self.classes_, self.classes_)))
+            head.set_params(class_weight=weight)
+        if start is None:
+            start = self._stage_one_head() if isinstance(head, RebalancedHead) else {}
+        head.fit(features, codes, **start)
+        if not (hasattr(head, "predict_proba") or hasattr(head, "decision_function")):
+            raise TypeError(
+                f"rebalance={rebalance!r} has neither predict_proba nor decision_function."
+            )
+        return head
+
+    def refit_head(self, X: Any, y: Any, *, rebalance: Any = None) -> Any:
+        """Make another head on the features of the fitted network: stage two alone.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            The training images, or those of another site.
+        y : array-like of shape (n,)
+            Their classes: every class of ``classes_``, and no other.
+        rebalance : str or classifier, default=None
+            As in the constructor, whose choice None takes; the parameter itself stays as it is.
+
+        Returns
+        -------
+        self : estimator
+            With a new ``head_``; the network is untouched.
+        """
+        check_is_fitted(self)
+        with one_thread_in_workers():
+            data, _ = self._check_training(X, y, None, None, None, fresh=False)
+            missing = np.setdiff1d(np.arange(len(self.classes_)), data.y)
+            if len(missing):
+                raise ValueError(f"y lacks the classes {self.classes_[missing].tolist()}.")
+            chosen = self._head() if rebalance is None else rebalance
+            features = self._features(data.images, data.rows)
+            head = self._fit_head(chosen, features, data.y)
+        self.head_ = head
+        return self
+
+    @property
+    def stage1_history_(self) -> list[dict[str, Any]]:
+        """Epochs of stage one."""
+        return [row for row in self.history_ if row.get("stage") != STAGE_TWO]
+
+    @property
+    def stage2_history_(self) -> list[dict[str, Any]]:
+        """Epochs of stage two, if it trains the network; then what the head says of its fit."""
+        epochs = [row for row in self.history_ if row.get("stage") == STAGE_TWO]
+        head = {name: getattr(self.head_, f"{name}_", None) for name in ("loss", "n_iter")}
+        return [*epochs, {name: value for name, value in head.items() if np.isscalar(value)}]
+
+    def _scores(self, images: Images) -> np.ndarray:
+        return head_logits(self.head_, self._features(images))
+
+    # ---------------------------------------------------------------- persistence
+
+    @property
+    def _inference_arrays(self) -> tuple[str, ...]:  # type: ignore[override]
+        linear = isinstance(getattr(self, "head_", None), RebalancedHead)
+        names = BaseImageClassifier._inference_arrays
+        return (*names, "head_coef_", "head_intercept_") if linear else names
+
+    @property
+    def head_coef_(self) -> np.ndarray:
+        """Class vectors of the head, shape (n_classes, n_features)."""
+        return self.head_.coef_
+
+    @head_coef_.setter
+    def head_coef_(self, coef: np.ndarray) -> None:
+        self.head_.coef_ = coef
+
+    @property
+    def head_intercept_(self) -> np.ndarray:
+        """Offsets of the head, shape (n_classes,)."""
+        return self.head_.intercept_
+
+    @head_intercept_.setter
+    def head_intercept_(self, intercept: np.ndarray) -> None:
+        self.head_.intercept_ = intercept
+
+
+def head_logits(head: Any, features: np.ndarray) -> np.ndarray:
+    """Class scores of any classifier on a log scale, shape (n, n_classes)."""
+    if isinstance(head, RebalancedHead):
+        return head.logits(features)
+    if hasattr(head, "predict_proba"):
+        return np.log(head.predict_proba(features).clip(min=1e-300))
+    scores = head.decision_function(features)
+    return np.stack([-scores / 2, scores / 2], axis=1) if scores.ndim == 1 else scores
