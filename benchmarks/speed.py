@@ -1,4 +1,4 @@
-"""All speed ratios of the package, in one run: training, CSSN's step, saliency, virtual features.
+"""All speed ratios of the package in one run: training, CSSN, saliency, virtual features, LMD.
 
     python benchmarks/speed.py [--only cssn_step]
 
@@ -11,7 +11,7 @@ import argparse
 import importlib
 import sys
 
-PARTS = ("training_speed", "cssn_step", "sampler_speed")
+PARTS = ("training_speed", "cssn_step", "sampler_speed", "m_step_speed")
 
 
 def main() -> None:

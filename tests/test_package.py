@@ -26,6 +26,7 @@ PRINTED = {
         "network", "class weights", "oversampling", "balanced random forest",
     ],
     "spmix_gallery": ["share of the base: 0.5", "to 0.80"],
+    "two_stage": ["tail recall", "metric + cRT", "metric + virtual features", "LMD"],
     "virtual_features": ["tail recall", "virtual features", "own covariance", "P x K batch"],
 }  # fmt: skip
 PUBLIC = [name for name in sklearn_medimb.__all__ if name[0].isupper()]
@@ -141,7 +142,7 @@ def test_examples_run_offline(script, tmp_path):
 
 def test_examples_make_their_own_images(tmp_path):
     pytest.importorskip("matplotlib")
-    for name in ("spmix_gallery", "virtual_features"):
+    for name in ("spmix_gallery", "two_stage", "virtual_features"):
         command = [sys.executable, ROOT / "examples" / f"{name}.py", "--figure", tmp_path / "f.png"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         for words in PRINTED[name]:
