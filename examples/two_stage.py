@@ -91,8 +91,8 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     place = np.arange(len(rows))
     for shift, values, label, colour in (
-        (0.2, [row[0] for row in rows.values()], "balanced accuracy", "#0072B2"),
-        (-0.2, [row[1] for row in rows.values()], "recall of rare classes", "#E69F00"),
+        (-0.2, [row[0] for row in rows.values()], "balanced accuracy", "#0072B2"),
+        (0.2, [row[1] for row in rows.values()], "recall of rare classes", "#E69F00"),
     ):
         axes.barh(place + shift, values, 0.38, label=label, color=colour)
     axes.set(yticks=place, yticklabels=list(rows), xlim=(0, 1), xlabel="on held-out images")

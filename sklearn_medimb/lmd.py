@@ -765,9 +765,7 @@ class LMDClassifier(TwoStageClassifier):
         )
 
         def m_step() -> None:
-            features = self._features(train.images, train.rows)
-            last = {"coef_init": loss.coef.cpu(), "intercept_init": loss.intercept.cpu()}
-            head = self._fit_head(self._head(), features, train.y, last)
+            head, features = self._calibrate(train)
             gaussians = None
             if self.fdc is not None:
                 gaussians = ClassGaussians(
@@ -786,6 +784,20 @@ class LMDClassifier(TwoStageClassifier):
             "constant",
             STAGE_TWO,
         )
+
+    def _calibrate(self, train: TrainingSet) -> tuple[Any, np.ndarray]:
+        """M-step on the features as they are now, from the last round's head on."""
+        features, head = self._features(train.images, train.rows), self._head()
+        loss, start = self.net_.criterion_, {}
+        if isinstance(loss, ICCLoss) and loss.round:
+            start = {"coef_init": loss.coef.cpu(), "intercept_init": loss.intercept.cpu()}
+            head.set_params(random_state=self.random_seed_ + loss.round)
+        return self._fit_head(head, features, train.y, start), features
+
+    def _inference_state(self, train: TrainingSet) -> dict[str, Any]:
+        if self.stages == "rrl":
+            return super()._inference_state(train)
+        return {"head_": self._calibrate(train)[0]}
 
 
 def flips_of(augmentation: Any) -> Augmentation:
