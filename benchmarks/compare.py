@@ -50,7 +50,14 @@ from sklearn.svm import SVC
 from sklearn.utils import Bunch
 from tqdm import tqdm
 
-from sklearn_medimb import BalancedVirtualFeatures, CSSNClassifier, SoftmaxClassifier, SPMixSampler
+from sklearn_medimb import (
+    BalancedVirtualFeatures,
+    CSSNClassifier,
+    LMDClassifier,
+    MetricTwoStageClassifier,
+    SoftmaxClassifier,
+    SPMixSampler,
+)
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.datasets import load_npz, make_lesions, make_long_tailed
 from sklearn_medimb.metrics import expected_calibration_error, head_tail_gap, shot_recall
@@ -99,6 +106,21 @@ def cssn(s: Setting) -> Any:
     return CSSNClassifier(**s.network, max_epochs=epochs)
 
 
+def metric_two_stage(**params: Any) -> Callable[[Setting], Any]:
+    def make(s: Setting) -> Any:
+        epochs = s.epochs(math.ceil(sum(s.counts) / 64))
+        return MetricTwoStageClassifier(**params, **s.network, max_epochs=epochs)
+
+    return make
+
+
+def lmd(s: Setting) -> Any:
+    """Stage two's epochs count."""
+    classifier = LMDClassifier(**s.network)
+    epochs = s.epochs(math.ceil(sum(s.counts) / 64)) - classifier.n_rounds + 1
+    return classifier.set_params(max_epochs=max(1, epochs))
+
+
 def virtual_features(s: Setting) -> Any:
     return make_pipeline(
         network()(s),
@@ -143,6 +165,9 @@ METHODS: dict[str, Callable[[Setting], Any]] = {
     "mixup": network(mixup="mixup"),
     "balanced mixup": network(mixup="balanced"),
     "CSSN": cssn,
+    "CE + cRT": metric_two_stage(metric_weight=0),
+    "metric + cRT": metric_two_stage(),
+    "LMD": lmd,
     "virtual features": virtual_features,
     "balanced forest": classical(
         lambda seed, _: [

@@ -350,8 +350,7 @@ class ICCLoss(nn.Module):
         if gaussians is None:
             return
         for k in range(len(coef)):
-            rows, variance = gaussians.factor(k)
-            new = torch.from_numpy(rows.T @ rows + np.diag(variance)).to(self.covariances)
+            new = torch.from_numpy(gaussians.covariance(k)).to(self.covariances)
             self.covariances[k].lerp_(new, share)
         self.means.lerp_(torch.from_numpy(gaussians.means).to(self.means), share)
         d = self.means.shape[1]

@@ -32,7 +32,7 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
 
@@ -449,7 +449,8 @@ class TauNormalization(RebalancedHead):
 
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
         head = self._start(rows, start)
-        norm = np.linalg.norm(head.coef, axis=1).clip(min=np.finfo(np.float64).tiny)
+        norm = np.linalg.norm(head.coef, axis=1)
+        norm = np.where(norm > 0, norm, 1)
         return Linear(head.coef / norm[:, np.newaxis] ** self.tau, head.intercept / norm**self.tau)
 
 
@@ -692,7 +693,7 @@ def expected_cross_entropy_bound(
     coef: np.ndarray,
     intercept: np.ndarray,
     means: np.ndarray,
-    factors: list[tuple[np.ndarray, np.ndarray]],
+    covariances: Sequence[Callable[[np.ndarray], np.ndarray]],
     cost: np.ndarray,
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """Upper bound of the cross-entropy expected under class Gaussians, and its gradient.
@@ -705,8 +706,8 @@ def expected_cross_entropy_bound(
         Offsets b.
     means : ndarray of shape (K, d)
         Class means mu.
-    factors : list of K pairs
-        Rows B_k (r, d) and variances v_k (d,) with ``Sigma_k = B_k^T B_k + diag(v_k)``.
+    covariances : sequence of K callables
+        Each multiplies row vectors (K, d) by Sigma_k.
     cost : ndarray of shape (K,)
         Weights of the classes, which sum to 1.
 
@@ -718,9 +719,9 @@ def expected_cross_entropy_bound(
         Of the shapes of `coef` and `intercept`.
     """
     bound, by_coef, by_intercept = 0.0, np.zeros_like(coef), np.zeros_like(intercept)
-    for k, (mean, (rows, variance)) in enumerate(zip(means, factors, strict=True)):
+    for k, (mean, times_sigma) in enumerate(zip(means, covariances, strict=True)):
         difference = coef - coef[k]
-        spread = difference @ rows.T @ rows + difference * variance  # d_kj Sigma_k
+        spread = times_sigma(difference)
         logits = difference @ mean + intercept - intercept[k]
         logits += 0.5 * (spread * difference).sum(axis=1)
         bound += cost[k] * logsumexp(logits)
@@ -738,12 +739,12 @@ def _minimise_bound(
 ) -> tuple[Linear, int]:
     """Minimise the bound plus ``alpha / 2 |W|^2`` by L-BFGS."""
     shape = start.coef.shape
-    factors = [gaussians.factor(k) for k in range(shape[0])]
+    covariances = [gaussians.times(k) for k in range(shape[0])]
 
     def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
         coef, intercept = flat[: start.coef.size].reshape(shape), flat[start.coef.size :]
         bound, by_coef, by_intercept = expected_cross_entropy_bound(
-            coef, intercept, gaussians.means, factors, cost
+            coef, intercept, gaussians.means, covariances, cost
         )
         gradient = np.concatenate([(by_coef + alpha * coef).ravel(), by_intercept])
         return bound + alpha / 2 * np.square(coef).sum(), gradient
@@ -803,8 +804,8 @@ def _check_start(coef: Any, intercept: Any, rows: Rows) -> Linear | None:
             raise ValueError("intercept_init was given without coef_init.")
         return None
     shape = (rows.n_classes, rows.X.shape[1])
-    coef = np.asarray(coef, dtype=np.float64)
-    intercept = np.zeros(shape[0]) if intercept is None else np.asarray(intercept, np.float64)
+    coef = np.array(coef, dtype=np.float64)
+    intercept = np.zeros(shape[0]) if intercept is None else np.array(intercept, dtype=np.float64)
     if coef.shape != shape or intercept.shape != shape[:1]:
         raise ValueError(
             f"coef_init and intercept_init must have shapes {shape} and {shape[:1]} for these "

@@ -68,6 +68,9 @@ def test_factor_is_the_documented_covariance(covariance, d, eps):
         assert len(rows) <= d
         found = rows.T @ rows + np.diag(np.broadcast_to(noise, d))
         np.testing.assert_allclose(found, sigma, atol=1e-9 * np.trace(sigma))
+        np.testing.assert_allclose(gaussians.covariance(k), found, atol=1e-9 * np.trace(sigma))
+        product = gaussians.times(k)(means)
+        np.testing.assert_allclose(product, means @ found, atol=1e-9 * np.trace(sigma))
         values = np.linalg.eigvalsh(found)
         variances = np.diag(moments(X, y, "tied", 0)[1][0])
         smallest = eps if covariance == "full" else eps * variances.min()

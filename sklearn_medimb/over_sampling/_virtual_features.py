@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import cached_property
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -222,6 +223,29 @@ class ClassGaussians:
         """W, of shape (d, d); only where there are more rows than features."""
         return self.centred.T @ self.centred / self.n_within
 
+    def covariance(self, code: int) -> np.ndarray:
+        """Sigma_k, of shape (d, d)."""
+        share, member = self.shrinkage[code], self.codes == code
+        own = self.centred[member]
+        own = own * np.sqrt((1 - share) / max(self.counts[code] - 1, 1))
+        if self.diagonal:
+            return np.diag(np.square(own).sum(axis=0) + self.noise)
+        sigma = np.diag(self.noise)
+        if share < 1:
+            sigma += own.T @ own
+        if share > 0:
+            sigma += share * self.pooled
+        return sigma
+
+    def times(self, code: int) -> Callable[[np.ndarray], np.ndarray]:
+        """Product of row vectors with Sigma_k, by the cheaper way."""
+        n_rows = self.counts[code] if self.shrinkage[code] == 0 else len(self.centred)
+        if self.diagonal or 2 * n_rows <= self.centred.shape[1]:
+            rows, noise = self.factor(code)
+            return lambda vectors: vectors @ rows.T @ rows + vectors * noise
+        sigma = self.covariance(code)
+        return lambda vectors: vectors @ sigma
+
     def factor(self, code: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows B and variances v with ``Sigma_k = B^T B + diag(v)``; B has d rows at most."""
         share, member = self.shrinkage[code], self.codes == code
@@ -232,12 +256,7 @@ class ClassGaussians:
         if taking_part.sum() <= self.centred.shape[1]:
             weight = weight + share / self.n_within
             return self.centred[taking_part] * np.sqrt(weight[taking_part, np.newaxis]), self.noise
-        sigma = np.diag(self.noise)
-        if share < 1:
-            own = self.centred[member]
-            sigma += own.T @ own * weight.max()
-        if share > 0:
-            sigma += share * self.pooled
+        sigma = self.covariance(code)
         try:
             return np.linalg.cholesky(sigma).T, np.zeros(len(sigma))
         except np.linalg.LinAlgError:  # eps is 0 and some features are linear in others
