@@ -165,8 +165,8 @@ METHODS: dict[str, Callable[[Setting], Any]] = {
     "mixup": network(mixup="mixup"),
     "balanced mixup": network(mixup="balanced"),
     "CSSN": cssn,
-    "CE + cRT": metric_two_stage(metric_weight=0),
-    "metric + cRT": metric_two_stage(),
+    "cRT": metric_two_stage(metric_weight=0, rebalance="crt"),
+    "metric two-stage": metric_two_stage(),
     "LMD": lmd,
     "virtual features": virtual_features,
     "balanced forest": classical(

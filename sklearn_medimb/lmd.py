@@ -437,8 +437,8 @@ class LMDClassifier(TwoStageClassifier):
         Whether the teacher's batch normalisation uses batch statistics, as published, or running
         means.
 
-    n_rounds : int, default=10
-        Rounds of stage two. The last is an M-step alone, so 1 means: no E-step.
+    n_rounds : int, default=5
+        Rounds of stage two (published: 200). The last is an M-step alone, so 1 means: no E-step.
 
     m_step : {{"analytic", "sampled"}}, default="analytic"
         Closed-form bound of the expected loss, or virtual features; see
@@ -554,7 +554,7 @@ class LMDClassifier(TwoStageClassifier):
         relation_start: float = 0.21,
         ema_decay: float = 0.999,
         teacher_mode: str = "train",
-        n_rounds: int = 10,
+        n_rounds: int = 5,
         m_step: str = "analytic",
         n_per_class: int = 5000,
         covariance: str = "shrunk",

@@ -142,9 +142,10 @@ class MetricTwoStageClassifier(TwoStageClassifier):
     p_classes, k_samples : int, default=8, 4
         P (at most the number of classes) and K.
 
-    rebalance : str or classifier, default="crt"
+    rebalance : str or classifier, default="virtual"
         Stage two: "crt", "lws", "tau_norm", "ncm", "balanced_softmax", "logit_adjust", "virtual",
-        "none", a head of :mod:`sklearn_medimb.rebalance`, or any scikit-learn classifier.
+        "none", a head of :mod:`sklearn_medimb.rebalance`, or any scikit-learn classifier. The
+        paper's is of the kind of "crt"; "virtual" was better where classes have few images.
 
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes in the cross-entropy of stage one; a dict also weighs them in stage
@@ -229,7 +230,7 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         metric_batch: str = "balanced",
         p_classes: int = 8,
         k_samples: int = 4,
-        rebalance: Any = "crt",
+        rebalance: Any = "virtual",
         class_weight: Any = None,
         max_epochs: Any = "auto",
         batch_size: int = 64,
