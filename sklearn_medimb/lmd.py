@@ -748,7 +748,7 @@ class LMDClassifier(TwoStageClassifier):
         names = "m_step", "n_per_class", "covariance", "eps", "alpha"
         return VirtualFeatureCalibration(**{name: getattr(self, name) for name in names})
 
-    def _stage_one_head(self) -> dict[str, np.ndarray]:
+    def _stage_one_head(self) -> dict[str, Any]:
         # Where the encoder has moved since, the head of stage one no longer fits it.
         return super()._stage_one_head() if self.stages == "rrl" else {}
 

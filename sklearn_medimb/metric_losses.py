@@ -2,7 +2,8 @@
 
 All take embeddings e (n, m), which they expect at unit length, and class codes (n,), and give a
 scalar. D is the Euclidean distance, cos the inner product. Where a batch holds nothing to compare
-(one class, or no class twice) they are 0, with a gradient of 0.
+(one class, or no class twice) losses that compare positives with negatives are 0, with a gradient
+of 0; "contrastive" and "proxy_anchor" have terms for each alone.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def class_mean(costs: Tensor, y: Tensor, valid: Tensor) -> Tensor:
     """
     same = (y.unsqueeze(1) == y) & valid
     n_valid = same.sum(dim=1)  # of the own class of each sample
-    weight = torch.where(valid, 1.0 / n_valid.clamp_min(1), 0.0).to(costs.dtype)
+    weight = valid / n_valid.clamp_min(1).to(costs.dtype)
     n_classes = weight.sum()
     return (torch.where(valid, costs, 0.0) * weight).sum() / n_classes.clamp_min(1)
 
@@ -100,14 +101,14 @@ def supcon(e: Tensor, y: Tensor, temperature: float = 0.1) -> Tensor:
     ----------
     .. [1] P. Khosla et al., "Supervised contrastive learning", NeurIPS 2020, eq. 2.
     """
-    positive, _ = pairs(y)
+    positive, negative = pairs(y)
     logits = e @ e.T / temperature
     itself = torch.eye(len(y), dtype=torch.bool, device=y.device)
     lowest = torch.finfo(logits.dtype).min  # finite: a sample may be alone
     log_p = logits - logits.masked_fill(itself, lowest).logsumexp(dim=1, keepdim=True)
     n_positive = positive.sum(dim=1)
     costs = -torch.where(positive, log_p, 0.0).sum(dim=1) / n_positive.clamp_min(1)
-    return costs.sum() / (n_positive > 0).sum().clamp_min(1)
+    return negative.any() * costs.sum() / (n_positive > 0).sum().clamp_min(1)
 
 
 def multi_similarity(
@@ -228,7 +229,7 @@ class ClassCenterTriplet(nn.Module):
         members = F.one_hot(y, len(self.centers)).to(e.dtype)
         n = members.sum(dim=0)
         means = F.normalize(members.T @ e)
-        share = torch.where(self.seen, 1 - self.momentum, 1.0).to(e.dtype) * (n > 0)
+        share = torch.where(self.seen, e.new_tensor(1 - self.momentum), 1.0) * (n > 0)
         self.centers.copy_(F.normalize(torch.lerp(self.centers, means, share.unsqueeze(1))))
         self.seen |= n > 0
 

@@ -119,8 +119,8 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         beta; 0 is plain decoupling.
 
     ce_weight : float, default=1.0
-        Weight of cross-entropy; 0 trains on the metric loss alone. Only its ratio to
-        `metric_weight` matters.
+        Weight of cross-entropy. 0 trains on the metric loss alone; then heads that need a given
+        one begin with logistic regression.
 
     margin : float, "soft" or None, default=None
         Margin of the losses that have one. None: "soft" for "triplet" and "class_center_triplet", 1
@@ -321,6 +321,9 @@ class MetricTwoStageClassifier(TwoStageClassifier):
     def _head(self) -> Any:
         return self.rebalance
 
+    def _stage_one_head(self) -> dict[str, Any]:
+        return super()._stage_one_head() if self.ce_weight else {}  # it was not trained
+
     # ---------------------------------------------------------------- stage one
 
     def _check_parameters(self) -> None:
@@ -330,14 +333,14 @@ class MetricTwoStageClassifier(TwoStageClassifier):
             raise TypeError(f"metric_loss={name} is a class: pass an instance, {name}().")
         if self.ce_weight == 0 and self.metric_weight == 0:
             raise ValueError("ce_weight and metric_weight are both 0: nothing to train on.")
-        keeping = ("lws", "tau_norm", "logit_adjust", "none")
-        if self.ce_weight == 0 and self.rebalance in keeping:
+        with_margin = ["triplet", "class_center_triplet"]
+        if self.margin != "soft":
+            with_margin += ["contrastive", "proxy_anchor"]
+        if self.margin is not None and self.metric_loss not in with_margin:
             raise ValueError(
-                f"rebalance={self.rebalance!r} keeps the head of stage one, which ce_weight=0 "
-                'leaves untrained: take "crt", "ncm", "balanced_softmax" or "virtual".'
+                f"margin={self.margin!r} is for metric_loss in {with_margin}, not for "
+                f"{self.metric_loss!r}: set margin=None."
             )
-        if self.margin == "soft" and self.metric_loss in ("contrastive", "proxy_anchor"):
-            raise ValueError(f'margin="soft" is not for metric_loss={self.metric_loss!r}.')
 
     def _make_criterion(self, train: TrainingSet, n_steps: int) -> nn.Module:
         label_loss = self._label_loss(train)

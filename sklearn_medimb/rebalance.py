@@ -577,7 +577,7 @@ class VirtualFeatureCalibration(RebalancedHead):
     Parameters
     ----------
     m_step : {{"analytic", "sampled"}}, default="analytic"
-        The bound, or one pass over drawn features.
+        The bound, or gradient steps on drawn features.
 
     n_per_class : int, default=5000
         Draws per class; only with "sampled" (published: 50,000).
@@ -767,7 +767,7 @@ def _train_on_draws(
     start: Linear,
     seed: int,
 ) -> tuple[Linear, int]:
-    """One pass over draws, in batches, with Adam at a falling rate."""
+    """Adam at a falling rate, in batches of draws: one pass, or 200 steps if that is more."""
     generator = torch.Generator().manual_seed(seed)
     n_classes, d = start.coef.shape
     draws = np.empty((n_classes, n_per_class, d), dtype=np.float32)
@@ -776,6 +776,7 @@ def _train_on_draws(
     # Draws have no order: the i-th of every class together make a balanced batch.
     X, size = torch.from_numpy(draws), max(1, 256 // n_classes)
     steps = [slice(i, i + size) for i in range(0, n_per_class, size)]
+    steps *= -(-200 // len(steps))
     weight = torch.from_numpy(cost).float()
     with torch.enable_grad():
         coef, intercept = (torch.from_numpy(p.astype(np.float32)).requires_grad_() for p in start)
@@ -851,10 +852,10 @@ def resolve_head(rebalance: Any) -> Any:
         if rebalance not in HEADS:
             raise ValueError(f"rebalance={rebalance!r} must be one of {list(HEADS)}.")
         return HEADS[rebalance]()
-    able = hasattr(rebalance, "fit") and hasattr(rebalance, "predict")
-    if isinstance(rebalance, type) or not able:
+    scores = hasattr(rebalance, "predict_proba") or hasattr(rebalance, "decision_function")
+    if isinstance(rebalance, type) or not (hasattr(rebalance, "fit") and scores):
         raise TypeError(
-            f"rebalance={rebalance!r} must be one of {list(HEADS)} or a scikit-learn classifier, "
-            "such as ClassifierRetraining(alpha=1.0)."
+            f"rebalance={rebalance!r} must be one of {list(HEADS)} or a scikit-learn classifier "
+            "with predict_proba or decision_function, such as ClassifierRetraining(alpha=1.0)."
         )
     return clone(rebalance)

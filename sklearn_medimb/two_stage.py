@@ -114,7 +114,7 @@ class TwoStageClassifier(BaseImageClassifier):
         features = self._map(images, self.net_.module_.features, rows)
         return features.cpu().numpy().astype(np.float64)
 
-    def _stage_one_head(self) -> dict[str, np.ndarray]:
+    def _stage_one_head(self) -> dict[str, Any]:
         """Linear head that stage one leaves behind, as keywords for a head's fit."""
         head = self.net_.module_.head
         weight, bias = (p.detach().cpu().numpy().astype(float) for p in (head.weight, head.bias))
@@ -137,12 +137,12 @@ class TwoStageClassifier(BaseImageClassifier):
             head.set_params(class_weight=weight)
         if start is None:
             start = self._stage_one_head() if isinstance(head, RebalancedHead) else {}
-        head.fit(features, codes, **start)
-        if not (hasattr(head, "predict_proba") or hasattr(head, "decision_function")):
-            raise TypeError(
-                f"rebalance={rebalance!r} has neither predict_proba nor decision_function."
+        missing = np.setdiff1d(np.arange(len(self.classes_)), codes)
+        if len(missing):
+            raise ValueError(
+                f"y lacks the classes {self.classes_[missing].tolist()}: a head needs them all."
             )
-        return head
+        return head.fit(features, codes, **start)
 
     def refit_head(self, X: Any, y: Any, *, rebalance: Any = None) -> Any:
         """Make another head on the features of the fitted network: stage two alone.
@@ -164,9 +164,6 @@ class TwoStageClassifier(BaseImageClassifier):
         check_is_fitted(self)
         with one_thread_in_workers():
             data, _ = self._check_training(X, y, None, None, None, fresh=False)
-            missing = np.setdiff1d(np.arange(len(self.classes_)), data.y)
-            if len(missing):
-                raise ValueError(f"y lacks the classes {self.classes_[missing].tolist()}.")
             chosen = self._head() if rebalance is None else rebalance
             features = self._features(data.images, data.rows)
             head = self._fit_head(chosen, features, data.y)

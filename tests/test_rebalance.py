@@ -519,7 +519,10 @@ def test_virtual_head_beats_plain_training_and_shrinkage_the_own_covariance():
 # ---------------------------------------------------------------- class_weight
 
 
-@pytest.mark.parametrize("Head", COSTED)
+SAMPLED = partial(VirtualFeatureCalibration, "sampled", random_state=0)
+
+
+@pytest.mark.parametrize("Head", [*COSTED, SAMPLED])
 @pytest.mark.parametrize("costly", [0, 2])
 def test_a_costly_class_is_predicted_more_often(Head, costly):
     X, y = tail((40, 40, 40), spread=0.7)
