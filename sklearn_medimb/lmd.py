@@ -764,7 +764,11 @@ class LMDClassifier(TwoStageClassifier):
         )
 
         def m_step() -> None:
-            head, features = self._calibrate(train)
+            features, head = self._features(train.images, train.rows), self._head()
+            head.set_params(random_state=self.random_seed_ + loss.round)  # draws of its own
+            last = {"coef_init": loss.coef, "intercept_init": loss.intercept}
+            start = {name: value.cpu().numpy() for name, value in last.items()}
+            head = self._fit_head(head, features, train.y, start)
             gaussians = None
             if self.fdc is not None:
                 gaussians = ClassGaussians(
@@ -783,20 +787,6 @@ class LMDClassifier(TwoStageClassifier):
             "constant",
             STAGE_TWO,
         )
-
-    def _calibrate(self, train: TrainingSet) -> tuple[Any, np.ndarray]:
-        """M-step on the features as they are now, from the last round's head on."""
-        features, head = self._features(train.images, train.rows), self._head()
-        loss, start = self.net_.criterion_, {}
-        if isinstance(loss, ICCLoss) and loss.round:
-            start = {"coef_init": loss.coef.cpu(), "intercept_init": loss.intercept.cpu()}
-            head.set_params(random_state=self.random_seed_ + loss.round)
-        return self._fit_head(head, features, train.y, start), features
-
-    def _inference_state(self, train: TrainingSet) -> dict[str, Any]:
-        if self.stages == "rrl":
-            return super()._inference_state(train)
-        return {"head_": self._calibrate(train)[0]}
 
 
 def flips_of(augmentation: Any) -> Augmentation:

@@ -847,16 +847,10 @@ def test_the_fit_ends_on_an_m_step(m_step, tiny, blobs):
     params = {"m_step": m_step, "n_per_class": 200}
     clf = LMDClassifier(**tiny, **params, n_rounds=4, e_step_lr=1e-2, precision="float64")
     features = clf.fit(X, y).transform(X)
-    last, seed = clf.net_.criterion_, clf.random_seed_ + 3
-    head = VirtualFeatureCalibration(**params, random_state=seed).fit(
-        features, y, coef_init=last.coef.numpy(), intercept_init=last.intercept.numpy()
-    )
+    head = VirtualFeatureCalibration(**params, random_state=clf.random_seed_).fit(features, y)
     assert np.allclose(clf.head_.coef_, head.coef_, atol=1e-8)
     assert np.allclose(clf.head_.intercept_, head.intercept_, atol=1e-8)
     assert np.allclose(clf.predict_proba(X), head.predict_proba(features), atol=1e-8)
-    if m_step == "analytic":  # convex: where it starts makes no difference but for the tolerance
-        anew = VirtualFeatureCalibration().fit(features, y)
-        assert np.allclose(clf.predict_proba(X), anew.predict_proba(features), atol=1e-3)
 
 
 def test_m_steps_go_on_from_the_last_head_with_draws_of_their_own(tiny, blobs, monkeypatch):
@@ -871,10 +865,13 @@ def test_m_steps_go_on_from_the_last_head_with_draws_of_their_own(tiny, blobs, m
     params = {**tiny, "m_step": "sampled", "n_per_class": 100, "n_rounds": 4}
     clf = LMDClassifier(**params).fit(*blobs)
     seeds, starts = zip(*seen, strict=True)
-    assert len(set(seeds)) == 4
-    assert starts[0] is None
-    for start, head in zip(starts[1:], heads[:-1], strict=True):
+    *rounds, last = starts
+    assert len(set(seeds[:-1])) == 3
+    assert not rounds[0].any()
+    for start, head in zip(rounds[1:], heads, strict=False):
         assert np.allclose(start, head, atol=1e-5)
+    # The head to keep depends on the features alone, so that the one that validation scored is it.
+    assert last is None
     assert np.array_equal(clf.head_.coef_, heads[-1])
 
 
