@@ -50,15 +50,17 @@ def read(path: Path) -> list[dict[str, Any]]:
 def gather(rows: list[dict[str, Any]], measure: str) -> Table:
     table: Table = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        cut = row["cut"] if isinstance(row["cut"], str) else f"1 : {row['cut']:.0f}"
-        table[row["method"]][row["data"], cut].append(row.get(measure, float("nan")))
+        table[row["method"]][_cell(row)].append(row.get(measure, float("nan")))
     return table
 
 
-def complete(table: Table) -> list[tuple[str, str]]:
-    """Data sets and cuts that every method was run on."""
-    shared = set.intersection(*(set(of) for of in table.values()))
-    return sorted(shared)
+def shared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the training sets and seeds that every method was run on: the same draws for all."""
+    runs = defaultdict(set)
+    for row in rows:
+        runs[row["method"]].add((*_cell(row), row["seed"]))
+    common = set.intersection(*runs.values())
+    return [row for row in rows if (*_cell(row), row["seed"]) in common]
 
 
 def means(table: Table, cells: list[tuple[str, str]]) -> dict[str, np.ndarray]:
@@ -176,7 +178,7 @@ def spread(values: list[float]) -> str:
 
 def page(rows: list[dict[str, Any]]) -> str:
     table = gather(rows, "balanced_accuracy")
-    cells = complete(table)
+    cells = sorted({_cell(row) for row in rows})
     scores = means(table, cells)
     order = ranks(scores)
     distance = critical_difference(len(order), len(cells))
@@ -312,11 +314,11 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
-    rows = read(args.table)
+    rows = shared(read(args.table))
     (args.out / "figures").mkdir(parents=True, exist_ok=True)
     (args.out / "RESULTS.md").write_text(page(rows))
     table = gather(rows, "balanced_accuracy")
-    cells = complete(table)
+    cells = sorted({_cell(row) for row in rows})
     scores = means(table, cells)
     order = ranks(scores)
     figures = args.out / "figures"
