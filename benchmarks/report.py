@@ -29,6 +29,7 @@ MEASURES = {
 }
 BASELINE = "logit adjustment"
 PLAIN = "CE"
+PAPERS = ("CSSN", "SPMix", "metric two-stage", "LMD")
 Table = dict[str, dict[tuple[str, str], list[float]]]  # method -> (data, cut) -> one value a seed
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
@@ -108,7 +109,10 @@ def time_figure(scores: dict[str, np.ndarray], seconds: dict[str, np.ndarray], p
     ax.set_xscale("log")
     points = {name: (seconds[name].mean(), scores[name].mean()) for name in scores}
     for name, (x, y) in points.items():
-        ax.plot(x, y, "o", color=COLOURS[0] if name != "CSSN" else COLOURS[3])
+        ax.plot(x, y, "o", color=COLOURS[3 if name in PAPERS else 0])
+    for label, colour in {"a paper's method": COLOURS[3], "classical": COLOURS[0]}.items():
+        ax.plot([], [], "o", color=colour, label=label)
+    ax.legend(fontsize=8, loc="lower left")
     # The networks take about equally long: their names go into a column, evenly apart.
     slow = max(x for x, _ in points.values())
     column = sorted((n for n, (x, _) in points.items() if x > slow / 4), key=lambda n: points[n][1])
@@ -136,8 +140,9 @@ def time_figure(scores: dict[str, np.ndarray], seconds: dict[str, np.ndarray], p
 
 def ratio_figure(rows: list[dict[str, Any]], order: dict[str, float], path: Path) -> None:
     """Gain over plain cross-entropy against the imbalance of the training set."""
-    shown = [name for name in sorted(order, key=order.get) if name != PLAIN][:5]
-    shown += ["CSSN"] if "CSSN" in order and "CSSN" not in shown else []
+    ranked = sorted(order, key=order.get)
+    others = [name for name in ranked if name not in {*PAPERS, PLAIN, BASELINE}][:2]
+    shown = [name for name in ranked if name in {*PAPERS, BASELINE, *others}]
     plain = {
         (row["data"], row["cut"], row["seed"]): row["balanced_accuracy"]
         for row in rows
