@@ -148,8 +148,8 @@ def ratio_figure(rows: list[dict[str, Any]], order: dict[str, float], path: Path
         for row in rows
         if row["method"] == PLAIN
     }
-    edges = [1, 5, 15, 40, 1000]
-    names = ["below 5", "5 to 15", "15 to 40", "above 40"]
+    edges = [1, 5, 15]
+    names = ["below 5", "5 to 15", "above 15"]
     fig, ax = plt.subplots(figsize=(7, 3.8), layout="constrained")
     for k, method in enumerate(shown):
         gains = defaultdict(list)
@@ -157,14 +157,14 @@ def ratio_figure(rows: list[dict[str, Any]], order: dict[str, float], path: Path
             key = row["data"], row["cut"], row["seed"]
             if row["method"] == method and key in plain:
                 place = int(np.searchsorted(edges, row["imbalance_ratio"], side="right")) - 1
-                gains[min(place, 3)].append(row["balanced_accuracy"] - plain[key])
+                gains[place].append(row["balanced_accuracy"] - plain[key])
         x = np.array(sorted(gains))
         y = np.array([np.mean(gains[p]) for p in x])
         error = np.array([np.std(gains[p]) / np.sqrt(len(gains[p])) for p in x])
         colour = COLOURS[k % len(COLOURS)]
         ax.errorbar(x + 0.05 * (k - 2), y, error, fmt="o-", color=colour, label=method, capsize=2)
     ax.axhline(0, color="0.5", linewidth=1)
-    ax.set_xticks(range(4), names)
+    ax.set_xticks(range(len(names)), names)
     ax.set_xlabel("largest class / smallest class of the training images")
     ax.set_ylabel("balanced accuracy,\ngain over cross-entropy (s.e.)")
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
