@@ -93,7 +93,7 @@ class TrainingSet:
     """Validated training data: row numbers into `images`, with one class and weight per row.
 
     `origin` has their row numbers among the caller's images, -1 for those that a sampler made; None
-    where these are `rows`.
+    where these are `rows`. `natural` is the set as it was before the sampler.
     """
 
     images: Images
@@ -101,6 +101,7 @@ class TrainingSet:
     y: np.ndarray
     weight: np.ndarray | None = None
     origin: np.ndarray | None = None
+    natural: TrainingSet | None = None
 
     def class_mass(self, n_classes: int) -> np.ndarray:
         """Summed weight of each class, shape (n_classes,).
@@ -346,7 +347,7 @@ class BaseImageClassifier(
             seed = int(rng.integers(2**31 - 1))
             parts = (train.images, train.rows, train.y, train.weight)
             drawn = resample(self.sampler, *parts, seed, classes=self.classes_, groups=groups)
-            train = TrainingSet(*drawn)
+            train = TrainingSet(*drawn, natural=train)
         if train.weight is not None:  # the scale of weights carries no meaning
             train.weight = train.weight * (len(train.weight) / train.weight.sum())
         return train, held
@@ -452,6 +453,8 @@ class BaseImageClassifier(
             raise ValueError(
                 f"net_params must not hold {reserved}: the estimator sets them itself."
             )
+        if "optimizer__lr" in params:
+            raise ValueError("net_params must not hold 'optimizer__lr': set lr instead.")
         if params["optimizer"] is torch.optim.AdamW:
             params.setdefault("optimizer__fused", True)
         params.setdefault("optimizer__weight_decay", self.weight_decay)
@@ -622,9 +625,9 @@ class BaseImageClassifier(
 
     @property
     def backbone_(self) -> nn.Module:
-        """The trained backbone; another estimator starts from it with ``backbone=``."""
+        """Copy of the trained backbone; another estimator starts from it with ``backbone=``."""
         check_is_fitted(self)
-        return self.net_.module_.trunk.backbone
+        return copy.deepcopy(self.net_.module_.trunk.backbone).cpu().eval()
 
     @property
     def _n_features_out(self) -> int:

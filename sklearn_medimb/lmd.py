@@ -282,7 +282,7 @@ def distribution_consistency(
         Of "margin".
     """
     own = F.one_hot(y, distance.shape[1]).bool()
-    attraction = distance[own]
+    attraction = distance.gather(1, y.unsqueeze(1)).squeeze(1)
     if kind == "paper":
         repulsion = distance.masked_fill(own, 0).sum(dim=1) / (distance.shape[1] - 1)
         return ((attraction - repulsion) / d).mean()
@@ -309,7 +309,6 @@ class ICCLoss(nn.Module):
     """
 
     means: torch.Tensor
-    covariances: torch.Tensor
     whitening: torch.Tensor
     coef: torch.Tensor
     intercept: torch.Tensor
@@ -330,12 +329,12 @@ class ICCLoss(nn.Module):
         self.weight = weight
         self.margin = margin
         self.round = 0
+        self.statistics: tuple[torch.Tensor, ...] = ()  # m and C: float64, on the CPU
         self.terms: dict[str, torch.Tensor] = {}
         self.register_buffer("coef", torch.zeros(n_classes, d))
         self.register_buffer("intercept", torch.zeros(n_classes))
         size = 0 if kind is None else d
         self.register_buffer("means", torch.zeros(n_classes, size))
-        self.register_buffer("covariances", torch.zeros(n_classes, size, size))
         self.register_buffer("whitening", torch.zeros(n_classes, size, size))
 
     @torch.no_grad()
@@ -349,18 +348,17 @@ class ICCLoss(nn.Module):
         self.round += 1
         if gaussians is None:
             return
-        for k in range(len(coef)):
-            new = torch.from_numpy(gaussians.covariance(k)).to(self.covariances)
-            self.covariances[k].lerp_(new, share)
-        self.means.lerp_(torch.from_numpy(gaussians.means).to(self.means), share)
-        d = self.means.shape[1]
-        eye = torch.eye(d, dtype=torch.float64, device=self.means.device)
-        covariances = self.covariances.double()
-        # So little that it matters only where features are constant.
-        scale = covariances.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-12)
-        factor = torch.linalg.cholesky(covariances + 1e-6 * scale[:, None, None] * eye)
-        inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
-        self.whitening.copy_(inverse)
+        sigma = np.stack([gaussians.covariance(k) for k in range(len(coef))])
+        new = torch.from_numpy(gaussians.means), torch.from_numpy(sigma)
+        old = self.statistics or new
+        self.statistics = tuple(torch.lerp(a, b, share) for a, b in zip(old, new, strict=True))
+        self._set_whitening()
+
+    def _set_whitening(self) -> None:
+        """Invert each C once, not at each step."""
+        means, covariances = self.statistics
+        self.means.copy_(means)
+        self.whitening.copy_(torch.stack([_whitening(c) for c in covariances]))
 
     def forward(self, output: Output, mass: torch.Tensor) -> torch.Tensor:
         """Loss of a batch: gradients reach the encoder through the head, not the head."""
@@ -376,13 +374,25 @@ class ICCLoss(nn.Module):
         self.terms |= {"distribution": term, "own_distance": own}
         return label + self.weight * term
 
-    def get_extra_state(self) -> int:
-        """Number of rounds done, so that a resumed fit averages on."""
-        return self.round
+    def get_extra_state(self) -> dict[str, Any]:
+        """Rounds done and statistics, so that a resumed fit averages on."""
+        return {"round": self.round, "statistics": list(self.statistics)}
 
-    def set_extra_state(self, state: int) -> None:
-        """Restore the number of rounds."""
-        self.round = state
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore them."""
+        self.round, self.statistics = state["round"], tuple(state["statistics"])
+
+
+def _whitening(covariance: torch.Tensor) -> torch.Tensor:
+    """P with ``P^T P = C^-1``, where directions that hardly vary are given a little.
+
+    Features are scaled to variance 1 first; one that does not vary at all counts for nothing.
+    """
+    variance = covariance.diagonal()
+    varies = variance > 1e-20 * variance.mean()
+    scale = torch.where(varies, variance, torch.inf).sqrt()
+    values, vectors = torch.linalg.eigh(covariance / scale.outer(scale))
+    return (vectors / values.clamp_min(1e-6).sqrt()).T / scale
 
 
 class RoundBatches:
@@ -487,6 +497,9 @@ class LMDClassifier(TwoStageClassifier):
     head_ : classifier
         Head on features; its classes are the codes 0 to n_classes - 1.
 
+    class_prior_ : ndarray of shape (n_classes,)
+        Class shares of stage one, with `sampler` and `class_weight`.
+
     stage1_history_, stage2_history_ : list of dict
         Epochs of both stages with the terms of their losses; the last row of stage two is the last
         M-step.
@@ -498,7 +511,12 @@ class LMDClassifier(TwoStageClassifier):
 
     Notes
     -----
-    The weak view has only the flips of `augment`. `max_epochs` counts those of stage one.
+    The weak view has only the flips of `augment`. `max_epochs` counts those of stage one. Class
+    Gaussians are those of the images before any `sampler`, each once.
+
+    After stage two the encoder has moved away from the head of stage one: in ``refit_head``,
+    "none", "lws", "tau_norm" and "logit_adjust" then begin with logistic regression. Pixels are
+    normalised by the statistics of the images given, also with a backbone trained elsewhere.
 
     There is no `sample_weight`: relations within a batch and class Gaussians give it no exact
     meaning.
@@ -642,7 +660,8 @@ class LMDClassifier(TwoStageClassifier):
         (10, 10 and 5 on their four processes act so), 200 rounds of 50,000 virtual features per
         class with each class's own covariance. It presumes pre-trained weights:
         ``published(backbone=ResNet(depth=18, weights=path))``. What differs: the E-step has the
-        gradient and the sign that the paper's figure shows.
+        gradient and the sign that the paper's figure shows; the M-step standardises features and
+        takes steps of Adam where theirs are of SGD at 1e-5; the strong view is ours.
 
         Parameters
         ----------
@@ -663,6 +682,7 @@ class LMDClassifier(TwoStageClassifier):
             "m_step": "sampled",
             "n_per_class": 50_000,
             "covariance": "full",
+            "alpha": 1e-4,
             "gce_q": 0.7,
             "fdc": "paper",
             "e_step_lr": 1e-6,
@@ -701,24 +721,32 @@ class LMDClassifier(TwoStageClassifier):
         """
         return self._fit(X, y, groups=groups)
 
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        if self.early_stopping and self.stages == "icc" and self.n_rounds == 1:
+            raise ValueError(
+                'early_stopping=True has no epoch to choose: stages="icc" with n_rounds=1 trains '
+                "the head alone."
+            )
+
     def _make_network(self, trunk: Callable[..., Any]) -> nn.Module:
         n_classes = len(self.classes_)
         return LMDNetwork(trunk(), lambda n_features: nn.Linear(n_features, n_classes))
 
     def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
-        n_steps = self._steps_per_epoch(len(train.y))
+        n_steps, batches = self._steps_per_epoch(len(train.y)), self._make_batches(train, **common)
         stages = []
         if self.stages != "icc":
-            stages.append(self._rrl(train, n_epochs, n_steps, **common))
+            stages.append(self._rrl(train, batches, n_epochs, n_steps))
         if self.stages != "rrl" and self.n_rounds > 1:
-            stages.append(self._icc(train, n_steps, **common))
+            stages.append(self._icc(train, batches, n_steps))
         return stages
 
     # ---------------------------------------------------------------- stage one
 
-    def _rrl(self, train: TrainingSet, n_epochs: int, n_steps: int, **common: Any) -> Stage:
+    def _rrl(self, train: TrainingSet, batches: Batches, n_epochs: int, n_steps: int) -> Stage:
         """Relation-aware representation learning."""
-        label_loss, batches = self._label_loss(train), self._make_batches(train, **common)
+        label_loss = self._label_loss(train)
         schedule = n_epochs, n_steps, self.lr, self.lr_schedule, STAGE_ONE
         weights = self.batch_relation_weight, self.channel_relation_weight, self.consistency_weight
         if not any(weights):
@@ -734,7 +762,7 @@ class LMDClassifier(TwoStageClassifier):
         first = len(net.history)
         views = TwoViewBatches(
             batches,
-            flips_of(common["views"][0]),
+            flips_of(batches.views[0]),
             epoch=lambda: len(net.history) - 1 - first,
             start=round(self.relation_start * n_epochs),
         )
@@ -752,7 +780,7 @@ class LMDClassifier(TwoStageClassifier):
         # Where the encoder has moved since, the head of stage one no longer fits it.
         return super()._stage_one_head() if self.stages == "rrl" else {}
 
-    def _icc(self, train: TrainingSet, n_steps: int, **common: Any) -> Stage:
+    def _icc(self, train: TrainingSet, batches: Batches, n_steps: int) -> Stage:
         """Rounds of M-step and E-step, but for the last M-step, which makes the head to keep."""
         loss = ICCLoss(
             len(self.classes_),
@@ -763,24 +791,24 @@ class LMDClassifier(TwoStageClassifier):
             margin=self.fdc_margin,
         )
 
+        natural = train if train.natural is None else train.natural
+
         def m_step() -> None:
-            features, head = self._features(train.images, train.rows), self._head()
+            features, head = self._features(natural.images, natural.rows), self._head()
             head.set_params(random_state=self.random_seed_ + loss.round)  # draws of its own
             last = {"coef_init": loss.coef, "intercept_init": loss.intercept}
             start = {name: value.cpu().numpy() for name, value in last.items()}
-            head = self._fit_head(head, features, train.y, start)
+            head = self._fit_head(head, features, natural.y, start)
             gaussians = None
             if self.fdc is not None:
                 gaussians = ClassGaussians(
-                    features, train.y, covariance=self.covariance, eps=self.eps
+                    features, natural.y, covariance=self.covariance, eps=self.eps
                 )
             loss.finish_m_step(head.coef_, head.intercept_, gaussians)
 
-        plain = Augmentation()
-        batches = self._make_batches(train, **common | {"views": (plain,)})
         return Stage(
             loss,
-            RoundBatches(batches, m_step),
+            RoundBatches(batches.with_views(Augmentation()), m_step),
             self.n_rounds - 1,
             n_steps,
             self.e_step_lr,

@@ -229,7 +229,7 @@ class ClassCenterTriplet(nn.Module):
         members = F.one_hot(y, len(self.centers)).to(e.dtype)
         n = members.sum(dim=0)
         means = F.normalize(members.T @ e)
-        share = torch.where(self.seen, e.new_tensor(1 - self.momentum), 1.0) * (n > 0)
+        share = (1 - self.momentum * self.seen.to(e.dtype)) * (n > 0)
         self.centers.copy_(F.normalize(torch.lerp(self.centers, means, share.unsqueeze(1))))
         self.seen |= n > 0
 

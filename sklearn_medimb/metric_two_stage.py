@@ -28,10 +28,10 @@ from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from torch import nn
 
 from sklearn_medimb._docs import shared_parameters
-from sklearn_medimb.base import TrainingSet
+from sklearn_medimb.base import Stage, TrainingSet
 from sklearn_medimb.batches import Batches, pk
 from sklearn_medimb.metric_losses import METRIC_LOSSES, ClassCenterTriplet, ProxyAnchor
-from sklearn_medimb.two_stage import LabelStageLoss, Output, TwoStageClassifier
+from sklearn_medimb.two_stage import STAGE_ONE, LabelStageLoss, Output, TwoStageClassifier
 
 
 class MetricStageLoss(nn.Module):
@@ -79,6 +79,8 @@ class MetricStageLoss(nn.Module):
         start = 0 if self.n_metric is None else n
         e = F.normalize(self.projection(output.features[start:]))
         metric = self.metric(e, mass[start:].argmax(dim=1))
+        if not isinstance(metric, torch.Tensor) or metric.numel() != 1:
+            raise TypeError(f"metric_loss must return a scalar tensor, got {metric!r}.")
         ce = self.label_loss(output.logits[:n], mass[:n])
         self.terms = {"ce": ce, "metric": metric}
         return self.ce_weight * ce + self.metric_weight * metric
@@ -113,7 +115,8 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         then distances to class centres [3]_), "supcon", "multi_similarity", "proxy_anchor",
         "contrastive", see :mod:`sklearn_medimb.metric_losses`; or any callable that takes unit
         embeddings (n, m) and class codes (n,) and gives a scalar, such as a loss of
-        pytorch-metric-learning. Modules are copied, their parameters trained.
+        pytorch-metric-learning, or ``functools.partial(supcon, temperature=0.05)``. Modules are
+        copied, their parameters trained.
 
     metric_weight : float, default=0.3
         beta; 0 is plain decoupling.
@@ -136,8 +139,8 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         Width of the perceptron's output.
 
     metric_batch : {{"balanced", "shared"}}, default="balanced"
-        "balanced" adds a P x K batch to each step; "shared" puts the metric loss on the instance
-        batch, where rare classes seldom meet.
+        "balanced" adds a P x K batch to each step, P K more images; "shared" puts the metric loss
+        on the instance batch, where rare classes seldom meet.
 
     p_classes, k_samples : int, default=8, 4
         P (at most the number of classes) and K.
@@ -162,6 +165,9 @@ class MetricTwoStageClassifier(TwoStageClassifier):
 
     head_ : classifier
         Head of stage two, on features; its classes are the codes 0 to n_classes - 1.
+
+    class_prior_ : ndarray of shape (n_classes,)
+        Class shares of stage one, with `sampler` and `class_weight`.
 
     stage1_history_ : list of dict
         Epochs of stage one, with the terms of the loss.
@@ -379,6 +385,11 @@ class MetricTwoStageClassifier(TwoStageClassifier):
 
     def _p(self) -> int:
         return min(self.p_classes, len(self.classes_))
+
+    def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
+        (stage,) = super()._stages(train, n_epochs, **common)
+        stage.name = STAGE_ONE
+        return [stage]
 
     def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
         batches = super()._make_batches(train, **common)

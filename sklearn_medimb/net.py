@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -153,6 +153,12 @@ class Net(NeuralNet):
         """Pass the batches through: they draw a new plan each time they are iterated."""
         return dataset
 
+    def get_all_learnable_params(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield what the optimiser moves; a teacher that only follows is not among it."""
+        for name, parameter in super().get_all_learnable_params():
+            if parameter.requires_grad:
+                yield name, parameter
+
     def start_schedule(self, schedule: str, n_steps: int, lr: float) -> None:
         """Begin a course of `n_steps` with a fresh optimiser at peak rate `lr`."""
         self.lr, self.schedule = lr, schedule
@@ -219,6 +225,8 @@ class Net(NeuralNet):
         """Train one epoch; the loss is summed on the device and read once at its end."""
         if iterator is None:
             return
+        if self.stage:
+            self.history.record("stage", self.stage)
         totals: dict[str, Any] = {}
         count = 0
         for batch in iterator:
@@ -232,8 +240,6 @@ class Net(NeuralNet):
             self.notify("on_batch_end", batch=batch, training=training, **step)
         for name, total in totals.items():
             self.history.record(f"{prefix}_{name}", float(total) / count)
-        if self.stage:
-            self.history.record("stage", self.stage)
         loss = self.history[-1, f"{prefix}_loss"]
         if not math.isfinite(loss):
             raise ValueError(

@@ -32,6 +32,7 @@ References
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
@@ -42,6 +43,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize
 from scipy.special import log_softmax, logsumexp, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context, clone
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -72,10 +74,11 @@ class Rows(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A linear head: class vectors (K, d) and offsets (K,)."""
+    """A linear head: class vectors (K, d), offsets (K,), and the class shares behind it (K,)."""
 
     coef: np.ndarray
     intercept: np.ndarray
+    prior: np.ndarray | None = None
 
     def __call__(self, X: np.ndarray) -> np.ndarray:
         """Class scores, shape (n, K)."""
@@ -171,6 +174,7 @@ class RebalancedHead(ClassifierMixin, BaseEstimator):
         *,
         coef_init: Any = None,
         intercept_init: Any = None,
+        prior_init: Any = None,
     ) -> RebalancedHead:
         """Fit the head to features.
 
@@ -186,16 +190,29 @@ class RebalancedHead(ClassifierMixin, BaseEstimator):
             Class vectors of the head of stage one, in the order of the sorted labels.
         intercept_init : array-like of shape (n_classes,), default=None
             Its offsets; None is zero.
+        prior_init : array-like of shape (n_classes,), default=None
+            Class shares that it was trained with, weights included; None takes those of `y`.
 
         Returns
         -------
         self : RebalancedHead
             The fitted head.
+
+        Raises
+        ------
+        ValueError
+            If `y` has one class only, or the given head does not fit the classes and features.
         """
-        return self._fit(X, y, sample_weight, coef_init, intercept_init)
+        return self._fit(X, y, sample_weight, coef_init, intercept_init, prior_init)
 
     def _fit(
-        self, X: Any, y: Any, sample_weight: Any, coef_init: Any, intercept_init: Any
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any,
+        coef_init: Any,
+        intercept_init: Any,
+        prior_init: Any = None,
     ) -> RebalancedHead:
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
@@ -209,10 +226,10 @@ class RebalancedHead(ClassifierMixin, BaseEstimator):
                 f"{len(classes)} class: {classes.tolist()}."
             )
         rows = Rows(X, codes, weight / weight.sum(), len(classes))
-        start, self.n_iter_ = _check_start(coef_init, intercept_init, rows), 0
+        start, self.n_iter_ = _check_start(coef_init, intercept_init, prior_init, rows), 0
         self.classes_ = classes
         with one_thread_in_workers():
-            self.coef_, self.intercept_ = self._solve(rows, start)
+            self.coef_, self.intercept_, _ = self._solve(rows, start)
         costs = -log_softmax(self._logits(X), axis=1)[np.arange(len(X)), codes]
         equal = np.full(len(classes), 1 / len(classes))
         self.loss_ = float(rows.balanced(equal).weight @ costs)
@@ -254,7 +271,7 @@ class RebalancedHead(ClassifierMixin, BaseEstimator):
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Class probabilities, for classes that are equally frequent.
+        """Class probabilities: of heads that balance, for classes that are equally frequent.
 
         Parameters
         ----------
@@ -410,6 +427,7 @@ class LearnableWeightScaling(RebalancedHead):
             )
 
         found = minimize(loss, np.ones(rows.n_classes), jac=True, method="L-BFGS-B")
+        _check_convergence(found)
         self.scale_, self.n_iter_ = found.x, self.n_iter_ + found.nit
         return Linear(head.coef * self.scale_[:, np.newaxis], head.intercept * self.scale_)
 
@@ -425,7 +443,7 @@ class TauNormalization(RebalancedHead):
     ----------
     tau : float, default=1.0
         0 changes nothing, 1 makes all vectors equally long. The paper chooses it on validation data
-        in [0, 2]: search over it.
+        in [0, 2].
 
     {alpha} Unused where a head is given.
 
@@ -523,7 +541,8 @@ class LogitAdjustment(RebalancedHead):
 
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
         head = self._start(rows, start)
-        return Linear(head.coef, head.intercept - self.tau * np.log(rows.prior))
+        prior = rows.prior if head.prior is None else head.prior
+        return Linear(head.coef, head.intercept - self.tau * np.log(prior))
 
 
 @_documented
@@ -586,7 +605,7 @@ class VirtualFeatureCalibration(RebalancedHead):
         As in :class:`~sklearn_medimb.BalancedVirtualFeatures`.
 
     eps : float, default=1e-2
-        Added variance, as there.
+        Added variance, as there; features are standardised before.
 
     {alpha}
 
@@ -646,7 +665,13 @@ class VirtualFeatureCalibration(RebalancedHead):
     # Draws and shrinkage count rows: there is no sample_weight.
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(
-        self, X: Any, y: Any, *, coef_init: Any = None, intercept_init: Any = None
+        self,
+        X: Any,
+        y: Any,
+        *,
+        coef_init: Any = None,
+        intercept_init: Any = None,
+        prior_init: Any = None,
     ) -> VirtualFeatureCalibration:
         """Fit the head to features.
 
@@ -660,13 +685,15 @@ class VirtualFeatureCalibration(RebalancedHead):
             Class vectors to start from, in the order of the sorted labels.
         intercept_init : array-like of shape (n_classes,), default=None
             Offsets to start from; None is zero.
+        prior_init : array-like of shape (n_classes,), default=None
+            Plays no part: all classes weigh the same.
 
         Returns
         -------
         self : VirtualFeatureCalibration
             The fitted head.
         """
-        self._fit(X, y, None, coef_init, intercept_init)
+        self._fit(X, y, None, coef_init, intercept_init, prior_init)
         return self
 
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
@@ -756,6 +783,7 @@ def _minimise_bound(
         method="L-BFGS-B",
         options={"maxiter": 500, "gtol": 1e-6, "ftol": 1e-10},
     )
+    _check_convergence(found)
     return Linear(found.x[: start.coef.size].reshape(shape), found.x[start.coef.size :]), found.nit
 
 
@@ -779,7 +807,9 @@ def _train_on_draws(
     steps *= -(-200 // len(steps))
     weight = torch.from_numpy(cost).float()
     with torch.enable_grad():
-        coef, intercept = (torch.from_numpy(p.astype(np.float32)).requires_grad_() for p in start)
+        coef, intercept = (
+            torch.from_numpy(p.astype(np.float32)).requires_grad_() for p in start[:2]
+        )
         optimizer = torch.optim.Adam([coef, intercept], lr=0.01)
         for i, step in enumerate(steps):
             optimizer.param_groups[0]["lr"] = 0.01 * (1 - i / len(steps))
@@ -792,17 +822,26 @@ def _train_on_draws(
     return Linear(*(p.detach().double().numpy() for p in (coef, intercept))), len(steps)
 
 
+def _check_convergence(found: Any) -> None:
+    if found.status == 1:
+        warnings.warn(
+            f"The head was not found within {found.nit} iterations: raise alpha.",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+
+
 def _unit(vectors: np.ndarray) -> np.ndarray:
     """Vectors of length 1; zero stays zero."""
     norm = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(norm > 0, norm, 1)
 
 
-def _check_start(coef: Any, intercept: Any, rows: Rows) -> Linear | None:
+def _check_start(coef: Any, intercept: Any, prior: Any, rows: Rows) -> Linear | None:
     """Validate the head of stage one."""
     if coef is None:
-        if intercept is not None:
-            raise ValueError("intercept_init was given without coef_init.")
+        if intercept is not None or prior is not None:
+            raise ValueError("intercept_init or prior_init was given without coef_init.")
         return None
     shape = (rows.n_classes, rows.X.shape[1])
     coef = np.array(coef, dtype=np.float64)
@@ -812,7 +851,12 @@ def _check_start(coef: Any, intercept: Any, rows: Rows) -> Linear | None:
             f"coef_init and intercept_init must have shapes {shape} and {shape[:1]} for these "
             f"classes and features, got {coef.shape} and {intercept.shape}."
         )
-    return Linear(coef, intercept)
+    if prior is not None:
+        prior = np.array(prior, dtype=np.float64)
+        if prior.shape != shape[:1] or not (prior > 0).all():
+            raise ValueError(f"prior_init must hold {shape[0]} numbers above 0, got {prior}.")
+        prior /= prior.sum()
+    return Linear(coef, intercept, prior)
 
 
 HEADS: dict[str, Callable[[], RebalancedHead]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -60,6 +61,7 @@ class TwoStageClassifier(BaseImageClassifier):
     """
 
     head_: Any
+    class_prior_: np.ndarray
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **BaseImageClassifier._parameter_constraints,
@@ -89,6 +91,13 @@ class TwoStageClassifier(BaseImageClassifier):
     def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
         """Every training row once per epoch; targets are one-hot."""
         n, net = len(train.y), self.net_
+        self._check_classes(train.y)
+        if (rare := np.bincount(train.y) == 1).any():
+            warnings.warn(
+                f"Classes {self.classes_[rare].tolist()} have one training image: what is learned "
+                "of their spread comes from augmentation and from the other classes.",
+                stacklevel=6,
+            )
         mass = torch.as_tensor(
             train.label_mass(len(self.classes_)), dtype=net.dtype, device=net.device
         )
@@ -100,14 +109,34 @@ class TwoStageClassifier(BaseImageClassifier):
             **common,
         )
 
+    def _check_classes(self, codes: np.ndarray) -> None:
+        missing = np.setdiff1d(np.arange(len(self.classes_)), codes)
+        if len(missing):
+            raise ValueError(
+                f"y lacks the classes {self.classes_[missing].tolist()}: a head needs them all."
+            )
+
+    def _prior(self, train: TrainingSet) -> np.ndarray:
+        """Class shares that the head of stage one has learned: resampled and weighted."""
+        mass = train.class_mass(len(self.classes_))
+        mass = mass * class_weights(self.class_weight, self.classes_, mass)
+        return (mass / mass.sum()).clip(min=1e-12)
+
     def _steps_per_epoch(self, n_samples: int) -> int:
         return -(-n_samples // self.batch_size)
 
     # ---------------------------------------------------------------- stage two
 
     def _inference_state(self, train: TrainingSet) -> dict[str, Any]:
-        features = self._features(train.images, train.rows)
-        return {"head_": self._fit_head(self._head(), features, train.y)}
+        """Fit the head to the images as they were before any sampler, each once.
+
+        Repeated or made ones would pass for evidence of how a class spreads; heads rebalance by
+        themselves.
+        """
+        self.class_prior_ = self._prior(train)
+        natural = train if train.natural is None else train.natural
+        features = self._features(natural.images, natural.rows)
+        return {"head_": self._fit_head(self._head(), features, natural.y)}
 
     def _features(self, images: Images, rows: np.ndarray | None = None) -> np.ndarray:
         """Features in evaluation mode, float64, which the heads work in."""
@@ -118,7 +147,7 @@ class TwoStageClassifier(BaseImageClassifier):
         """Linear head that stage one leaves behind, as keywords for a head's fit."""
         head = self.net_.module_.head
         weight, bias = (p.detach().cpu().numpy().astype(float) for p in (head.weight, head.bias))
-        return {"coef_init": weight, "intercept_init": bias}
+        return {"coef_init": weight, "intercept_init": bias, "prior_init": self.class_prior_}
 
     def _fit_head(
         self,
@@ -137,11 +166,7 @@ class TwoStageClassifier(BaseImageClassifier):
             head.set_params(class_weight=weight)
         if start is None:
             start = self._stage_one_head() if isinstance(head, RebalancedHead) else {}
-        missing = np.setdiff1d(np.arange(len(self.classes_)), codes)
-        if len(missing):
-            raise ValueError(
-                f"y lacks the classes {self.classes_[missing].tolist()}: a head needs them all."
-            )
+        self._check_classes(codes)
         return head.fit(features, codes, **start)
 
     def refit_head(self, X: Any, y: Any, *, rebalance: Any = None) -> Any:
@@ -173,7 +198,7 @@ class TwoStageClassifier(BaseImageClassifier):
     @property
     def stage1_history_(self) -> list[dict[str, Any]]:
         """Epochs of stage one."""
-        return [row for row in self.history_ if row.get("stage") != STAGE_TWO]
+        return [row for row in self.history_ if row.get("stage") == STAGE_ONE]
 
     @property
     def stage2_history_(self) -> list[dict[str, Any]]:
@@ -200,7 +225,7 @@ class TwoStageClassifier(BaseImageClassifier):
 
     @head_coef_.setter
     def head_coef_(self, coef: np.ndarray) -> None:
-        self.head_.coef_ = coef
+        self.head_.coef_ = _of_shape(coef, self.head_.coef_)
 
     @property
     def head_intercept_(self) -> np.ndarray:
@@ -209,7 +234,16 @@ class TwoStageClassifier(BaseImageClassifier):
 
     @head_intercept_.setter
     def head_intercept_(self, intercept: np.ndarray) -> None:
-        self.head_.intercept_ = intercept
+        self.head_.intercept_ = _of_shape(intercept, self.head_.intercept_)
+
+
+def _of_shape(new: np.ndarray, old: np.ndarray) -> np.ndarray:
+    if new.shape != old.shape:
+        raise ValueError(
+            f"weights_ of another network cannot be assigned: its head has shape {new.shape}, not "
+            f"{old.shape}."
+        )
+    return new
 
 
 def head_logits(head: Any, features: np.ndarray) -> np.ndarray:

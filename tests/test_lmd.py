@@ -10,6 +10,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from imblearn.over_sampling import RandomOverSampler
 from sklearn.base import clone
 from sklearn.metrics import balanced_accuracy_score, recall_score
 from skorch.callbacks import Callback
@@ -722,14 +723,39 @@ def test_m_steps_average_their_statistics_and_keep_the_last_head(covariance):
 
         means, covariances = (np.mean(part, axis=0) for part in zip(*rounds, strict=True))
         assert np.allclose(loss.means.numpy(), means, rtol=0, atol=1e-12)
-        assert np.allclose(loss.covariances.numpy(), covariances, rtol=0, atol=1e-12)
+        assert np.allclose(loss.statistics[1].numpy(), covariances, rtol=0, atol=1e-12)
         assert np.array_equal(loss.coef.numpy(), coef)
         assert np.array_equal(loss.intercept.numpy(), intercept)
         inverse = (loss.whitening.transpose(1, 2) @ loss.whitening).numpy()
         for k in range(3):
-            assert np.allclose(inverse[k] @ covariances[k], np.eye(4), rtol=0, atol=1e-3)
-            jitter = 1e-6 * np.trace(covariances[k]) / 4 * np.eye(4)
-            assert np.allclose(inverse[k], np.linalg.inv(covariances[k] + jitter), rtol=1e-7)
+            assert np.allclose(inverse[k] @ covariances[k], np.eye(4), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("covariance", ["shrunk", "full"])
+def test_statistics_of_features_that_move_together_can_be_inverted(covariance):
+    """Rounding in single precision would make these matrices indefinite."""
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1, 2], [60, 30, 10])
+    X = 0.1 * rng.normal(size=(100, 64)) + 1000 * rng.normal(size=(100, 1))
+    loss = ICCLoss(3, 64, q=0.8, kind="margin", weight=0.05, margin=1.0)
+    gaussians = ClassGaussians(X, y, covariance=covariance, eps=0)
+    loss.finish_m_step(np.zeros((3, 64)), np.zeros(3), gaussians)
+    assert loss.whitening.isfinite().all()
+    z = torch.from_numpy(X).float()
+    distance = mahalanobis(z, loss.means, loss.whitening)
+    assert distance.isfinite().all()
+
+
+def test_features_of_very_different_scale_count_alike():
+    X, y = problem((40, 20), d=4)
+    scales = np.array([1.0, 1e-3, 1e3, 1.0])
+    far = []
+    for factor in (np.ones(4), scales):
+        loss = make_icc_loss(4, n_classes=2)
+        gaussians = ClassGaussians(X * factor, y, covariance="shrunk", eps=0.01)
+        loss.finish_m_step(*linear_head(4, n_classes=2), gaussians)
+        far.append(mahalanobis(torch.from_numpy(X * factor), loss.means, loss.whitening))
+    torch.testing.assert_close(far[0], far[1])
 
 
 @FDC
@@ -1050,6 +1076,7 @@ def test_the_distribution_term_falls_over_rounds_and_because_of_itself():
 # ---------------------------------------------------------------- edges
 
 
+@pytest.mark.filterwarnings("ignore:Classes .* have one training image")
 @pytest.mark.parametrize("covariance", KINDS)
 @FDC
 def test_a_class_of_one_sample(covariance, kind, tiny):
@@ -1338,12 +1365,39 @@ def test_icc_alone_resumes(tiny, blobs, tmp_path):
 
 
 def test_one_m_step_needs_no_epoch(tiny, blobs, tmp_path):
-    # stages="icc" with one round trains nothing: early stopping and checkpoints have nothing to do.
     X, y = blobs
     params = {**tiny, "stages": "icc", "n_rounds": 1, "checkpoint_dir": tmp_path, "verbose": 1}
-    for stopping in (False, True):
-        clf = LMDClassifier(**params, early_stopping=stopping).fit(X, y)
-        assert (clf.n_iter_, clf.history_, clf.stage1_history_) == (0, [], [])
-        assert clf.stage2_history_ == [{"loss": clf.head_.loss_, "n_iter": clf.head_.n_iter_}]
-        assert clf.predict_proba(X).shape == (60, 3)
-        assert not list(tmp_path.iterdir())
+    clf = LMDClassifier(**params).fit(X, y)
+    assert (clf.n_iter_, clf.history_, clf.stage1_history_) == (0, [], [])
+    assert clf.stage2_history_ == [{"loss": clf.head_.loss_, "n_iter": clf.head_.n_iter_}]
+    assert clf.predict_proba(X).shape == (60, 3)
+    with pytest.raises(ValueError, match="early_stopping=True has no epoch to choose"):
+        LMDClassifier(**params, early_stopping=True).fit(X, y)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_teacher_is_not_in_the_optimiser(tiny, blobs):
+    seen = []
+
+    class Look(Callback):
+        def on_train_begin(self, net, **kwargs):
+            moved = {id(p) for group in net.optimizer_.param_groups for p in group["params"]}
+            teacher = getattr(net.criterion_, "teacher", None)
+            if teacher is not None:
+                seen.append(moved & {id(p) for p in teacher.parameters()})
+            assert {id(p) for p in net.module_.parameters()} <= moved
+
+    LMDClassifier(**tiny, callbacks=[Look()]).fit(*blobs)
+    assert seen == [set()]
+
+
+def test_repeated_images_are_no_evidence_of_spread(tiny):
+    """With oversampling in stage one, class Gaussians and heads still see each image once."""
+    X, y = make_blobs((30, 12, 5))
+    sampler = RandomOverSampler(random_state=0)
+    clf = LMDClassifier(**tiny, sampler=sampler, precision="float64").fit(X, y)
+    kept = clf.head_.coef_
+    head = VirtualFeatureCalibration(random_state=clf.random_seed_).fit(clf.transform(X), y)
+    assert np.allclose(kept, head.coef_, atol=1e-8)
+    assert np.allclose(clf.refit_head(X, y).head_.coef_, kept, atol=1e-8)
+    assert np.allclose(clf.class_prior_, 1 / 3)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from imblearn.over_sampling import RandomOverSampler
 from scipy.special import logsumexp
 from sklearn.base import clone
 from sklearn.ensemble import RandomForestClassifier
@@ -742,9 +743,19 @@ def test_heads_that_keep_stage_one_start_from_its_head(name, blobs):
     start = {"coef_init": linear.weight, "intercept_init": linear.bias}
     start = {key: value.detach().numpy() for key, value in start.items()}
     head = HEADS[name]().fit(clf.transform(X), y, **start)
-    np.testing.assert_array_equal(
-        clf.decision_function(X), head.decision_function(clf.transform(X))
-    )
+    np.testing.assert_allclose(clf.class_prior_, np.bincount(y) / len(y))
+    np.testing.assert_allclose(clf.decision_function(X), head.decision_function(clf.transform(X)))
+
+
+def test_logit_adjustment_takes_off_the_prior_that_stage_one_learned(blobs):
+    """With balanced weights or rows the head of stage one holds no prior to take off."""
+    X, y = blobs
+    for params in ({"class_weight": "balanced"}, {"sampler": RandomOverSampler(random_state=0)}):
+        clf = small(rebalance="logit_adjust", **params).fit(X, y)
+        np.testing.assert_allclose(clf.class_prior_, 1 / 3)
+        adjusted = clf.predict_proba(X)
+        plain = clf.refit_head(X, y, rebalance="none").predict_proba(X)
+        np.testing.assert_allclose(adjusted, plain, atol=1e-8)
 
 
 def test_a_refit_that_fails_leaves_the_head(blobs):
@@ -1260,7 +1271,8 @@ def test_early_stopping_with_a_classifier_of_scikit_learn(blobs):
 def test_a_class_of_one_image(loss):
     """It is K times in its batch, here without augmentation: distances of 0 everywhere."""
     X, y = make_blobs((20, 6, 1))
-    clf = small(metric_loss=loss).fit(X, y)
+    with pytest.warns(UserWarning, match=r"Classes \[2\] have one training image"):
+        clf = small(metric_loss=loss).fit(X, y)
     assert all(np.isfinite(row["train_loss"]) for row in clf.history_)
     assert np.isfinite(clf.predict_proba(X)).all()
 
