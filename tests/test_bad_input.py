@@ -12,7 +12,12 @@ from sklearn.utils._param_validation import InvalidParameterError
 from skorch.callbacks import Callback
 from torch import nn
 
-from sklearn_medimb import CSSNClassifier, SoftmaxClassifier
+from sklearn_medimb import (
+    CSSNClassifier,
+    LMDClassifier,
+    MetricTwoStageClassifier,
+    SoftmaxClassifier,
+)
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet, ResNet
 from sklearn_medimb.datasets import load_npz, make_long_tailed
@@ -23,6 +28,9 @@ FLAT = X.reshape(24, -1)
 FLOAT = X.astype(np.float64)
 Y = np.arange(24) % 3
 ONES = np.ones(24)
+
+
+CLASSIFIERS = [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, LMDClassifier]
 
 
 def make(cls=SoftmaxClassifier, **params):
@@ -201,7 +209,9 @@ BACKBONES = {
 }
 
 
-@pytest.mark.parametrize("cls", [SoftmaxClassifier, CSSNClassifier])
+@pytest.mark.parametrize(
+    "cls", [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, LMDClassifier]
+)
 @pytest.mark.parametrize("case", BACKBONES)
 def test_backbone(cls, case):
     backbone, error, match = BACKBONES[case]
@@ -305,7 +315,9 @@ def test_images_of_cssn(case):
     assert_refuses(make(CSSNClassifier, **params), error, match, X=images)
 
 
-@pytest.mark.parametrize("cls", [SoftmaxClassifier, CSSNClassifier])
+@pytest.mark.parametrize(
+    "cls", [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, LMDClassifier]
+)
 def test_no_images(cls):
     assert_refuses(make(cls), ValueError, r"0 sample\(s\)", X=X[:0], y=Y[:0])
 
@@ -330,7 +342,9 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize("cls", [SoftmaxClassifier, CSSNClassifier])
+@pytest.mark.parametrize(
+    "cls", [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, LMDClassifier]
+)
 @pytest.mark.parametrize("case", LABELS)
 def test_labels(cls, case):
     y, error, match = LABELS[case]
@@ -384,7 +398,9 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("cls", [SoftmaxClassifier, CSSNClassifier])
+@pytest.mark.parametrize(
+    "cls", [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, LMDClassifier]
+)
 @pytest.mark.parametrize("case", GROUPS)
 def test_groups(cls, case):
     groups, error, match = GROUPS[case]
@@ -493,7 +509,9 @@ def test_no_gpu_here():
     assert_refuses(make(device="cuda"), ValueError, 'device=.cuda.*0 CUDA GPUs.*"auto"')
 
 
-@pytest.mark.parametrize("cls", [SoftmaxClassifier, CSSNClassifier])
+@pytest.mark.parametrize(
+    "cls", [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, LMDClassifier]
+)
 def test_index_sampler_on_lazy_images_is_fine(cls):
     clf = make(cls, sampler=RandomOverSampler()).fit(Lazy(X), minority_of_two())
     assert clf.predict(Lazy(X)).shape == (24,)
@@ -612,7 +630,10 @@ def test_sound_checkpoint_is_taken(tmp_path):
 # ---------------------------------------------------------------- a model that exists already
 
 
-@pytest.fixture(params=[SoftmaxClassifier, CSSNClassifier], ids=["softmax", "cssn"])
+@pytest.fixture(
+    params=CLASSIFIERS,
+    ids=["softmax", "cssn", "metric", "lmd"],
+)
 def model(request):
     return make(request.param).fit(X, Y)
 
@@ -691,7 +712,9 @@ def test_partial_fit_with_incomplete_classes():
     assert_not_fitted(clf)
 
 
-@pytest.mark.parametrize("cls", [SoftmaxClassifier, CSSNClassifier])
+@pytest.mark.parametrize(
+    "cls", [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, LMDClassifier]
+)
 def test_warm_start_with_a_new_class(cls):
     model = make(cls, warm_start=True).fit(X, Y)
     proba = model.predict_proba(X)

@@ -25,11 +25,19 @@ from sklearn.model_selection import (
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from sklearn_medimb import CSSNClassifier, SoftmaxClassifier
+from sklearn_medimb import (
+    CSSNClassifier,
+    LMDClassifier,
+    MetricTwoStageClassifier,
+    SoftmaxClassifier,
+)
 from sklearn_medimb.backbones import ConvNet
 from tests.conftest import make_blobs
 
-BOTH = pytest.mark.parametrize("Classifier", [SoftmaxClassifier, CSSNClassifier])
+EACH = pytest.mark.parametrize(
+    "Classifier",
+    [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, LMDClassifier],
+)
 
 
 @pytest.fixture
@@ -37,7 +45,7 @@ def data():
     return make_blobs((24, 12), channels=3)
 
 
-@BOTH
+@EACH
 def test_cross_val_score_and_predict(Classifier, tiny, data):
     X, y = data
     scores = cross_val_score(Classifier(**tiny), X, y, cv=3, scoring="balanced_accuracy")
@@ -46,14 +54,14 @@ def test_cross_val_score_and_predict(Classifier, tiny, data):
     assert np.allclose(proba.sum(axis=1), 1)
 
 
-@BOTH
+@EACH
 def test_parallel_scores_equal_serial_ones(Classifier, tiny, data):
     X, y = data
     serial = cross_val_score(Classifier(**tiny), X, y, cv=2)
     assert np.array_equal(cross_val_score(Classifier(**tiny), X, y, cv=2, n_jobs=2), serial)
 
 
-@BOTH
+@EACH
 def test_grid_search_over_lr_and_a_backbone_parameter(Classifier, tiny, data):
     grid = {"lr": [1e-3, 1e-2], "backbone__widths": [(4,), (4, 8)]}
     search = GridSearchCV(Classifier(**tiny), grid, cv=2, error_score="raise").fit(*data)
@@ -63,7 +71,7 @@ def test_grid_search_over_lr_and_a_backbone_parameter(Classifier, tiny, data):
     assert search.predict(data[0]).shape == (36,)
 
 
-@BOTH
+@EACH
 def test_calibration_threshold_voting_stacking(Classifier, tiny, data):
     X, y = data
     clf = Classifier(**tiny)
@@ -76,7 +84,7 @@ def test_calibration_threshold_voting_stacking(Classifier, tiny, data):
         assert meta.fit(X, y).predict(X).shape == y.shape
 
 
-@BOTH
+@EACH
 def test_flat_images_serve_stock_tools(Classifier, tiny, data):
     X, y = data
     flat = X.reshape(len(X), -1)
@@ -87,14 +95,14 @@ def test_flat_images_serve_stock_tools(Classifier, tiny, data):
     assert pipe.fit(flat, y).predict(flat).shape == y.shape
 
 
-@BOTH
+@EACH
 def test_imblearn_pipeline_on_images(Classifier, tiny, data):
     X, y = data
     pipe = make_imblearn_pipeline(FunctionTransformer(lambda X: X[:, :, ::-1]), Classifier(**tiny))
     assert cross_val_score(pipe, X, y, cv=2).shape == (2,)
 
 
-@BOTH
+@EACH
 def test_embeddings_feed_a_classical_classifier(Classifier, tiny, data):
     X, y = data
     pipe = make_pipeline(Classifier(**tiny), LogisticRegression())
@@ -102,7 +110,7 @@ def test_embeddings_feed_a_classical_classifier(Classifier, tiny, data):
     assert Classifier(**tiny).set_output(transform="pandas").fit_transform(X, y).shape[0] == 36
 
 
-@BOTH
+@EACH
 def test_groups_travel_through_routing(Classifier, tiny, data):
     X, y = data
     groups = np.arange(len(y)) // 3
@@ -121,7 +129,7 @@ def test_groups_travel_through_routing(Classifier, tiny, data):
         assert len(seen) == 3 * len(set(seen))  # groups came whole
 
 
-@BOTH
+@EACH
 def test_saved_and_loaded(Classifier, tiny, data, tmp_path):
     X, y = data
     clf = Classifier(**tiny).fit(X, y)
@@ -131,7 +139,7 @@ def test_saved_and_loaded(Classifier, tiny, data, tmp_path):
         assert np.array_equal(loaded.predict_proba(X), expected)
 
 
-@BOTH
+@EACH
 def test_skops_trusts_our_classes_only(Classifier, tiny, data):
     skops = pytest.importorskip("skops.io")
     X, y = data
@@ -143,7 +151,7 @@ def test_skops_trusts_our_classes_only(Classifier, tiny, data):
     assert np.array_equal(loaded.predict_proba(X), clf.predict_proba(X))
 
 
-@BOTH
+@EACH
 def test_safetensors_in_one_call(Classifier, tiny, data, tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
     X, y = data

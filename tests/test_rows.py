@@ -14,7 +14,13 @@ from imblearn.under_sampling import (
     TomekLinks,
 )
 
-from sklearn_medimb import CSSNClassifier, SoftmaxClassifier, SPMixSampler
+from sklearn_medimb import (
+    CSSNClassifier,
+    LMDClassifier,
+    MetricTwoStageClassifier,
+    SoftmaxClassifier,
+    SPMixSampler,
+)
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.images import Images, infer_layout
 from sklearn_medimb.rows import group_codes, validation_split
@@ -338,7 +344,9 @@ def tiny(cls=SoftmaxClassifier, **params):
     return cls(ConvNet((4, 8)), max_epochs=1, augment="none", **params)
 
 
-@pytest.mark.parametrize("cls", [SoftmaxClassifier, CSSNClassifier])
+@pytest.mark.parametrize(
+    "cls", [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, LMDClassifier]
+)
 @pytest.mark.parametrize("sampler", [RandomOverSampler(), SMOTE(k_neighbors=2)])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_no_validation_image_is_trained_on(cls, sampler, grouped, monkeypatch):

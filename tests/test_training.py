@@ -14,14 +14,22 @@ from joblib import Parallel, delayed
 from sklearn.metrics import balanced_accuracy_score
 from skorch.callbacks import Callback, EarlyStopping
 
-from sklearn_medimb import CSSNClassifier, SoftmaxClassifier
+from sklearn_medimb import (
+    CSSNClassifier,
+    LMDClassifier,
+    MetricTwoStageClassifier,
+    SoftmaxClassifier,
+)
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.net import SCHEDULES, Trunk, learning_rate_factor
 from sklearn_medimb.runtime import has_native_bf16, resolve_precision
 from tests.conftest import make_blobs
 
-BOTH = pytest.mark.parametrize("Classifier", [SoftmaxClassifier, CSSNClassifier])
+EACH = pytest.mark.parametrize(
+    "Classifier",
+    [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, LMDClassifier],
+)
 CPU = torch.device("cpu")
 
 
@@ -37,7 +45,7 @@ class CrashAfter(Callback):
 
 
 class TestPrecision:
-    @BOTH
+    @EACH
     @pytest.mark.parametrize("precision", ["float32", "bf16", "float64"])
     def test_weights_and_backbone_arithmetic(self, Classifier, precision, tiny, blobs):
         clf = Classifier(**tiny, precision=precision).fit(*blobs)
@@ -87,7 +95,7 @@ class TestSchedule:
 
 
 class TestEarlyStopping:
-    @BOTH
+    @EACH
     def test_keeps_the_best_epoch_and_stops(self, Classifier, tiny, blobs):
         X, y = blobs
         scripted = iter([0.2, 0.5, 0.9, 0.9, 0.4, 0.3, 0.1, 0.1])
@@ -97,8 +105,12 @@ class TestEarlyStopping:
             snapshots.append(estimator.weights_)
             return next(scripted)
 
+        one_stage = {"stages": "rrl"} if Classifier is LMDClassifier else {}
         clf = Classifier(
-            **{**tiny, "max_epochs": 8}, early_stopping=True, n_iter_no_change=3, scoring=scoring
+            **{**tiny, **one_stage, "max_epochs": 8},
+            early_stopping=True,
+            n_iter_no_change=3,
+            scoring=scoring,
         ).fit(X, y)
         assert clf.n_iter_ == 6
         assert clf.best_score_ == 0.9
@@ -106,7 +118,7 @@ class TestEarlyStopping:
         for name, value in clf.weights_.items():  # equal scores: the later epoch
             assert np.array_equal(value, snapshots[3][name]), name
 
-    @BOTH
+    @EACH
     def test_scores_held_out_rows_only(self, Classifier, tiny, blobs):
         X, y = blobs
         held = []
@@ -121,7 +133,7 @@ class TestEarlyStopping:
 
 
 class TestCallbacks:
-    @BOTH
+    @EACH
     def test_user_callbacks_are_cloned(self, Classifier, tiny, blobs):
         callback = EarlyStopping(monitor="train_loss", patience=1, threshold=10.0)
         before = copy.deepcopy(vars(callback))
@@ -138,7 +150,7 @@ class TestCallbacks:
         assert clf.predict(blobs[0]).shape == (60,)
         assert clf.n_iter_ == 2
 
-    @BOTH
+    @EACH
     def test_scikit_learn_callbacks_see_every_epoch(self, Classifier, tiny, blobs):
         callback_module = pytest.importorskip("sklearn.callback")
         monitor = callback_module.ScoringMonitor(scoring="balanced_accuracy")
@@ -146,7 +158,8 @@ class TestCallbacks:
         clf.set_callbacks(monitor)
         clf.fit(*blobs)
         log = monitor.get_logs().data_as_pandas
-        assert len(log) == 1 + 3  # the fit and its epochs
+        n_epochs = 3 + 4 if Classifier is LMDClassifier else 3  # of both stages
+        assert len(log) == 1 + n_epochs == 1 + clf.n_iter_  # the fit and its epochs
         assert log["balanced_accuracy"].between(0, 1).all()
         assert log["balanced_accuracy"].iloc[0] == balanced(clf, *blobs)  # of the final model
 
@@ -179,7 +192,7 @@ def interrupt_in_step(clf, epoch):
 
 
 class TestVerbose:
-    @BOTH
+    @EACH
     def test_progress_bar_shows_loss_score_and_time_left(self, Classifier, tiny, blobs, capsys):
         Classifier(**tiny, verbose=1, early_stopping=True).fit(*blobs)
         err = capsys.readouterr().err
@@ -195,7 +208,7 @@ class TestVerbose:
 
 
 class TestCheckpoint:
-    @BOTH
+    @EACH
     @pytest.mark.parametrize("stopping", [False, True])
     def test_resumed_fit_equals_uninterrupted_fit(
         self, Classifier, stopping, tiny, blobs, tmp_path
@@ -331,7 +344,7 @@ class TestWarmStartAndPartialFit:
 
 
 class TestPersistence:
-    @BOTH
+    @EACH
     def test_pickle_holds_arrays_only_and_is_small(self, Classifier, tiny, blobs):
         clf = Classifier(**tiny).fit(*blobs)
         state = clf.__getstate__()
@@ -340,7 +353,7 @@ class TestPersistence:
         assert not tensors
         assert len(pickle.dumps(clf)) < 0.6 * len(pickle.dumps(clf.net_))
 
-    @BOTH
+    @EACH
     def test_loads_without_the_weights_file_it_started_from(
         self, Classifier, tiny, blobs, tmp_path
     ):
@@ -360,7 +373,7 @@ class TestPersistence:
             loaded = pickle.loads(pickle.dumps(clf))
         assert np.array_equal(loaded.predict(blobs[0]), clf.predict(blobs[0]))
 
-    @BOTH
+    @EACH
     def test_weights_carry_everything_that_prediction_needs(self, Classifier, tiny, blobs):
         X, y = blobs
         one = Classifier(**tiny).fit(X, y)
