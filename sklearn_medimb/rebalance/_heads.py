@@ -1,0 +1,261 @@
+"""The heads of decoupling: fitted anew, or made from the head of stage one."""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any, ClassVar
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import log_softmax
+from sklearn.utils._param_validation import Interval
+
+from sklearn_medimb.rebalance._base import (
+    Linear,
+    RebalancedHead,
+    Rows,
+    check_convergence,
+    documented,
+    softmax_regression,
+)
+
+
+@documented
+class ClassifierRetraining(RebalancedHead):
+    """cRT: a head fitted anew, all classes weighing the same [1]_.
+
+    Parameters
+    ----------
+    {alpha}
+
+    {class_weight}
+
+    Attributes
+    ----------
+    {attributes}
+
+    References
+    ----------
+    .. [1] B. Kang et al., "Decoupling representation and classifier for long-tailed recognition",
+       ICLR 2020, section 4.2.
+
+    Examples
+    --------
+    {example}
+    """
+
+    def __init__(self, alpha: float = 0.1, *, class_weight: Any = None) -> None:
+        self.alpha = alpha
+        self.class_weight = class_weight
+
+    def _solve(self, rows: Rows, start: Linear | None) -> Linear:
+        balanced = rows.balanced(self._cost(self.classes_))
+        head, self.n_iter_ = softmax_regression(balanced, self.alpha)
+        return head
+
+
+@documented
+class LearnableWeightScaling(RebalancedHead):
+    """LWS: the given logits, each times a factor learned with all classes weighing the same [1]_.
+
+    ``logit_k <- s_k (w_k x + b_k)``, the factor multiplying the offset as well, as in the authors'
+    code; s starts at 1.
+
+    Parameters
+    ----------
+    {alpha} It also draws the factors towards 1.
+
+    Attributes
+    ----------
+    {attributes}
+
+    scale_ : ndarray of shape (n_classes,)
+        The factors s.
+
+    References
+    ----------
+    .. [1] B. Kang et al., "Decoupling representation and classifier for long-tailed recognition",
+       ICLR 2020, section 4.4.
+
+    Examples
+    --------
+    {example}
+    """
+
+    def __init__(self, alpha: float = 0.1) -> None:
+        self.alpha = alpha
+
+    def _solve(self, rows: Rows, start: Linear | None) -> Linear:
+        head = self._start(rows, start)
+        rows = rows.balanced(self._cost(self.classes_))
+        logits, one_hot = head(rows.X), np.eye(rows.n_classes)[rows.codes]
+
+        def loss(scale: np.ndarray) -> tuple[float, np.ndarray]:
+            log_p = log_softmax(scale * logits, axis=1)
+            residual = rows.weight[:, np.newaxis] * (np.exp(log_p) - one_hot)
+            away = scale - 1
+            return (
+                -rows.weight @ (log_p * one_hot).sum(axis=1) + self.alpha / 2 * away @ away,
+                (residual * logits).sum(axis=0) + self.alpha * away,
+            )
+
+        found = minimize(loss, np.ones(rows.n_classes), jac=True, method="L-BFGS-B")
+        check_convergence(found)
+        self.scale_, self.n_iter_ = found.x, self.n_iter_ + found.nit
+        return Linear(head.coef * self.scale_[:, np.newaxis], head.intercept * self.scale_)
+
+
+@documented
+class TauNormalization(RebalancedHead):
+    """tau-norm: the given class vectors, divided by a power of their norms [1]_.
+
+    ``logit_k <- (w_k x + b_k) / |w_k|^tau``: vectors of rare classes are shorter. Nothing is
+    trained. The paper drops the offsets; here they are divided too, and tau = 0 changes nothing.
+
+    Parameters
+    ----------
+    tau : float, default=1.0
+        0 changes nothing, 1 makes all vectors equally long. The paper chooses it on validation data
+        in [0, 2].
+
+    {alpha} Unused where a head is given.
+
+    Attributes
+    ----------
+    {attributes}
+
+    References
+    ----------
+    .. [1] B. Kang et al., "Decoupling representation and classifier for long-tailed recognition",
+       ICLR 2020, section 4.3.
+
+    Examples
+    --------
+    {example}
+    """
+
+    def __init__(self, tau: float = 1.0, *, alpha: float = 0.1) -> None:
+        self.tau = tau
+        self.alpha = alpha
+
+    def _solve(self, rows: Rows, start: Linear | None) -> Linear:
+        head = self._start(rows, start)
+        norm = np.linalg.norm(head.coef, axis=1)
+        norm = np.where(norm > 0, norm, 1)
+        return Linear(head.coef / norm[:, np.newaxis] ** self.tau, head.intercept / norm**self.tau)
+
+
+@documented
+class NearestClassMean(RebalancedHead):
+    """NCM: cosine of a feature vector with the mean vector of each class [1]_.
+
+    Parameters
+    ----------
+    temperature : float, default=0.1
+        `decision_function` is the cosine divided by it.
+
+    Attributes
+    ----------
+    {attributes}
+
+    References
+    ----------
+    .. [1] B. Kang et al., "Decoupling representation and classifier for long-tailed recognition",
+       ICLR 2020, section 4.1.
+
+    Examples
+    --------
+    {example}
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "temperature": [Interval(Real, 0, None, closed="neither")],
+    }
+
+    def __init__(self, temperature: float = 0.1) -> None:
+        self.temperature = temperature
+
+    def _solve(self, rows: Rows, start: Linear | None) -> Linear:
+        members = np.eye(rows.n_classes)[rows.codes] * rows.weight[:, np.newaxis]
+        means = members.T @ rows.X / rows.prior[:, np.newaxis]
+        return Linear(_unit(means) / self.temperature, np.zeros(rows.n_classes))
+
+    def _logits(self, X: np.ndarray) -> np.ndarray:
+        return super()._logits(_unit(X))
+
+
+@documented
+class LogitAdjustment(RebalancedHead):
+    """Post-hoc logit adjustment: the given logits minus ``tau`` times the log of the prior [1]_.
+
+    Parameters
+    ----------
+    tau : float, default=1.0
+        Strength; 1 aims at balanced accuracy, 0 leaves the head as it is.
+
+    {alpha} Unused where a head is given.
+
+    Attributes
+    ----------
+    {attributes}
+
+    References
+    ----------
+    .. [1] A. K. Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, eq. 9.
+
+    Examples
+    --------
+    {example}
+    """
+
+    def __init__(self, tau: float = 1.0, *, alpha: float = 0.1) -> None:
+        self.tau = tau
+        self.alpha = alpha
+
+    def _solve(self, rows: Rows, start: Linear | None) -> Linear:
+        head = self._start(rows, start)
+        prior = rows.prior if head.prior is None else head.prior
+        return Linear(head.coef, head.intercept - self.tau * np.log(prior))
+
+
+@documented
+class BalancedSoftmax(RebalancedHead):
+    """Balanced softmax: a head fitted anew under ``logit + log(prior)`` [1]_.
+
+    The offsets of a linear head are free of penalty and absorb the prior. So the minimum is that of
+    plain logistic regression with the log of the prior taken off: post-hoc logit adjustment of a
+    head that was fitted to convergence.
+
+    Parameters
+    ----------
+    {alpha}
+
+    {class_weight}
+
+    Attributes
+    ----------
+    {attributes}
+
+    References
+    ----------
+    .. [1] J. Ren et al., "Balanced meta-softmax for long-tailed visual recognition", NeurIPS 2020,
+       eq. 4.
+
+    Examples
+    --------
+    {example}
+    """
+
+    def __init__(self, alpha: float = 0.1, *, class_weight: Any = None) -> None:
+        self.alpha = alpha
+        self.class_weight = class_weight
+
+    def _solve(self, rows: Rows, start: Linear | None) -> Linear:
+        head, cost = self._start(rows, None), self._cost(self.classes_).clip(min=1e-300)
+        return Linear(head.coef, head.intercept + np.log(cost / rows.prior))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of length 1; zero stays zero."""
+    norm = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(norm > 0, norm, 1)
