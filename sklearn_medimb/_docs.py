@@ -95,11 +95,16 @@ classes_ : ndarray of shape (n_classes,)
     net_ : skorch.NeuralNet
         The trained net; ``net_.module_`` is the network.
 
+    backbone_ : torch.nn.Module
+        Copy of the trained backbone, on the CPU.
+
     weights_ : dict of str to ndarray
-        The network's weights; can be assigned to.
+        The network's weights and the other arrays behind predictions (but for a head that is not
+        this package's); can be assigned to.
 
     history_ : list of dict
-        Per epoch: number, seconds (``dur``), ``train_loss`` and, with early stopping,
+        Per epoch: number, seconds (``dur``), ``train_loss``, where the loss has several terms
+        ``train_<term>``, where training has several stages ``stage``, and with early stopping
         ``valid_score``.
 
     n_iter_ : int

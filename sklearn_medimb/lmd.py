@@ -160,13 +160,13 @@ class RRLLoss(nn.Module):
             return ce
         with torch.no_grad():
             teacher = self.teacher(output.weak)
-        relations = {
+        self.terms |= {
             "batch_relation": batch_relation_loss(output.features, teacher.features),
             "channel_relation": channel_relation_loss(output.features, teacher.features),
             "consistency": probability_consistency_loss(output.logits, teacher.logits),
         }
-        self.terms |= relations
-        return ce + sum(w * term for w, term in zip(self.weights, relations.values(), strict=True))
+        _, *relations = self.terms.values()
+        return ce + sum(w * term for w, term in zip(self.weights, relations, strict=True))
 
     @torch.no_grad()
     def update_teacher(self, student: nn.Module) -> None:

@@ -185,6 +185,12 @@ class TwoStageClassifier(BaseImageClassifier):
         -------
         self : estimator
             With a new ``head_``; the network is untouched.
+
+        Raises
+        ------
+        ValueError
+            If `y` lacks a class or holds an unknown one, or `rebalance` is an unknown name; the
+            estimator stays as it was.
         """
         check_is_fitted(self)
         with one_thread_in_workers():
