@@ -108,6 +108,7 @@ def test_imbalanced_learn_checks(estimator, check):
     check(estimator)
 
 
+@pytest.mark.filterwarnings("ignore:Classes .* have one training image")
 @parametrize_with_image_checks(tiny_estimators())
 def test_image_checks(estimator, check):
     check(estimator)
