@@ -17,7 +17,7 @@ import matplotlib as mpl
 import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.metrics import balanced_accuracy_score
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedGroupKFold
 
 from sklearn_medimb import (
     BalancedSoftmax,
@@ -57,7 +57,11 @@ def main() -> None:
     else:
         X, y = load_digits(return_X_y=True)
         X = X.reshape(-1, 8, 8)
-    X, X_test, y, y_test = train_test_split(X, y, test_size=0.5, stratify=y, random_state=0)
+    patients = data.groups if args.npz else None
+    patients = np.arange(len(y)) if patients is None else patients
+    halves = StratifiedGroupKFold(2, shuffle=True, random_state=0)  # no patient in both
+    train, test_rows = next(halves.split(X, y, patients))
+    X, y, X_test, y_test = X[train], y[train], X[test_rows], y[test_rows]
     if not args.npz:
         X, y = make_long_tailed(X, y, imbalance_ratio=50, random_state=0)
 

@@ -424,9 +424,9 @@ class BaseImageClassifier(
         odd = np.setdiff1d(np.concatenate([known, np.unique(y)]), self.classes_)
         if len(odd):
             raise ValueError(
-                f"y holds classes {odd.tolist()} that are not among {self.classes_.tolist()}: pass "
-                "every class in the first call of partial_fit (classes=...), or fit anew with "
-                "warm_start=False."
+                f"y holds classes {odd.tolist()} that are not among {self.classes_.tolist()}: fit "
+                "anew (warm_start=False), or pass every class in the first call of partial_fit "
+                "(classes=...)."
             )
         encoded = np.searchsorted(self.classes_, y)
         if fresh:
@@ -489,6 +489,11 @@ class BaseImageClassifier(
         """Make the method's module around the chosen backbone, on the device."""
         _, autocast = resolve_precision(self.precision, device, len(self.image_shape_))
         backbone = self.backbone
+        if hasattr(backbone, "trunk"):
+            raise ValueError(
+                f"backbone={type(backbone).__name__} is a whole network of this package: pass the "
+                "fitted estimator's backbone_."
+            )
         if not pretrained and isinstance(backbone, Backbone):
             backbone = clone(backbone).set_params(weights=None)
 

@@ -12,6 +12,7 @@ teacher on the weak view, o = f(z) logits, mu_k and Sigma_k the Gaussian of clas
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
@@ -426,7 +427,8 @@ class LMDClassifier(TwoStageClassifier):
 
     stages : {{"both", "rrl", "icc"}}, default="both"
         "rrl" keeps the head of stage one. "icc" calibrates the backbone as given: with
-        ``backbone=fitted.backbone_`` that of any fitted estimator.
+        ``backbone=fitted.backbone_`` that of any fitted estimator. In a cross-validation that
+        backbone has seen the test folds unless it was trained without them.
 
     batch_relation_weight : float, default=1.0
         l1.
@@ -495,7 +497,7 @@ class LMDClassifier(TwoStageClassifier):
     {attributes}
 
     head_ : classifier
-        Head on features; its classes are the codes 0 to n_classes - 1.
+        Head of stage two, on features as `transform` gives them.
 
     class_prior_ : ndarray of shape (n_classes,)
         Class shares of stage one, with `sampler` and `class_weight`.
@@ -727,6 +729,15 @@ class LMDClassifier(TwoStageClassifier):
             raise ValueError(
                 'early_stopping=True has no epoch to choose: stages="icc" with n_rounds=1 trains '
                 "the head alone."
+            )
+        fresh = not isinstance(self.backbone, nn.Module) and not getattr(
+            self.backbone, "weights", None
+        )
+        if self.stages == "icc" and fresh and not self._continues(partial=False):
+            warnings.warn(
+                'stages="icc" calibrates the backbone as it is, and this one was not trained: pass '
+                "backbone=fitted.backbone_, or one with weights.",
+                stacklevel=4,
             )
 
     def _make_network(self, trunk: Callable[..., Any]) -> nn.Module:

@@ -119,7 +119,7 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         copied, their parameters trained.
 
     metric_weight : float, default=0.3
-        beta; 0 is plain decoupling.
+        beta; 0 is plain decoupling: cRT with ``rebalance="crt"``.
 
     ce_weight : float, default=1.0
         Weight of cross-entropy. 0 trains on the metric loss alone; then heads that need a given
@@ -148,7 +148,9 @@ class MetricTwoStageClassifier(TwoStageClassifier):
     rebalance : str or classifier, default="virtual"
         Stage two: "crt", "lws", "tau_norm", "ncm", "balanced_softmax", "logit_adjust", "virtual",
         "none", a head of :mod:`sklearn_medimb.rebalance`, or any scikit-learn classifier. The
-        paper's is of the kind of "crt"; "virtual" was better where classes have few images.
+        paper's is of the kind of "crt"; "virtual" was better where classes have few images. Of
+        an instance, such as ``ClassifierRetraining()``, a search reaches ``rebalance__alpha``.
+        Heads that balance give probabilities for equally frequent classes.
 
     class_weight : dict, "balanced" or None, default=None
         Weights of the classes in the cross-entropy of stage one; a dict also weighs them in stage
@@ -164,7 +166,7 @@ class MetricTwoStageClassifier(TwoStageClassifier):
     {attributes}
 
     head_ : classifier
-        Head of stage two, on features; its classes are the codes 0 to n_classes - 1.
+        Head of stage two, on features as `transform` gives them.
 
     class_prior_ : ndarray of shape (n_classes,)
         Class shares of stage one, with `sampler` and `class_weight`.

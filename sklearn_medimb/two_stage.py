@@ -156,18 +156,17 @@ class TwoStageClassifier(BaseImageClassifier):
         codes: np.ndarray,
         start: dict[str, Any] | None = None,
     ) -> Any:
-        """Fit a head to frozen features; its classes are the class codes."""
+        """Fit a head to frozen features and the caller's labels."""
         head = resolve_head(rebalance)
         params = head.get_params()
         if params.get("random_state", 0) is None:
             head.set_params(random_state=self.random_seed_)
         if isinstance(self.class_weight, dict) and params.get("class_weight", 0) is None:
-            weight = dict(enumerate(class_weights(self.class_weight, self.classes_, self.classes_)))
-            head.set_params(class_weight=weight)
+            head.set_params(class_weight=self.class_weight)
         if start is None:
             start = self._stage_one_head() if isinstance(head, RebalancedHead) else {}
         self._check_classes(codes)
-        return head.fit(features, codes, **start)
+        return head.fit(features, self.classes_[codes], **start)
 
     def refit_head(self, X: Any, y: Any, *, rebalance: Any = None) -> Any:
         """Make another head on the features of the fitted network: stage two alone.

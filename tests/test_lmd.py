@@ -970,7 +970,8 @@ def test_statistics_come_from_one_plain_pass_over_the_data(tiny, blobs, monkeypa
     for (features, codes, expected), head in zip(passes, heads, strict=False):
         assert np.array_equal(codes, y)
         assert np.array_equal(features, expected)  # in evaluation mode, not augmented
-        assert all(one is two for one, two in zip(head, (features, codes), strict=True))
+        assert head[0] is features
+        assert np.array_equal(head[1], y)
     assert np.array_equal(heads[-1][0], clf.transform(X))
     # The E-step sees each image once a round, not augmented either.
     plain = clf._preprocessor()(torch.from_numpy(X))
@@ -1364,6 +1365,7 @@ def test_icc_alone_resumes(tiny, blobs, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:stages=.icc.")
 def test_one_m_step_needs_no_epoch(tiny, blobs, tmp_path):
     X, y = blobs
     params = {**tiny, "stages": "icc", "n_rounds": 1, "checkpoint_dir": tmp_path, "verbose": 1}
@@ -1401,3 +1403,15 @@ def test_repeated_images_are_no_evidence_of_spread(tiny):
     assert np.allclose(kept, head.coef_, atol=1e-8)
     assert np.allclose(clf.refit_head(X, y).head_.coef_, kept, atol=1e-8)
     assert np.allclose(clf.class_prior_, 1 / 3)
+
+
+def test_calibration_of_an_untrained_backbone_warns(tiny, blobs):
+    with pytest.warns(UserWarning, match="this one was not trained"):
+        LMDClassifier(**tiny, stages="icc", n_rounds=1).fit(*blobs)
+
+
+def test_a_whole_network_is_no_backbone(tiny, blobs):
+    given = SoftmaxClassifier(**tiny).fit(*blobs)
+    clf = LMDClassifier(**{**tiny, "backbone": given.net_.module_}, stages="icc")
+    with pytest.raises(ValueError, match="fitted estimator's backbone_"):
+        clf.fit(*blobs)
