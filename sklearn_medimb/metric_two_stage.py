@@ -184,6 +184,10 @@ class MetricTwoStageClassifier(TwoStageClassifier):
 
     Notes
     -----
+    Embeddings have `embedding_dim` numbers, for losses that ask. With early stopping, epochs are
+    scored with the rebalanced head; ``refit_head(X, y)`` then lets a head learn from the validation
+    images too.
+
     There is no `sample_weight`: on P x K batches weights have no exact meaning. Heads that take
     weights can be fitted to ``transform(X)``.
 
