@@ -29,7 +29,14 @@ MEASURES = {
 }
 BASELINE = "logit adjustment"
 PLAIN = "CE"
-PAPERS = ("CSSN", "SPMix", "metric two-stage", "LMD")
+# What each paper's method adds to, all else being equal.
+RELATIVES = {
+    "CSSN": "oversampling",
+    "SPMix": "oversampling",
+    "metric two-stage": "cRT",
+    "LMD": "cRT",
+}
+PAPERS = tuple(RELATIVES)
 ROWS = (
     "Rows: all networks have one backbone, augmentation, optimiser and number of steps. cRT is "
     '`MetricTwoStageClassifier(metric_weight=0, rebalance="crt")`, metric two-stage and LMD the '
@@ -220,7 +227,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         f"**What does not beat its baseline.** Against {BASELINE}, the simplest remedy, mean "
         f"balanced accuracy is lower for {losers or 'none'}. {below} By rank, {len(alike)} "
-        f"methods cannot be told from the best ({best}) at the 5 % level.",
+        f"methods cannot be told from the best ({best}) at the 5 % level.{_relatives(scores)}",
         "",
     ]
     if small:
@@ -263,6 +270,17 @@ def page(rows: list[dict[str, Any]]) -> str:
         "then `python benchmarks/report.py results/results.csv`.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _relatives(scores: dict[str, np.ndarray]) -> str:
+    """Each paper's method against its plain relative, where both are there."""
+    parts = []
+    for name, plain in RELATIVES.items():
+        if {name, plain} <= set(scores):
+            gain = scores[name] - scores[plain]
+            error = gain.std() / np.sqrt(len(gain))
+            parts.append(f"{name} {gain.mean():+.3f} ± {error:.3f} ({plain})")
+    return f" Against what they add to: {', '.join(parts)}." if parts else ""
 
 
 def _ratio(rows: list[dict[str, Any]], cell: tuple[str, str]) -> float:
