@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from scipy.special import softmax
 from sklearn.base import _fit_context
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -248,7 +247,7 @@ def _train_on_draws(
     each class has its own Gaussian still, at a fraction of the price.
     """
     generator = torch.Generator().manual_seed(seed)
-    # Class vectors and offsets in one matrix (d + 1, K); each draw ends with a 1.
+    # Class vectors and offsets in one matrix (d + 1, K).
     head = np.vstack([start.coef.T, start.intercept]).astype(np.float32)
     penalty = np.full_like(head, alpha)
     penalty[-1] = 0
@@ -261,7 +260,7 @@ def _train_on_draws(
     n_steps = max(100, -(-n_per_class // size))
     per_block = max(1, 1024 // size)
     numbers, noise = torch.empty(2, per_block * size, d)
-    draws = np.ones((n_classes, per_block * size, d + 1), dtype=np.float32)
+    draws = np.empty((n_classes, per_block * size, d), dtype=np.float32)
     codes = np.repeat(np.arange(n_classes), size)
     target = np.eye(n_classes, dtype=np.float32)[codes]
     share = (cost[codes] / size).astype(np.float32)[:, np.newaxis]
@@ -272,14 +271,17 @@ def _train_on_draws(
             if any(spread.any() for *_, spread in factors):
                 noise.normal_(generator=generator)
             for drawn, (mean, rows, spread) in zip(draws, factors, strict=True):
-                drawn[:, :d] = numbers.numpy()[:, : len(rows)] @ rows
-                drawn[:, :d] += mean
+                np.matmul(numbers.numpy()[:, : len(rows)], rows, out=drawn)
+                drawn += mean
                 if spread.any():
-                    drawn[:, :d] += noise.numpy() * spread
+                    drawn += noise.numpy() * spread
         place = i % per_block * size
-        batch = draws[:, place : place + size].reshape(-1, d + 1)
-        residual = (softmax(batch @ head, axis=1) - target) * share
-        adam.step(batch.T @ residual + penalty * head, lr=0.01 * (1 - i / n_steps))
+        batch = draws[:, place : place + size].reshape(-1, d)
+        p = batch @ head[:-1] + head[-1]
+        p = np.exp(p - p.max(axis=1, keepdims=True))
+        residual = (p / p.sum(axis=1, keepdims=True) - target) * share
+        gradient = np.vstack([batch.T @ residual, residual.sum(axis=0)]) + penalty * head
+        adam.step(gradient, lr=0.01 * (1 - i / n_steps))
     return Linear(head[:-1].T.astype(np.float64), head[-1].astype(np.float64)), n_steps
 
 
