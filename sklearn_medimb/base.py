@@ -40,7 +40,7 @@ from sklearn_medimb.callbacks import (
     SklearnCallbacks,
     StopWhenAsked,
 )
-from sklearn_medimb.checkpoint import Checkpoint, fingerprint
+from sklearn_medimb.checkpoint import Checkpoint, fingerprint, plain
 from sklearn_medimb.images import (
     INPUT_CONSTRAINTS,
     Images,
@@ -70,7 +70,7 @@ except ImportError:  # scikit-learn < 1.9
 _RESERVED = {
     "module", "criterion", "lr", "max_epochs", "callbacks", "train_split", "device", "compile",
     "dataset", "iterator_train", "iterator_valid", "warm_start", "verbose", "batch_size",
-    "predict_nonlinearity",
+    "predict_nonlinearity", "optimizer__lr",
 }  # fmt: skip
 
 
@@ -325,7 +325,7 @@ class BaseImageClassifier(
             if not net.complete or (reporter is not None and reporter.wants_to_stop):
                 break
         net.module_.eval()
-        self.history_ = [_plain(row) for row in net.history]
+        self.history_ = [plain(row) for row in net.history]
         self.n_iter_ = len(self.history_)
 
     def _training_rows(
@@ -449,12 +449,10 @@ class BaseImageClassifier(
         """
         dtype, autocast = resolve_precision(self.precision, device, len(self.image_shape_))
         params = {"optimizer": torch.optim.AdamW, **(self.net_params or {})}
-        if reserved := sorted(name for name in params if name.split("__")[0] in _RESERVED):
+        if reserved := sorted(k for k in params if {k, k.split("__")[0]} & _RESERVED):
             raise ValueError(
                 f"net_params must not hold {reserved}: the estimator sets them itself."
             )
-        if "optimizer__lr" in params:
-            raise ValueError("net_params must not hold 'optimizer__lr': set lr instead.")
         if params["optimizer"] is torch.optim.AdamW:
             params.setdefault("optimizer__fused", True)
         params.setdefault("optimizer__weight_decay", self.weight_decay)
@@ -729,8 +727,3 @@ def _all_or_nothing(estimator: BaseEstimator) -> Iterator[None]:
 def _mixed(seed: int, n_epochs: int) -> int:
     """Another seed for training that goes on after `n_epochs`."""
     return int(np.random.SeedSequence([seed, n_epochs]).generate_state(1)[0] % 2**31)
-
-
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """One epoch of history: its plain numbers, and the name of its stage."""
-    return {name: value for name, value in row.items() if isinstance(value, (int, float, str))}

@@ -184,7 +184,7 @@ class Checkpoint(Callback):
             "criterion": net.criterion_.state_dict(),
             "optimizer": net.optimizer_.state_dict(),
             "scheduler": net.scheduler.state_dict(),
-            "history": [_plain(row) for row in net.history],
+            "history": [plain(row) | {"batches": []} for row in net.history],
             "best": {} if best is None else best.state(),
             "numpy": self.rng.bit_generator.state,
             "generator": self.generator.get_state(),
@@ -207,6 +207,6 @@ class Checkpoint(Callback):
         self.path.unlink(missing_ok=True)
 
 
-def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """One epoch of history without per-batch records, as plain numbers."""
-    return {k: v for k, v in row.items() if isinstance(v, (int, float, str))} | {"batches": []}
+def plain(row: dict[str, Any]) -> dict[str, Any]:
+    """One epoch of history: its plain numbers and texts, without per-batch records."""
+    return {k: v for k, v in row.items() if isinstance(v, (int, float, str))}

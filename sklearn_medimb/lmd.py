@@ -353,12 +353,9 @@ class ICCLoss(nn.Module):
         new = torch.from_numpy(gaussians.means), torch.from_numpy(sigma)
         old = self.statistics or new
         self.statistics = tuple(torch.lerp(a, b, share) for a, b in zip(old, new, strict=True))
-        self._set_whitening()
-
-    def _set_whitening(self) -> None:
-        """Invert each C once, not at each step."""
         means, covariances = self.statistics
         self.means.copy_(means)
+        # Each C is inverted once, not at each step.
         self.whitening.copy_(torch.stack([_whitening(c) for c in covariances]))
 
     def forward(self, output: Output, mass: torch.Tensor) -> torch.Tensor:

@@ -312,6 +312,7 @@ def documented(cls: type) -> type:
 
 
 def check_convergence(found: Any) -> None:
+    """Warn where scipy's `minimize` ran out of iterations."""
     if found.status == 1:
         warnings.warn(
             f"The head was not found within {found.nit} iterations: raise alpha.",
