@@ -1,5 +1,6 @@
 """Imbalanced medical image classification, the scikit-learn way."""
 
+from sklearn_medimb.amimv import AMIMVClassifier, AMIMVEncoder
 from sklearn_medimb.batches import BalancedBatchSampler
 from sklearn_medimb.cssn import CSSNClassifier
 from sklearn_medimb.inspection import SPMixDisplay
@@ -16,9 +17,13 @@ from sklearn_medimb.rebalance import (
     VirtualFeatureCalibration,
 )
 from sklearn_medimb.saliency import SaliencyMap
+from sklearn_medimb.self_supervised import SSLEncoder
 from sklearn_medimb.softmax import SoftmaxClassifier
+from sklearn_medimb.spmix import SPMixClassifier
 
 __all__ = [
+    "AMIMVClassifier",
+    "AMIMVEncoder",
     "BalancedBatchSampler",
     "BalancedSoftmax",
     "BalancedVirtualFeatures",
@@ -29,8 +34,10 @@ __all__ = [
     "LogitAdjustment",
     "MetricTwoStageClassifier",
     "NearestClassMean",
+    "SPMixClassifier",
     "SPMixDisplay",
     "SPMixSampler",
+    "SSLEncoder",
     "SaliencyMap",
     "SoftmaxClassifier",
     "TauNormalization",

@@ -1,91 +1,130 @@
-"""Text of the constructor parameters and attributes that every classifier shares."""
+"""Text of the constructor parameters and attributes that classifiers and encoders share."""
 
 from __future__ import annotations
 
 from typing import TypeVar
 
-_SHARED = {
-    "backbone": """\
+_BACKBONE = """\
 backbone : str, Backbone, nn.Module or class, default="auto"
         Network that encodes images: "auto" (an MLP for vectors, a small conv net for images, a
         ResNet-18 for 5,000 images or more of at least 48 pixels), a name from
         ``sklearn_medimb.backbones.BACKBONES``, "monai:<name>", "timm:<name>", a spec such as
-        ``ResNet(depth=18)`` whose parameters are searchable as ``backbone__depth``, or any
-        ``nn.Module``, class or instance.""",
-    "training": """\
+        ``ResNet(depth=18)`` whose parameters are searchable as ``backbone__depth``, any
+        ``nn.Module``, class or instance, or a fitted estimator of this package, whose weights and
+        normalisation are the start."""
+
+_PRETRAIN = """\
+pretrain : str, encoder or None, default=None
+        Label-free training of the backbone before the rest, on the same images: "amimv", "simclr",
+        "moco", "byol", "simsiam", "barlow_twins", "vicreg", or an :class:`AMIMVEncoder` or
+        :class:`SSLEncoder`, which lends its parameters (but for backbone, device and input); a
+        fitted one is the start, as in `backbone`."""
+
+_PRETRAIN_AMIMV = """\
+pretrain : str, encoder or None, default="amimv"
+        Label-free training of the backbone on all images, labelled or not: by name as in
+        ``ENCODERS``, or an :class:`AMIMVEncoder` or :class:`SSLEncoder`, which lends its parameters
+        (but for backbone, device and input). A fitted encoder is taken as it is; None leaves the
+        backbone as given."""
+
+# Parameters of training, by name: encoders have no labels to hold out or resample.
+_TRAINING = {
+    "max_epochs": """\
 max_epochs : int or "auto", default="auto"
         Passes over the training images. "auto" aims at 180 steps and 60 more per class, up to
-        17 classes (a third of that for vectors), and at least 10 epochs.
-
-    lr : float, default=2e-3
-        Peak learning rate of AdamW.
-
-    weight_decay : float, default=1e-2
-        Decoupled weight decay.
-
-    lr_schedule : {{"one_cycle", "cosine", "constant"}}, default="one_cycle"
-        Course of the learning rate.
-
-    augment : {{"none", "light", "medical", "strong"}}, Augmentation or None, default="medical"
+        17 classes (a third of that for vectors), and at least 10 epochs.""",
+    "lr": """\
+lr : float, default=2e-3
+        Peak learning rate of AdamW.""",
+    "weight_decay": """\
+weight_decay : float, default=1e-2
+        Decoupled weight decay.""",
+    "lr_schedule": """\
+lr_schedule : {{"one_cycle", "cosine", "constant"}}, default="one_cycle"
+        Course of the learning rate.""",
+    "augment": """\
+augment : {{"none", "light", "medical", "strong"}}, Augmentation or None, default="medical"
         Random changes of each training image; see :mod:`sklearn_medimb.augment`. "medical" flips
         both ways: choose "light" or "none" where left and right or up and down carry the class.
-        Feature vectors are never augmented.
-
-    sampler : imbalanced-learn sampler or None, default=None
-        Resamples the training rows *after* the inner validation split.
-
-    early_stopping : bool, default=False
+        Feature vectors are never augmented.""",
+    "sampler": """\
+sampler : imbalanced-learn sampler or None, default=None
+        Resamples the training rows *after* the inner validation split.""",
+    "early_stopping": """\
+early_stopping : bool, default=False
         Hold out a stratified validation split, stop when `scoring` no longer rises, and keep the
-        best epoch's weights.
-
-    validation_fraction : float, default=0.2
-        Share of that split.
-
-    n_iter_no_change : int, default=10
-        Epochs without a rise before stopping.
-
-    scoring : str or callable, default="balanced_accuracy"
-        scikit-learn scorer for early stopping.
-
-    callbacks : list of skorch callbacks or None, default=None
-        Cloned before use.
-
-    checkpoint_dir : path-like or None, default=None
+        best epoch's weights.""",
+    "validation_fraction": """\
+validation_fraction : float, default=0.2
+        Share of that split.""",
+    "n_iter_no_change": """\
+n_iter_no_change : int, default=10
+        Epochs without a rise before stopping.""",
+    "scoring": """\
+scoring : str or callable, default="balanced_accuracy"
+        scikit-learn scorer for early stopping.""",
+    "callbacks": """\
+callbacks : list of skorch callbacks or None, default=None
+        Cloned before use.""",
+    "checkpoint_dir": """\
+checkpoint_dir : path-like or None, default=None
         Write the state after each epoch. After a crash, ``fit`` with the same parameters and data
-        resumes there; a finished fit removes its file. Fits can share the directory.
-
-    image_shape : tuple of int or None, default=None
+        resumes there; a finished fit removes its file. Fits can share the directory.""",
+    "image_shape": """\
+image_shape : tuple of int or None, default=None
         Shape of one image where X holds flattened ones: ``(H, W)``, ``(C, H, W)``,
-        ``(C, D, H, W)``.
-
-    data_format : {{"auto", "channels_first", "channels_last"}}, default="auto"
-        Where the channel axis is.
-
-    spatial_dims : {{2, 3}} or None, default=None
-        3 reads 4-D X as gray volumes ``(n, D, H, W)``.
-
-    device : str or torch.device, default="auto"
-        "auto" takes a CUDA GPU where there is one.
-
-    precision : {{"auto", "float32", "bf16", "float64"}}, default="auto"
-        "auto" runs the backbone of image networks in bfloat16 where the hardware does natively.
-
-    compile : bool, default=False
-        Pass the network through ``torch.compile``.
-
-    warm_start : bool, default=False
-        Whether a further ``fit`` goes on from the present weights.
-
-    net_params : dict or None, default=None
+        ``(C, D, H, W)``.""",
+    "data_format": """\
+data_format : {{"auto", "channels_first", "channels_last"}}, default="auto"
+        Where the channel axis is.""",
+    "spatial_dims": """\
+spatial_dims : {{2, 3}} or None, default=None
+        3 reads 4-D X as gray volumes ``(n, D, H, W)``.""",
+    "device": """\
+device : str or torch.device, default="auto"
+        "auto" takes a CUDA GPU where there is one.""",
+    "precision": """\
+precision : {{"auto", "float32", "bf16", "float64"}}, default="auto"
+        "auto" runs the backbone of image networks in bfloat16 where the hardware does natively.""",
+    "compile": """\
+compile : bool, default=False
+        Pass the network through ``torch.compile``.""",
+    "warm_start": """\
+warm_start : bool, default=False
+        Whether a further ``fit`` goes on from the present weights.""",
+    "net_params": """\
+net_params : dict or None, default=None
         Further keywords for the :class:`skorch.NeuralNet` inside, such as
-        ``{{"optimizer": torch.optim.SGD}}``.
-
-    random_state : int, RandomState or None, default=None
-        Seeds everything; the global generators stay untouched.
-
-    verbose : int, default=0
+        ``{{"optimizer": torch.optim.SGD}}``.""",
+    "random_state": """\
+random_state : int, RandomState or None, default=None
+        Seeds everything; the global generators stay untouched.""",
+    "verbose": """\
+verbose : int, default=0
         1 shows a progress bar with loss, validation score and time left.""",
-    "attributes": """\
+}
+
+_LABELLED = (
+    "sampler", "early_stopping", "validation_fraction", "n_iter_no_change", "scoring",
+)  # fmt: skip
+
+_ENCODER = {
+    "max_epochs": """\
+max_epochs : int or "auto", default="auto"
+        Passes over the training images. "auto" aims at 600 steps, and at least 20 epochs.""",
+    "batch_size": """\
+batch_size : int, default=128
+        Anchors per step.""",
+    "weight_decay": """\
+weight_decay : float, default=1e-4
+        Decoupled weight decay.""",
+    "augment": """\
+augment : str, Augmentation or a pair of these, default="contrastive"
+        Hard views; a pair gives the two kinds of a method that has two. "contrastive" flips both
+        ways. Of feature vectors a view has three in ten entries from other rows.""",
+}
+
+_ATTRIBUTES = """\
 classes_ : ndarray of shape (n_classes,)
         Class labels.
 
@@ -133,7 +172,33 @@ classes_ : ndarray of shape (n_classes,)
         Values per image.
 
     feature_names_in_ : ndarray of shape (n_features_in_,)
-        Column names where X was a DataFrame.""",
+        Column names where X was a DataFrame."""
+
+_ENCODER_HISTORY = """\
+history_ : list of dict
+        Per epoch: number, seconds (``dur``), ``train_loss`` and further ``train_<term>``, the
+        collapse monitors ``feature_std`` (1: features fill the sphere, 0: collapsed) and
+        ``effective_rank``, and with labels ``knn_score``."""
+
+
+_LABELLED_ATTRIBUTES = ("classes_", "class_counts_", "best_score_")
+
+
+def _joined(entries: dict[str, str], leave_out: tuple[str, ...] = ()) -> str:
+    return "\n\n    ".join(text for name, text in entries.items() if name not in leave_out)
+
+
+_attributes = {text.split(" :")[0].strip(): text.strip() for text in _ATTRIBUTES.split("\n\n")}
+_SHARED = {
+    "backbone": _BACKBONE,
+    "pretrain": _PRETRAIN,
+    "pretrain_amimv": _PRETRAIN_AMIMV,
+    "training": _joined(_TRAINING),
+    "attributes": _joined(_attributes),
+    "encoder_training": _joined(_TRAINING | _ENCODER, _LABELLED),
+    "encoder_attributes": _joined(
+        _attributes | {"history_": _ENCODER_HISTORY}, _LABELLED_ATTRIBUTES
+    ),
 }
 
 T = TypeVar("T", bound=type)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from sklearn.base import BaseEstimator
 from torch import Tensor
 
-__all__ = ["AUGMENTATIONS", "Augmentation", "resolve_augmentation"]
+__all__ = ["AUGMENTATIONS", "Augmentation", "geometry", "resolve_augmentation"]
 
 # Every parameter with its allowed range (both ends included) and the value that turns it off.
 _RANGES = {
@@ -33,6 +33,9 @@ _RANGES = {
     "crop": (0.05, 1.0, 1.0),
     "blur": (0.0, 32.0, 0.0),
     "blur_probability": (0.0, 1.0, 0.0),
+    "saturation": (0.0, 1.0, 0.0),
+    "hue": (0.0, 0.5, 0.0),
+    "grayscale": (0.0, 1.0, 0.0),
     "gamma": (0.0, 3.0, 0.0),
     "contrast": (0.0, 1.0, 0.0),
     "brightness": (0.0, 1.0, 0.0),
@@ -43,11 +46,13 @@ _RANGES = {
 }
 _WARPS = ("rotation", "tilt", "shear", "scale", "translate", "crop")
 _SOMETIMES = ("blur", "noise", "cutout")
+_COLOURS = ("saturation", "hue", "grayscale")
 # Flips and the axis they reverse, counted from the last.
 _FLIPS = {"horizontal_flip": -1, "vertical_flip": -2, "depth_flip": -3}
 
 # Uniform numbers drawn for each image, whatever is switched on: an operation that is turned on
-# or tuned leaves the draws of the others as they were, and so does a larger batch.
+# or tuned leaves the draws of the others as they were, and so does a larger batch. Colours came
+# later: they have a table of their own, drawn last, so that this one keeps its width.
 _UNIFORMS = {
     "flip": 3,
     "angles": 3,
@@ -63,7 +68,7 @@ _UNIFORMS = {
 
 
 class Augmentation(BaseEstimator):
-    """Random flips, warps, tone, blur, noise and cutout for a batch of images.
+    """Random flips, warps, blur, colour, tone, noise and cutout for a batch of images.
 
     Images are floating-point tensors of shape ``(B, C, H, W)`` or ``(B, C, D, H, W)``, with any
     number of channels and values in any range. Each image gets its own draw, which all its
@@ -71,7 +76,7 @@ class Augmentation(BaseEstimator):
 
     Operations run in the order of the parameters below. All warps are composed with the flips
     into one affine map and sampled once (linearly, mirrored beyond the border); flips alone are
-    exact. Intensities are not clipped afterwards.
+    exact. Likewise all changes of colour are one matrix. Intensities are not clipped afterwards.
 
     Parameters
     ----------
@@ -98,9 +103,19 @@ class Augmentation(BaseEstimator):
         Largest standard deviation of a Gaussian blur, in pixels.
     blur_probability : float, default=0.5
         Probability that an image is blurred.
+    saturation : float, default=0.0
+        Largest relative change of the distance to the grey of the same luma. This and the next
+        two are for images of three channels, red, green and blue; others ignore them, and greys
+        remain as they are.
+    hue : float, default=0.0
+        Largest rotation of the colours about the grey axis, in turns of the colour circle: a
+        third of a turn makes red green, green blue and blue red.
+    grayscale : float, default=0.0
+        Probability of replacing all three channels with the luma.
     gamma : float, default=0.0
         Largest ``|log(g)|`` of the power ``g`` applied to the image rescaled to [0, 1] by its
-        own extremes, and then scaled back.
+        own extremes, and then scaled back. Colours that were moved beyond the extremes are
+        clipped to them first.
     contrast : float, default=0.0
         Largest relative change of the distance to the mean of the channel.
     brightness : float, default=0.0
@@ -144,6 +159,9 @@ class Augmentation(BaseEstimator):
         crop: float = 1.0,
         blur: float = 0.0,
         blur_probability: float = 0.5,
+        saturation: float = 0.0,
+        hue: float = 0.0,
+        grayscale: float = 0.0,
         gamma: float = 0.0,
         contrast: float = 0.0,
         brightness: float = 0.0,
@@ -163,6 +181,9 @@ class Augmentation(BaseEstimator):
         self.crop = crop
         self.blur = blur
         self.blur_probability = blur_probability
+        self.saturation = saturation
+        self.hue = hue
+        self.grayscale = grayscale
         self.gamma = gamma
         self.contrast = contrast
         self.brightness = brightness
@@ -195,9 +216,9 @@ class Augmentation(BaseEstimator):
         params : dict of str to Tensor
             One float32 tensor of first dimension `n`, on the device of the generator, for each
             step that is switched on: ``affine`` (n, d, d + 1), or the flips (n,) when nothing
-            else moves pixels; ``blur`` (n, taps); ``gamma``, ``contrast`` and ``brightness``
-            (n,); ``noise`` (n, 1, H, W) or (n, 1, D, H, W); ``cutout`` (n, d, 2). Here d is the
-            number of spatial dimensions.
+            else moves pixels; ``blur`` (n, taps); ``colour`` (n, 3, 3); ``gamma``, ``contrast``
+            and ``brightness`` (n,); ``noise`` (n, 1, H, W) or (n, 1, D, H, W); ``cutout``
+            (n, d, 2). Here d is the number of spatial dimensions.
         """
         self._check()
         if not isinstance(generator, torch.Generator):
@@ -233,6 +254,10 @@ class Augmentation(BaseEstimator):
             selected = u["cutout"][:, :1] < self.cutout_probability
             length, place = u["cutout"][:, 1:].split(3, dim=1)
             params["cutout"] = _boxes(spatial, self.cutout * length * selected, place)
+        if any(self._is_on(name) for name in _COLOURS):
+            size = (n, len(_COLOURS))
+            table = torch.rand(size, generator=generator, device=generator.device)
+            params["colour"] = self._draw_colour(table)
         return params
 
     def apply(self, images: Tensor, params: dict[str, Tensor]) -> Tensor:
@@ -250,9 +275,12 @@ class Augmentation(BaseEstimator):
         Returns
         -------
         augmented : Tensor
-            New images of the same shape, dtype and device; `images` itself if `params` is empty.
+            New images of the same shape, dtype and device; `images` itself if there is
+            nothing to do.
         """
         _check_batch(images, params)
+        if images.shape[1] != 3:
+            params = {k: v for k, v in params.items() if k != "colour"}
         if not params or not images.numel():
             return images
         params = {k: v.to(images, non_blocking=images.is_cuda) for k, v in params.items()}
@@ -265,9 +293,12 @@ class Augmentation(BaseEstimator):
                 out = torch.where(_per_image(params[name], out) > 0, out.flip(axis), out)
         if "blur" in params:
             out = _blur(out, params["blur"])
+        if "colour" in params:
+            out = _recolour(out, params["colour"])
 
         # Linear sampling and blur stay within the extremes of the image, so that those of the
-        # input hold, and gamma always meets values in [0, 1].
+        # input hold, and gamma always meets values in [0, 1]. A colour matrix may leave them:
+        # more saturated than the image was, or rotated out of the cube. Then gamma clips.
         tone = {k: _per_image(params[k], out) for k in _TONE if k in params}
         if "noise" in params or tone.keys() & {"gamma", "brightness"}:
             low, span = _extremes(images)
@@ -276,7 +307,7 @@ class Augmentation(BaseEstimator):
         if out is images and (tone or "noise" in params):
             out = images.clone()
         if tone.keys() & set(_TONE):
-            out = _change_tone_(out, **tone)
+            out = _change_tone_(out, clip="colour" in params, **tone)
         if "noise" in params:
             out = out.add_(params["noise"] * span)
         if "cutout" in params:
@@ -341,6 +372,38 @@ class Augmentation(BaseEstimator):
             sign=sign,
         )
         return {"affine": affine}
+
+    def _draw_colour(self, u: Tensor) -> Tensor:
+        # Written out, as products of matrices would be rounded to TF32 where a user allows it,
+        # and greys take a tint. All factors map grey to itself, and so does what is composed.
+        saturation, turn, drop = u[:, :, None, None].unbind(dim=1)
+        luma = torch.tensor(_LUMA).to(u.device, non_blocking=True)
+        colour = torch.eye(3, device=u.device).expand(len(u), 3, 3)
+        if self._is_on("hue"):
+            colour = _hue_matrices(self.hue * (2 * turn - 1))
+        if self._is_on("saturation"):
+            factor = 1 + self.saturation * (2 * saturation - 1)
+            colour = factor * colour + (1 - factor) * luma
+        if self._is_on("grayscale"):
+            grey = (luma[:, None] * colour).sum(dim=1, keepdim=True)
+            colour = torch.where(drop < self.grayscale, grey, colour)
+        return colour
+
+
+def geometry(params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the draws for a batch those that move pixels: for masks and maps of the same images.
+
+    Parameters
+    ----------
+    params : dict of str to Tensor
+        What `draw` returned.
+
+    Returns
+    -------
+    params : dict of str to Tensor
+        A part of it. Affine maps are in units of half sides, so that the maps may be coarser.
+    """
+    return {name: value for name, value in params.items() if name in {"affine", *_FLIPS}}
 
 
 # Geometry
@@ -441,6 +504,7 @@ def _inside(boxes: Tensor, spatial: tuple[int, ...]) -> Tensor:
 # Intensity
 
 _TONE = ("gamma", "contrast", "brightness")
+_LUMA = (0.299, 0.587, 0.114)
 
 
 def _per_image(values: Tensor, images: Tensor) -> Tensor:
@@ -459,8 +523,28 @@ def _extremes(images: Tensor) -> tuple[Tensor, Tensor]:
     return low, images.amax(dim=dims, keepdim=True) - low
 
 
+def _hue_matrices(turns: Tensor) -> Tensor:
+    # A rotation about the grey axis is circulant. Its rows sum to 1.
+    channel = torch.arange(3, device=turns.device)
+    third = (channel - channel[:, None]) / 3
+    return (1 + 2 * torch.cos(2 * math.pi * (turns + third))) / 3
+
+
+def _recolour(images: Tensor, matrices: Tensor) -> Tensor:
+    # One channel of the input at a time, for all of the output. As fast as a product of matrices,
+    # and neither TF32 nor the size of the batch changes a bit of it.
+    weights = matrices.reshape(*matrices.shape, *[1] * (images.ndim - 2)).unbind(dim=2)
+    channels = images.split(1, dim=1)
+    out = weights[0] * channels[0]
+    for weight, channel in zip(weights[1:], channels[1:], strict=True):
+        out.addcmul_(weight, channel)
+    return out
+
+
 def _change_tone_(
     images: Tensor,
+    *,
+    clip: bool = False,
     gamma: Tensor | None = None,
     contrast: Tensor | None = None,
     brightness: Tensor | None = None,
@@ -469,7 +553,8 @@ def _change_tone_(
 ) -> Tensor:
     # In place, hence the underscore. Undoing the rescaling of gamma, contrast and brightness are
     # all of the form `gain * image + offset`: gathered first, they cost two passes together.
-    # `low` and `span` come with gamma and with brightness.
+    # `low` and `span` come with gamma and with brightness. Without `clip` values are in [0, 1]
+    # but for rounding, which is left above 1 where it does no harm.
     gain = images.new_ones((len(images), *[1] * (images.ndim - 1)))
     offset = torch.zeros_like(gain)
     if gamma is not None:
@@ -477,7 +562,8 @@ def _change_tone_(
         assert span is not None
         unit = images.sub_(low).div_(torch.where(span > 0, span, 1))
         # Not 0, where the power would have an infinite slope.
-        images = unit.clamp_(min=torch.finfo(unit.dtype).tiny).pow_(gamma)
+        tiny = torch.finfo(unit.dtype).tiny
+        images = unit.clamp_(min=tiny, max=1 if clip else None).pow_(gamma)
         gain, offset = span, low
     if contrast is not None:
         offset = offset + (1 - contrast) * gain * _channel_mean(images.detach())
@@ -555,6 +641,14 @@ _STRONG = _MEDICAL | {
     "noise": 0.05,
     "cutout": 0.3,
 }
+_VIEWS = {
+    "horizontal_flip": 0.5,
+    "blur": 1.0,
+    "contrast": 0.4,
+    "brightness": 0.2,
+    "hue": 0.1,
+    "grayscale": 0.2,
+}
 
 AUGMENTATIONS: dict[str, Callable[[], Augmentation]] = {
     "none": Augmentation,
@@ -569,8 +663,16 @@ AUGMENTATIONS: dict[str, Callable[[], Augmentation]] = {
     ),
     "medical": partial(Augmentation, **_MEDICAL),
     "strong": partial(Augmentation, **_STRONG),
+    "contrastive": partial(
+        Augmentation, **_VIEWS, vertical_flip=0.5, depth_flip=0.5, crop=0.45, saturation=0.2
+    ),
+    # The smallest window has 0.08 of the area.
+    "mimv": partial(Augmentation, **_VIEWS, crop=0.28, saturation=0.4),
 }
-"""Presets: what to call, without arguments, for a new augmentation of that name."""
+"""Presets: what to call, without arguments, for a new augmentation of that name.
+
+"contrastive" and "mimv" are hard views for self-supervised pre-training.
+"""
 
 
 def resolve_augmentation(augment: str | Augmentation | None) -> Augmentation:
@@ -578,8 +680,9 @@ def resolve_augmentation(augment: str | Augmentation | None) -> Augmentation:
 
     Parameters
     ----------
-    augment : {"none", "light", "medical", "strong"}, Augmentation or None
-        A preset; None stands for "none". Any object with the methods `draw` and `apply` of
+    augment : {"none", "light", "medical", "strong", "contrastive", "mimv"}, Augmentation or None
+        A preset; None stands for "none", and "contrastive" and "mimv" are hard views for
+        self-supervised pre-training. Any object with the methods `draw` and `apply` of
         :class:`Augmentation` is returned as it is.
 
     Returns

@@ -1,10 +1,9 @@
-"""The life of one fit, shared by every classifier of the package."""
+"""The life of one fit, shared by every estimator of the package that trains a network."""
 
 from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,26 +12,23 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from scipy.special import softmax
 from sklearn.base import (
     BaseEstimator,
-    ClassifierMixin,
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
     clone,
 )
-from sklearn.metrics import check_scoring, get_scorer_names
-from sklearn.utils import _safe_indexing, check_consistent_length, check_random_state, column_or_1d
+from sklearn.frozen import FrozenEstimator
+from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import _check_sample_weight, assert_all_finite, check_is_fitted
+from sklearn.utils.validation import check_is_fitted
 from skorch.callbacks import Callback
 from skorch.history import History
 from torch import nn
 
 from sklearn_medimb.augment import resolve_augmentation
 from sklearn_medimb.backbones import Backbone, make_backbone
-from sklearn_medimb.batches import Batches, Preprocessor
+from sklearn_medimb.batches import Preprocessor
 from sklearn_medimb.callbacks import (
     BestEpoch,
     ProgressBar,
@@ -49,7 +45,6 @@ from sklearn_medimb.images import (
     read_images,
 )
 from sklearn_medimb.net import SCHEDULES, Net, Trunk
-from sklearn_medimb.rows import group_codes, resample, validation_split
 from sklearn_medimb.runtime import (
     inference_block,
     one_thread_in_workers,
@@ -76,7 +71,11 @@ _RESERVED = {
 
 @dataclass
 class Stage:
-    """One course of training: what is minimised, on which batches, for how long."""
+    """One course of training: what is minimised, on which batches, for how long.
+
+    `forward` takes the place of the network's own forward pass: (network, batch) to its output.
+    Where `validated` is False no validation score decides on the stage's epochs.
+    """
 
     criterion: nn.Module
     batches: Iterable[Any]
@@ -86,14 +85,17 @@ class Stage:
     lr_schedule: str
     name: str = ""
     callbacks: tuple[Callback, ...] = ()
+    forward: Callable[[nn.Module, Any], Any] | None = None
+    validated: bool = True
 
 
 @dataclass
 class TrainingSet:
     """Validated training data: row numbers into `images`, with one class and weight per row.
 
-    `origin` has their row numbers among the caller's images, -1 for those that a sampler made; None
-    where these are `rows`. `natural` is the set as it was before the sampler.
+    Class -1 means: no label. `origin` has their row numbers among the caller's images, -1 for those
+    that a sampler made; None where these are `rows`. `natural` is the set as it was before the
+    sampler, `unlabelled` further rows that have no class.
     """
 
     images: Images
@@ -102,6 +104,7 @@ class TrainingSet:
     weight: np.ndarray | None = None
     origin: np.ndarray | None = None
     natural: TrainingSet | None = None
+    unlabelled: np.ndarray | None = None
 
     def class_mass(self, n_classes: int) -> np.ndarray:
         """Summed weight of each class, shape (n_classes,).
@@ -118,41 +121,31 @@ class TrainingSet:
         return mass if self.weight is None else mass * self.weight[:, None]
 
 
-class BaseImageClassifier(
-    CallbackSupportMixin,
-    ClassNamePrefixFeaturesOutMixin,
-    TransformerMixin,
-    ClassifierMixin,
-    BaseEstimator,
+class BaseImageEstimator(
+    CallbackSupportMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
 ):
-    """Common ground of the image classifiers: validation, training, inference, persistence.
+    """Common ground of classifiers and encoders: training, embedding, persistence.
 
-    A method supplies its network (`_make_network`), its loss (`_make_criterion`), its batches
-    (`_make_batches`) and its class scores (`_scores`); one that trains in several stages lists them
-    (`_stages`). What only training needs belongs to the criterion: its parameters are trained, and
-    it is gone afterwards.
+    A kind of estimator says what its training data are (`_check_training`, `_training_rows`), a
+    method supplies its network (`_make_network`) and lists its courses of training (`_stages`).
+    What only training needs belongs to the criterion: its parameters are trained, and it is gone
+    afterwards.
     """
 
     net_: Net
-    classes_: np.ndarray
     image_shape_: tuple[int, ...]
 
     _doc_link_module = "sklearn_medimb"
     _doc_link_template = "https://sklearn-medimb.readthedocs.io/{estimator_module}.{estimator_name}"
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "backbone": [str, nn.Module, Backbone, type],
+        "backbone": [str, nn.Module, Backbone, type, FrozenEstimator],
         "max_epochs": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "lr": [Interval(Real, 0, None, closed="neither")],
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "lr_schedule": [StrOptions(set(SCHEDULES))],
         "augment": [str, None, HasMethods(["draw", "apply"])],
-        "sampler": [None, HasMethods(["fit_resample"])],
-        "early_stopping": ["boolean"],
-        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
-        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
-        "scoring": [StrOptions(set(get_scorer_names())), callable],
         "callbacks": [None, list],
         "checkpoint_dir": [None, str, os.PathLike],
         **INPUT_CONSTRAINTS,
@@ -170,73 +163,90 @@ class BaseImageClassifier(
     def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
         raise NotImplementedError
 
-    def _make_criterion(self, train: TrainingSet, n_steps: int) -> nn.Module:
-        raise NotImplementedError
-
-    def _make_batches(self, train: TrainingSet, **common: Any) -> Batches:
+    def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
+        """Courses of training, one after another on the same network."""
         raise NotImplementedError
 
     def _steps_per_epoch(self, n_samples: int) -> int:
-        raise NotImplementedError
+        return -(-n_samples // self.batch_size)
 
-    def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
-        """Courses of training, one after another on the same network."""
-        n_steps = self._steps_per_epoch(len(train.rows))
-        return [
-            Stage(
-                self._make_criterion(train, n_epochs * n_steps),
-                self._make_batches(train, **common),
-                n_epochs,
-                n_steps,
-                self.lr,
-                self.lr_schedule,
-            )
-        ]
-
-    def _scores(self, images: Images) -> np.ndarray:
-        """Log-scale class scores, shape (n, n_classes): their softmax is `predict_proba`."""
-        raise NotImplementedError
+    def _views(self) -> tuple[Any, ...]:
+        """Augmentations: one copy of a batch for each."""
+        return (resolve_augmentation(self.augment),)
 
     def _inference_state(self, train: TrainingSet) -> dict[str, Any]:
-        """Fitted attributes, beyond the network, that prediction needs; made from it."""
+        """Fitted attributes, beyond the network, that inference needs; made from it."""
         return {}
 
     def _optimizer_groups(self) -> list[tuple[str, dict[str, Any]]]:
         """Parameter groups for the optimiser, as skorch's ``optimizer__param_groups``."""
         return []
 
+    # ---------------------------------------------------------------- what a kind supplies
+
+    def _check_training(
+        self, X: Any, y: Any, *, fresh: bool, **given: Any
+    ) -> tuple[TrainingSet, np.ndarray | None]:
+        """Turn the caller's arguments into a training set and patients; set what they decide."""
+        raise NotImplementedError
+
+    def _training_rows(
+        self,
+        data: TrainingSet,
+        groups: np.ndarray | None,
+        rng: np.random.Generator,
+        partial: bool,
+    ) -> tuple[TrainingSet, np.ndarray | None]:
+        """Training set and validation rows."""
+        return data, None
+
+    def _best_epoch(
+        self, X: Any, y: Any, held: np.ndarray | None, train: TrainingSet
+    ) -> BestEpoch | None:
+        """Keeper of the epoch that does best on the validation rows."""
+        return None
+
+    def _pretraining(self, train: TrainingSet, **common: Any) -> list[Stage]:
+        """Courses of training before the method's own, on a fresh network."""
+        return []
+
+    def _n_epochs(self, n_samples: int) -> int:
+        raise NotImplementedError
+
     # ---------------------------------------------------------------- one fit
 
     def _check_parameters(self) -> None:
         """Refuse what `_parameter_constraints` cannot express."""
-        if isinstance(self.sampler, type):
-            raise TypeError(
-                f"sampler={self.sampler.__name__} is a class: pass an instance, "
-                f"{self.sampler.__name__}()."
+        start = self._start
+        if start is not None and not start.__sklearn_is_fitted__():
+            name = type(start).__name__
+            raise ValueError(
+                f"backbone={name}(...) is not fitted: fit it first. To pre-train on the images of "
+                f"this fit, pass an encoder as pretrain={name}(...)."
             )
 
-    def _fit(
-        self,
-        X: Any,
-        y: Any,
-        *,
-        sample_weight: Any = None,
-        groups: Any = None,
-        classes: Any = None,
-        partial: bool = False,
-    ) -> Any:
-        """Validate, split, resample, build, train, and keep what prediction needs."""
+    @property
+    def _start(self) -> BaseImageEstimator | None:
+        """Fitted estimator whose backbone, and normalisation, training begins with."""
+        given = self.backbone
+        if isinstance(given, FrozenEstimator):
+            given = given.estimator
+        return given if isinstance(given, BaseImageEstimator) else None
+
+    def _fit(self, X: Any, y: Any = None, *, partial: bool = False, **given: Any) -> Any:
+        """Validate, split, resample, build, train, and keep what inference needs."""
         with _all_or_nothing(self), one_thread_in_workers():
             self._check_parameters()
             previous = self.net_ if self._continues(partial) else None
             fresh = previous is None
-            data, groups = self._check_training(X, y, sample_weight, groups, classes, fresh)
+            data, groups = self._check_training(X, y, fresh=fresh, **given)
             device = resolve_device(self.device)
 
             checkpoint = None
             if self.checkpoint_dir is not None and not partial:
                 start = {} if fresh else self._network_weights()
-                token = fingerprint(self, device, start, data.images, data.y, data.weight, groups)
+                labels = data.y, data.weight, groups, data.unlabelled
+                token = fingerprint(self, device, start, data.images, *labels)
                 checkpoint = Checkpoint(self.checkpoint_dir, token).open()
             seed = int(check_random_state(self.random_state).randint(2**31 - 1))
             if checkpoint is not None and checkpoint.seed is not None:
@@ -250,25 +260,20 @@ class BaseImageClassifier(
             with seeded(seed, device):
                 train, held = self._training_rows(data, groups, rng, partial)
                 if fresh:
-                    self.pixel_mean_, self.pixel_std_ = channel_statistics(
-                        train.images,
-                        train.rows,
-                        train.weight,
-                        block=inference_block(train.images.image_shape, torch.device("cpu")),
-                    )
+                    self._normalise(train)
                 self.net_ = self._make_net(device, previous)
-                stages = self._stages(
-                    train,
-                    1 if partial else self._n_epochs(len(train.rows)),
-                    preprocess=self._preprocessor(),
-                    views=(resolve_augmentation(self.augment),),
-                    rng=rng,
-                    generator=generator,
-                )
+                common = {
+                    "preprocess": self._preprocessor(),
+                    "views": self._views(),
+                    "rng": rng,
+                    "generator": generator,
+                }
+                n_epochs = 1 if partial else self._n_epochs(len(train.rows))
+                stages = self._pretraining(train, **common) if fresh and not partial else []
+                stages += self._stages(train, n_epochs, **common)
                 if partial:
                     stages[0].lr_schedule = "constant"
-                score = None if held is None else self._validation_score(X, y, held, train)
-                best = None if score is None else BestEpoch(score, self.n_iter_no_change)
+                best = self._best_epoch(X, y, held, train)
                 if checkpoint is not None:
                     checkpoint.attach(seed=seed, rng=rng, generator=generator)
                 reporter = None
@@ -282,6 +287,26 @@ class BaseImageClassifier(
                 if reporter is not None:
                     reporter.finish()
         return self
+
+    def _normalise(self, train: TrainingSet) -> None:
+        """Set the channel statistics: of the training rows, or those of a fitted start."""
+        start = self._start
+        if start is None:
+            self.pixel_mean_, self.pixel_std_ = channel_statistics(
+                train.images,
+                train.rows,
+                train.weight,
+                block=inference_block(train.images.image_shape, torch.device("cpu")),
+            )
+            return
+        theirs, ours = start.image_shape_, self.image_shape_
+        if (len(theirs), theirs[0]) != (len(ours), ours[0]):
+            raise ValueError(
+                f"backbone={type(start).__name__} was fitted on images of shape {theirs} (channels "
+                f"first) and cannot read images of shape {ours}."
+            )
+        check_pixel_range(start, train.images, reset=False)
+        self.pixel_mean_, self.pixel_std_ = start.pixel_mean_.copy(), start.pixel_std_.copy()
 
     def _train(
         self,
@@ -297,141 +322,41 @@ class BaseImageClassifier(
         if reporter is not None:
             reporter.begin(sum(stage.n_epochs for stage in stages))
         for number, stage in enumerate(stages[first:], first):
-            net.stage = stage.name
+            scorer = best if stage.validated else None
+            net.stage, net.stage_forward = stage.name, stage.forward
             net.criterion_ = stage.criterion.to(net.device, net.dtype)
             net.start_schedule(stage.lr_schedule, stage.n_epochs * stage.steps_per_epoch, stage.lr)
             if optimizer is not None:
                 net.optimizer_.load_state_dict(optimizer)
-            if best is not None:
-                best.n_stale = 0
+            if scorer is not None:
+                scorer.n_stale = 0
             n_left = stage.n_epochs
             if checkpoint is not None:
-                n_left -= checkpoint.begin_stage(number, net, best)
-            if best is not None and best.wants_to_stop:  # it crashed after its last epoch
+                n_left -= checkpoint.begin_stage(number, net, scorer)
+            if scorer is not None and scorer.wants_to_stop:  # it crashed after its last epoch
                 n_left = 0
             callbacks: list[Callback | None] = [
-                best,
+                scorer,
                 *stage.callbacks,
-                None if checkpoint is None else SaveCheckpoint(checkpoint, best),
+                None if checkpoint is None else SaveCheckpoint(checkpoint, scorer),
                 reporter,
             ]
             if self.verbose:
                 label = f"{type(self).__name__} {stage.name}".rstrip()
                 callbacks.append(ProgressBar(label, n_left * stage.steps_per_epoch))
             net.run(stage.batches, n_left, [cb for cb in callbacks if cb is not None], stop)
-            if best is not None:
-                best.restore(net)
-                self.best_score_ = best.best_score
+            if scorer is not None:
+                scorer.restore(net)
+                self.best_score_ = scorer.best_score
             if not net.complete or (reporter is not None and reporter.wants_to_stop):
                 break
         net.module_.eval()
         self.history_ = [plain(row) for row in net.history]
         self.n_iter_ = len(self.history_)
 
-    def _training_rows(
-        self,
-        data: TrainingSet,
-        groups: np.ndarray | None,
-        rng: np.random.Generator,
-        partial: bool,
-    ) -> tuple[TrainingSet, np.ndarray | None]:
-        """Hold out the validation rows, then, and only then, resample the others."""
-        train, held = data, None
-        if self.early_stopping and not partial:
-            kept, held = validation_split(data.y, self.validation_fraction, groups, rng)
-            weight = None if data.weight is None else data.weight[kept]
-            groups = None if groups is None else groups[kept]
-            train = TrainingSet(data.images, data.rows[kept], data.y[kept], weight)
-            held = data.rows[held]
-        if self.sampler is not None:
-            seed = int(rng.integers(2**31 - 1))
-            parts = (train.images, train.rows, train.y, train.weight)
-            drawn = resample(self.sampler, *parts, seed, classes=self.classes_, groups=groups)
-            train = TrainingSet(*drawn, natural=train)
-        if train.weight is not None:  # the scale of weights carries no meaning
-            train.weight = train.weight * (len(train.weight) / train.weight.sum())
-        return train, held
-
-    def _validation_score(
-        self, X: Any, y: Any, held: np.ndarray, train: TrainingSet
-    ) -> Callable[[], float]:
-        """Score of the network as it is now, on the held-out rows."""
-        X_held, y_held = _safe_indexing(X, held), _safe_indexing(y, held)
-        scorer = check_scoring(self, self.scoring)
-
-        def score() -> float:
-            self._set_fitted(self._inference_state(train))
-            with warnings.catch_warnings():  # a class with one sample is never held out
-                warnings.filterwarnings("ignore", "y_pred contains classes not in y_true")
-                value = float(scorer(self, X_held, y_held))
-            if np.isnan(value):
-                raise ValueError(
-                    f"scoring={self.scoring!r} gave NaN on the {len(y_held)} validation images: "
-                    "choose another scorer, or raise validation_fraction."
-                )
-            return value
-
-        return score
-
     def _continues(self, partial: bool) -> bool:
         """Whether this call goes on from the present weights."""
         return self.__sklearn_is_fitted__() and (partial or self.warm_start)
-
-    def _check_training(
-        self, X: Any, y: Any, sample_weight: Any, groups: Any, classes: Any, fresh: bool
-    ) -> tuple[TrainingSet, np.ndarray | None]:
-        """Turn the caller's arguments into a training set; set the attributes they decide."""
-        images = self._read(X, reset=fresh)
-        if y is None:
-            raise ValueError(
-                f"This {type(self).__name__} estimator requires y to be passed, but the target y "
-                "is None."
-            )
-        y = column_or_1d(y, warn=True)
-        try:
-            if y.dtype.kind in "fO":
-                assert_all_finite(y, input_name="y")
-            check_classification_targets(y)
-            np.unique(y)
-        except TypeError as error:
-            raise ValueError(
-                f"y must hold labels of one kind, numbers or strings: {error}"
-            ) from error
-        check_consistent_length(images.data, y)
-        rows = np.arange(len(images))
-        if groups is not None:
-            groups = group_codes(groups, y)
-        if sample_weight is not None:
-            sample_weight = _check_sample_weight(
-                sample_weight, y, dtype=np.float64, ensure_non_negative=True
-            )
-            rows = np.flatnonzero(sample_weight)  # rows of weight 0 are as if absent
-            if not len(rows):
-                raise ValueError("Every sample_weight is zero.")
-            y, sample_weight = y[rows], sample_weight[rows]
-            groups = None if groups is None else groups[rows]
-
-        known = np.unique(y if classes is None else classes)
-        if fresh:
-            if len(known) < 2:
-                raise ValueError(
-                    f"{type(self).__name__} needs samples of at least 2 classes in y, but found "
-                    f"{len(known)} class: {known.tolist()}."
-                )
-            self.classes_ = known
-            self.image_shape_ = images.image_shape
-            self.n_samples_fit_ = len(rows)
-        odd = np.setdiff1d(np.concatenate([known, np.unique(y)]), self.classes_)
-        if len(odd):
-            raise ValueError(
-                f"y holds classes {odd.tolist()} that are not among {self.classes_.tolist()}: fit "
-                "anew (warm_start=False), or pass every class in the first call of partial_fit "
-                "(classes=...)."
-            )
-        encoded = np.searchsorted(self.classes_, y)
-        if fresh:
-            self.class_counts_ = np.bincount(encoded, minlength=len(self.classes_))
-        return TrainingSet(images, rows, encoded, sample_weight), groups
 
     def _set_fitted(self, attributes: dict[str, Any]) -> None:
         for name, value in attributes.items():
@@ -481,16 +406,18 @@ class BaseImageClassifier(
         net.initialize()
         if previous is not None:
             net.history_ = copy.deepcopy(previous.history_)
+            if hasattr(previous, "criterion_"):
+                net.last_criterion = previous.criterion_.state_dict()
         return net
 
     def _network(self, device: torch.device, dtype: torch.dtype, pretrained: bool) -> nn.Module:
         """Make the method's module around the chosen backbone, on the device."""
         _, autocast = resolve_precision(self.precision, device, len(self.image_shape_))
-        backbone = self.backbone
+        backbone = self.backbone if self._start is None else self._start.backbone_
         if hasattr(backbone, "trunk"):
             raise ValueError(
                 f"backbone={type(backbone).__name__} is a whole network of this package: pass the "
-                "fitted estimator's backbone_."
+                "fitted estimator."
             )
         if not pretrained and isinstance(backbone, Backbone):
             backbone = clone(backbone).set_params(weights=None)
@@ -510,15 +437,6 @@ class BaseImageClassifier(
             device=torch.device(self.net_.device),
             channels_last=len(self.image_shape_) > 2,
         )
-
-    def _n_epochs(self, n_samples: int) -> int:
-        """Epochs to train; "auto" gives small sets enough steps and large ones ten epochs."""
-        if self.max_epochs != "auto":
-            return self.max_epochs
-        n_steps = 180 + 60 * min(len(self.classes_), 17)
-        if len(self.image_shape_) == 1:  # an MLP on vectors settles sooner
-            n_steps //= 3
-        return max(10, -(-n_steps // self._steps_per_epoch(n_samples)))
 
     # ---------------------------------------------------------------- inference
 
@@ -560,55 +478,6 @@ class BaseImageClassifier(
             ]
         return torch.cat(parts)[:n]
 
-    def decision_function(self, X: Any) -> np.ndarray:
-        """Class scores on a log scale.
-
-        Parameters
-        ----------
-        X : array-like or lazy sequence of n images
-            In any layout that ``fit`` accepts.
-
-        Returns
-        -------
-        scores : ndarray of shape (n,) or (n, n_classes)
-            Two classes: log-odds of ``classes_[1]``. They rank as `predict_proba`.
-        """
-        check_is_fitted(self)
-        scores = self._scores(self._read(X))
-        return scores[:, 1] - scores[:, 0] if len(self.classes_) == 2 else scores
-
-    def predict_proba(self, X: Any) -> np.ndarray:
-        """Class probabilities.
-
-        Parameters
-        ----------
-        X : array-like or lazy sequence of n images
-            In any layout that ``fit`` accepts.
-
-        Returns
-        -------
-        proba : ndarray of shape (n, n_classes)
-            Rows sum to 1; columns follow ``classes_``.
-        """
-        check_is_fitted(self)
-        return softmax(self._scores(self._read(X)), axis=1)
-
-    def predict(self, X: Any) -> np.ndarray:
-        """Most probable class of each image.
-
-        Parameters
-        ----------
-        X : array-like or lazy sequence of n images
-            In any layout that ``fit`` accepts.
-
-        Returns
-        -------
-        y : ndarray of shape (n,)
-            Labels from ``classes_``.
-        """
-        check_is_fitted(self)
-        return self.classes_[self._scores(self._read(X)).argmax(axis=1)]
-
     def transform(self, X: Any) -> np.ndarray:
         """Embed images with the trained backbone.
 
@@ -628,7 +497,7 @@ class BaseImageClassifier(
 
     @property
     def backbone_(self) -> nn.Module:
-        """Copy of the trained backbone; another estimator starts from it with ``backbone=``."""
+        """Copy of the trained backbone, on the CPU."""
         check_is_fitted(self)
         return copy.deepcopy(self.net_.module_.trunk.backbone).cpu().eval()
 
@@ -636,7 +505,15 @@ class BaseImageClassifier(
     def _n_features_out(self) -> int:
         return self.net_.module_.n_features
 
-    # ---------------------------------------------------------------- persistence and tags
+    # ---------------------------------------------------------------- copies, persistence, tags
+
+    def __sklearn_clone__(self) -> Any:
+        """Clone; a fitted estimator to begin with stays fitted, and is shared."""
+        copied = super().__sklearn_clone__()
+        for name, value in self.get_params(deep=False).items():
+            if isinstance(value, BaseImageEstimator) and value.__sklearn_is_fitted__():
+                setattr(copied, name, value)
+        return copied
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "net_")
@@ -704,6 +581,10 @@ class BaseImageClassifier(
         tags.input_tags.three_d_array = True
         tags.transformer_tags.preserves_dtype = []
         return tags
+
+
+# Any fitted estimator of the package can be the start of another one.
+BaseImageEstimator._parameter_constraints["backbone"].append(BaseImageEstimator)
 
 
 @contextmanager

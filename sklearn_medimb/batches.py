@@ -414,17 +414,19 @@ class Batches:
         other.views = views
         return other
 
-    def _gather(self, picks: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raw rows and their targets, on the device."""
+    def gather(self, picks: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images of some training rows on the unit scale, and their targets, on the device."""
         index = torch.from_numpy(picks)
         if self.resident is not None:
             index = index.pin_memory().to(self.preprocess.device, non_blocking=True)
-            return self.resident[index], self.targets[index]
-        raw = self.preprocess.upload(self.images.rows(self.rows[picks]))
-        return raw, self.targets[index.to(self.targets.device)]
+            raw, targets = self.resident[index], self.targets[index]
+        else:
+            raw = self.preprocess.upload(self.images.rows(self.rows[picks]))
+            targets = self.targets[index.to(self.targets.device)]
+        return to_unit_scale(raw, self.preprocess.dtype), targets
 
-    def _view(self, images: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
-        """One augmented copy, still on the original scale."""
+    def view(self, images: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
+        """One augmented copy of images, still on the unit scale."""
         # Vectors are not augmented. Of the caller's own augmentations, draw and apply are asked.
         if images.ndim < 4 or getattr(augmentation, "is_identity", False):
             return images
@@ -433,8 +435,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for picks in self.plan(self.rng):
-            raw, targets = self._gather(picks)
-            images = to_unit_scale(raw, self.preprocess.dtype)
-            views = [self._view(images, augmentation) for augmentation in self.views]
+            images, targets = self.gather(picks)
+            views = [self.view(images, augmentation) for augmentation in self.views]
             stacked = views[0] if len(views) == 1 else torch.cat(views)
             yield self.preprocess.normalise(stacked), targets

@@ -24,8 +24,9 @@ from torch import nn
 
 from sklearn_medimb._docs import shared_parameters
 from sklearn_medimb.backbones import as_tokens
-from sklearn_medimb.base import BaseImageClassifier, TrainingSet
+from sklearn_medimb.base import TrainingSet
 from sklearn_medimb.batches import Batches, class_balanced
+from sklearn_medimb.classifier import BaseImageClassifier
 from sklearn_medimb.images import Images
 from sklearn_medimb.net import Trunk
 from sklearn_medimb.runtime import one_thread_in_workers
@@ -360,6 +361,8 @@ class CSSNClassifier(BaseImageClassifier):
     ----------
     {backbone}
 
+    {pretrain}
+
     lam : float, default=3.0
         Weight of the class token added to each patch.
 
@@ -517,6 +520,7 @@ class CSSNClassifier(BaseImageClassifier):
         self,
         backbone: Any = "auto",
         *,
+        pretrain: Any = None,
         lam: float = 3.0,
         soft_ratio: float = 0.7,
         class_loss_weight: float = 0.5,
@@ -559,6 +563,7 @@ class CSSNClassifier(BaseImageClassifier):
         verbose: Any = 0,
     ) -> None:
         self.backbone = backbone
+        self.pretrain = pretrain
         self.lam = lam
         self.soft_ratio = soft_ratio
         self.class_loss_weight = class_loss_weight

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -19,6 +20,7 @@ from scipy import sparse
 from sklearn.utils import check_array
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _num_samples, validate_data
+from torch.utils.data import Dataset, IterableDataset
 
 CHANNEL_COUNTS = (1, 3, 4)  # what an axis of channels may look like when nobody says
 INPUT_CONSTRAINTS: dict[str, list[Any]] = {
@@ -258,15 +260,117 @@ class ExtendedImages:
         return (len(self.rows), *self.extra.shape[1:])
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, tuple):
-            if key[1:] != (Ellipsis,):
-                raise IndexError("A lazy container of images is indexed by rows only.")
-            key = key[0]
-        rows = self.rows[key]
+        rows = self.rows[_row_key(key)]
         if np.ndim(rows):
             return ExtendedImages(self.data, self.extra, rows)
         n = len(self.data)
         return self.data[int(rows)] if rows < n else self.extra[rows - n]
+
+
+class DatasetImages:
+    """The images of a torch data set, read on demand: an ``X`` for every estimator.
+
+    An item is an image (array, tensor, PIL image), a tuple or list that begins with one, or a
+    mapping with the key "image". Labels in the items are ignored: pass them as ``y``. All images
+    must have the shape of the first, whether they are uint8 included, which is checked as they
+    are read.
+
+    ``X[i]`` reads an image; a slice, mask or index array gives a further container, so that
+    scikit-learn's cross-validation reads nothing it does not need.
+
+    Parameters
+    ----------
+    dataset : torch.utils.data.Dataset
+        A map-style data set, with ``__len__`` and ``__getitem__``. Estimators wrap one by
+        themselves; tools that index ``X`` (``cross_val_score``) need it wrapped.
+
+    Attributes
+    ----------
+    rows : ndarray of int
+        The items of the data set that are the images, in this order.
+    dtype : numpy.dtype
+        That of the first item.
+
+    Raises
+    ------
+    TypeError
+        If the data set can only be iterated.
+    ValueError
+        If it is empty, or its first item holds no image.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch.utils.data import TensorDataset
+    >>> from sklearn_medimb.datasets import DatasetImages
+    >>> X = DatasetImages(TensorDataset(torch.zeros(5, 3, 8, 8), torch.arange(5)))
+    >>> X.shape, X[[0, 2]].shape
+    ((5, 3, 8, 8), (2, 3, 8, 8))
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        has_rows = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if isinstance(dataset, IterableDataset) or not has_rows:
+            raise TypeError(
+                f"{type(dataset).__name__} has no numbered items, but images are read by their "
+                "number: pass a map-style data set, with __len__ and __getitem__."
+            )
+        if len(dataset) < 1:
+            raise ValueError(
+                "Found array with 0 sample(s) while a minimum of 1 is required: the data set is "
+                "empty."
+            )
+        self.dataset = dataset
+        self.rows = np.arange(len(dataset))
+        first = _one_image(self, 0)
+        self.dtype = first.dtype
+        self._image_shape = first.shape
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole, as if it were an array."""
+        return (len(self.rows), *self._image_shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the whole."""
+        return len(self.shape)
+
+    def __getitem__(self, key: Any) -> Any:
+        rows = self.rows[_row_key(key)]
+        if np.ndim(rows):
+            subset = copy(self)
+            subset.rows = rows
+            return subset
+        item = self.dataset[int(rows)]
+        if isinstance(item, Mapping):
+            item = item.get("image")
+        elif isinstance(item, (tuple, list)) and len(item):
+            item = item[0]
+        if not is_image(item):
+            raise TypeError(
+                "an item must be an image, a tuple that begins with one, or a dict with the key "
+                f'"image"; the place of the image holds {type(item).__name__}'
+            )
+        return np.asarray(_from_torch(item))
+
+
+def wrap_dataset(X: Any) -> Any:
+    """Turn a torch data set into a lazy sequence, unless it is one; leave everything else."""
+    is_sequence = all(hasattr(X, name) for name in ("shape", "ndim", "dtype"))
+    return DatasetImages(X) if isinstance(X, Dataset) and not is_sequence else X
+
+
+def _row_key(key: Any) -> Any:
+    """Reduce ``X[rows, ...]``, which is how scikit-learn indexes, to its rows."""
+    if not isinstance(key, tuple):
+        return key
+    if key[1:] != (Ellipsis,):
+        raise IndexError("A lazy container of images is indexed by rows only.")
+    return key[0]
 
 
 def _one_image(data: Any, row: int) -> np.ndarray:
@@ -294,7 +398,7 @@ def read_images(
     estimator : estimator instance
         Receives `n_features_in_` and `feature_names_in_` when `reset`; otherwise its
         `image_shape_`, where it has one, is what images must have.
-    X : array-like, DataFrame, torch tensor, list of arrays, or lazy sequence
+    X : array-like, DataFrame, torch tensor or Dataset, list of arrays, or lazy sequence
         See the package's README for the accepted shapes.
     reset : bool
         True in ``fit``.
@@ -313,9 +417,9 @@ def read_images(
     ValueError
         If `X` is empty, ragged, ambiguous, not finite, or of another shape than in ``fit``.
     TypeError
-        If `X` is sparse or not numeric.
+        If `X` is sparse, not numeric, or a data set that can only be iterated.
     """
-    X = as_array(X)
+    X = as_array(wrap_dataset(X))
     if not is_lazy(X) and getattr(X, "ndim", 2) <= 2:
         X = validate_data(estimator, X, reset=reset, dtype="numeric", ensure_all_finite=False)
     elif not is_lazy(X):

@@ -29,16 +29,12 @@ from sklearn_medimb._docs import shared_parameters
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.base import Stage, TrainingSet
 from sklearn_medimb.batches import Batches
+from sklearn_medimb.losses import LabelStageLoss
+from sklearn_medimb.momentum import follow
+from sklearn_medimb.net import Output
 from sklearn_medimb.over_sampling._virtual_features import ClassGaussians
 from sklearn_medimb.rebalance import VirtualFeatureCalibration
-from sklearn_medimb.two_stage import (
-    STAGE_ONE,
-    STAGE_TWO,
-    LabelStageLoss,
-    Output,
-    TwoStageClassifier,
-    TwoStageNetwork,
-)
+from sklearn_medimb.two_stage import STAGE_ONE, STAGE_TWO, TwoStageClassifier, TwoStageNetwork
 
 # ---------------------------------------------------------------- stage one: relations
 
@@ -169,17 +165,11 @@ class RRLLoss(nn.Module):
         _, *relations = self.terms.values()
         return ce + sum(w * term for w, term in zip(self.weights, relations, strict=True))
 
-    @torch.no_grad()
     def update_teacher(self, student: nn.Module) -> None:
         """Move the teacher after a step."""
         share = 1 - min(1 - 1 / (self.step + 1), self.decay)
         self.step += 1
-        old: list[torch.Tensor] = list(self.teacher.parameters())
-        new: list[torch.Tensor] = list(student.parameters())
-        if self.teacher_mode == "eval":
-            old += [buffer for buffer in self.teacher.buffers() if buffer.is_floating_point()]
-            new += [buffer for buffer in student.buffers() if buffer.is_floating_point()]
-        torch._foreach_lerp_(old, new, share)
+        follow(self.teacher, student, share, buffers=self.teacher_mode == "eval")
 
     def get_extra_state(self) -> int:
         """Step count, so that a resumed fit averages on."""
@@ -422,6 +412,8 @@ class LMDClassifier(TwoStageClassifier):
     ----------
     {backbone}
 
+    {pretrain}
+
     stages : {{"both", "rrl", "icc"}}, default="both"
         "rrl" keeps the head of stage one. "icc" calibrates the backbone as given: with
         ``backbone=fitted.backbone_`` that of any fitted estimator. In a cross-validation that
@@ -564,6 +556,7 @@ class LMDClassifier(TwoStageClassifier):
         self,
         backbone: Any = "auto",
         *,
+        pretrain: Any = None,
         stages: str = "both",
         batch_relation_weight: float = 1.0,
         channel_relation_weight: float = 1.0,
@@ -608,6 +601,7 @@ class LMDClassifier(TwoStageClassifier):
         verbose: Any = 0,
     ) -> None:
         self.backbone = backbone
+        self.pretrain = pretrain
         self.stages = stages
         self.batch_relation_weight = batch_relation_weight
         self.channel_relation_weight = channel_relation_weight
@@ -767,11 +761,15 @@ class LMDClassifier(TwoStageClassifier):
             decay=self.ema_decay,
             teacher_mode=self.teacher_mode,
         )
-        first = len(net.history)
+
+        def n_epochs_seen() -> int:
+            return sum(row.get("stage") == STAGE_ONE for row in net.history)
+
+        before = n_epochs_seen()  # by an earlier fit, where this one goes on from it
         views = TwoViewBatches(
             batches,
             flips_of(batches.views[0]),
-            epoch=lambda: len(net.history) - 1 - first,
+            epoch=lambda: n_epochs_seen() - 1 - before,
             start=round(self.relation_start * n_epochs),
         )
         return Stage(loss, views, *schedule, callbacks=(UpdateTeacher(),))

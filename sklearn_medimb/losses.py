@@ -202,3 +202,15 @@ class LabelLoss(nn.Module):
     def set_extra_state(self, state: int) -> None:
         """Restore the step count."""
         self.step = state
+
+
+class LabelStageLoss(nn.Module):
+    """A label loss alone, of a network that gives features too."""
+
+    def __init__(self, label_loss: LabelLoss) -> None:
+        super().__init__()
+        self.label_loss = label_loss
+
+    def forward(self, output: Any, mass: torch.Tensor) -> torch.Tensor:
+        """Loss of a batch."""
+        return self.label_loss(output.logits, mass)

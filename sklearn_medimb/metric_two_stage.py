@@ -30,8 +30,10 @@ from torch import nn
 from sklearn_medimb._docs import shared_parameters
 from sklearn_medimb.base import Stage, TrainingSet
 from sklearn_medimb.batches import Batches, pk
+from sklearn_medimb.losses import LabelStageLoss
 from sklearn_medimb.metric_losses import METRIC_LOSSES, ClassCenterTriplet, ProxyAnchor
-from sklearn_medimb.two_stage import STAGE_ONE, LabelStageLoss, Output, TwoStageClassifier
+from sklearn_medimb.net import Output
+from sklearn_medimb.two_stage import STAGE_ONE, TwoStageClassifier
 
 
 class MetricStageLoss(nn.Module):
@@ -109,6 +111,8 @@ class MetricTwoStageClassifier(TwoStageClassifier):
     Parameters
     ----------
     {backbone}
+
+    {pretrain}
 
     metric_loss : str or callable, default="triplet"
         "triplet" (batch-hard, class-balanced), "class_center_triplet" (half the steps "triplet",
@@ -232,6 +236,7 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         self,
         backbone: Any = "auto",
         *,
+        pretrain: Any = None,
         metric_loss: Any = "triplet",
         metric_weight: float = 0.3,
         ce_weight: float = 1.0,
@@ -269,6 +274,7 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         verbose: Any = 0,
     ) -> None:
         self.backbone = backbone
+        self.pretrain = pretrain
         self.metric_loss = metric_loss
         self.metric_weight = metric_weight
         self.ce_weight = ce_weight

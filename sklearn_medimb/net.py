@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from skorch import NeuralNet
@@ -62,7 +62,9 @@ class Trunk(nn.Module):
         training = self.training
         try:
             with torch.no_grad():
-                return self.eval()(torch.zeros(1, *self.input_shape))
+                like = next(self.parameters(), torch.empty(0))
+                blank = torch.zeros(1, *self.input_shape, dtype=like.dtype, device=like.device)
+                return self.eval()(blank)
         except Exception as error:
             raise ValueError(
                 f"backbone={type(self.backbone).__name__} failed on one image of shape "
@@ -78,6 +80,13 @@ class Trunk(nn.Module):
         with torch.autocast(images.device.type, self.autocast):
             output = self.backbone(images)
         return output.to(images.dtype)
+
+
+class Output(NamedTuple):
+    """Features (n, d) and logits (n, K) of a batch."""
+
+    features: torch.Tensor
+    logits: torch.Tensor
 
 
 class SoftmaxNetwork(nn.Module):
@@ -123,9 +132,9 @@ def learning_rate_factor(schedule: str, step: int, n_steps: int, warm_up: float 
 class Net(NeuralNet):
     """A skorch net that trains on :class:`~sklearn_medimb.batches.Batches`.
 
-    ``infer`` and ``get_loss`` are skorch's: ``criterion_(module_(images), targets)``. The history
-    receives one ``train_loss`` per epoch, and the means of the criterion's ``terms`` where it has
-    this dict of tensors.
+    ``infer`` and ``get_loss`` are skorch's: ``criterion_(module_(images), targets)``, unless a
+    stage has a forward pass of its own. The history receives one ``train_loss`` per epoch, and the
+    means of the criterion's ``terms`` where it has this dict of tensors.
 
     Parameters
     ----------
@@ -135,6 +144,8 @@ class Net(NeuralNet):
 
     schedule: str | None = None
     stage = ""
+    last_criterion: dict[str, Any] | None = None
+    stage_forward: Callable[[nn.Module, Any], Any] | None = None
     stopped_by_callback = False
     complete = True
     callbacks_: list[tuple[str, Callback]]
@@ -159,6 +170,12 @@ class Net(NeuralNet):
             if parameter.requires_grad:
                 yield name, parameter
 
+    def infer(self, x: Any, **fit_params: Any) -> Any:
+        """Forward pass of the present stage."""
+        if self.stage_forward is None:
+            return super().infer(x, **fit_params)
+        return self.stage_forward(self.module_, x)
+
     def start_schedule(self, schedule: str, n_steps: int, lr: float) -> None:
         """Begin a course of `n_steps` with a fresh optimiser at peak rate `lr`."""
         self.lr, self.schedule = lr, schedule
@@ -182,9 +199,10 @@ class Net(NeuralNet):
                 raise
 
     def torch_compile(self, module: nn.Module, name: str) -> nn.Module:
-        """Compile in place: the names of the weights stay as they are."""
-        if self.compile:
-            module.compile()
+        """Compile the backbone, in place: the names of the weights stay as they are."""
+        trunk = getattr(module, "trunk", None)
+        if self.compile and trunk is not None:
+            trunk.compile()
         return module
 
     def optimizer_state(self, schedule: str) -> dict[str, Any] | None:

@@ -619,6 +619,9 @@ def maps_of(
     rows: np.ndarray,
     detect: Callable[[torch.Tensor], torch.Tensor],
     device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    clip: bool | None = None,
 ) -> torch.Tensor:
     """Apply a function of image batches to some rows, block by block.
 
@@ -632,18 +635,24 @@ def maps_of(
         From images ``(n, C, *spatial)``, floats on the device, to a tensor of n rows.
     device : torch.device
         Where to compute.
+    dtype : torch.dtype or None, default=None
+        Precision of the images; None is float64 for such images, else float32.
+    clip : bool or None, default=None
+        Whether each image is clipped to its quantiles first; None clips all but uint8.
 
     Returns
     -------
     results : tensor
         On the CPU, one row per entry of `rows`.
     """
-    dtype = torch.float64 if images.dtype == np.float64 else torch.float32
+    if dtype is None:
+        dtype = torch.float64 if images.dtype == np.float64 else torch.float32
+    clip = images.dtype != np.uint8 if clip is None else clip
     block = pixel_block(images.image_shape, device)
 
     def read(part: np.ndarray) -> torch.Tensor:
         pixels = as_pixels(to_unit_scale(images.rows(part).to(device), dtype))
-        return pixels if images.dtype == np.uint8 else _without_outliers(pixels)
+        return _without_outliers(pixels) if clip else pixels
 
     with torch.no_grad(), one_thread_in_workers():
         parts = [

@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from numbers import Real
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.base import _fit_context
 from sklearn.utils._param_validation import Interval, StrOptions
-from torch import nn
 
-from sklearn_medimb import losses
 from sklearn_medimb._docs import shared_parameters
-from sklearn_medimb.base import BaseImageClassifier, TrainingSet
+from sklearn_medimb.base import TrainingSet
 from sklearn_medimb.batches import Batches, class_balanced, shuffled
-from sklearn_medimb.images import Images
-from sklearn_medimb.losses import LabelLoss, class_weights
-from sklearn_medimb.net import SoftmaxNetwork, Trunk
-
-LOSSES = (
-    "cross_entropy",
-    "focal",
-    "class_balanced",
-    "ldam",
-    "balanced_softmax",
-    "logit_adjusted",
-)
-
-
-class CosineHead(nn.Module):
-    """Scaled cosines between features and class vectors, as LDAM needs them."""
-
-    scale = 30.0
-
-    def __init__(self, n_features: int, n_classes: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(n_classes, n_features))
-        nn.init.normal_(self.weight)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits of shape (n, n_classes), within ``+-scale``."""
-        return self.scale * F.linear(F.normalize(features), F.normalize(self.weight))
+from sklearn_medimb.one_stage import OneStageClassifier
 
 
 class MixedBatches:
@@ -94,7 +63,7 @@ class MixedBatches:
 
 
 @shared_parameters
-class SoftmaxClassifier(BaseImageClassifier):
+class SoftmaxClassifier(OneStageClassifier):
     """A network with a softmax head and the classical remedies for class imbalance.
 
     The strong baseline of the package: whatever a paper promises has to beat this one with the same
@@ -103,6 +72,8 @@ class SoftmaxClassifier(BaseImageClassifier):
     Parameters
     ----------
     {backbone}
+
+    {pretrain}
 
     loss : {{"cross_entropy", "focal", "class_balanced", "ldam", "balanced_softmax", \
 "logit_adjusted"}}, default="cross_entropy"
@@ -180,28 +151,16 @@ class SoftmaxClassifier(BaseImageClassifier):
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **BaseImageClassifier._parameter_constraints,
-        "loss": [StrOptions(set(LOSSES))],
-        "class_weight": [dict, StrOptions({"balanced"}), None],
-        "focal_gamma": [Interval(Real, 0, None, closed="left")],
-        "beta": [Interval(Real, 0, 1, closed="left")],
-        "max_margin": [Interval(Real, 0, None, closed="neither")],
-        "tau": [Interval(Real, 0, None, closed="left")],
-        "post_hoc_tau": [Interval(Real, 0, None, closed="left")],
-        "reweight_after": [StrOptions({"auto"}), Interval(Real, 0, 1, closed="both"), None],
+        **OneStageClassifier._parameter_constraints,
         "mixup": [StrOptions({"mixup", "balanced"}), None],
         "mixup_alpha": [Interval(Real, 0, None, closed="neither")],
     }
-
-    _inference_arrays: ClassVar[tuple[str, ...]] = (
-        *BaseImageClassifier._inference_arrays,
-        "class_prior_",
-    )
 
     def __init__(
         self,
         backbone: Any = "auto",
         *,
+        pretrain: Any = None,
         loss: str = "cross_entropy",
         class_weight: Any = None,
         focal_gamma: float = 2.0,
@@ -237,6 +196,7 @@ class SoftmaxClassifier(BaseImageClassifier):
         verbose: Any = 0,
     ) -> None:
         self.backbone = backbone
+        self.pretrain = pretrain
         self.loss = loss
         self.class_weight = class_weight
         self.focal_gamma = focal_gamma
@@ -324,42 +284,7 @@ class SoftmaxClassifier(BaseImageClassifier):
         """
         return self._fit(X, y, sample_weight=sample_weight, classes=classes, partial=True)
 
-    # ---------------------------------------------------------------- network, loss, batches
-
-    def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
-        n_classes = len(self.classes_)
-        head = CosineHead if self.loss == "ldam" else nn.Linear
-        return SoftmaxNetwork(trunk(), lambda n_features: head(n_features, n_classes))
-
-    def _make_criterion(self, train: TrainingSet, n_steps: int) -> nn.Module:
-        class_mass = train.class_mass(len(self.classes_))
-        mass = torch.from_numpy(class_mass)
-        effective = losses.effective_number_weights(mass, self.beta)
-        weight = torch.from_numpy(class_weights(self.class_weight, self.classes_, class_mass))
-        late = None
-        reweight_after = self.reweight_after
-        if reweight_after == "auto":
-            reweight_after = 0.5 if self.loss == "ldam" else None
-        if self.loss == "class_balanced":
-            weight = weight * effective
-        elif reweight_after is not None:
-            late = weight * effective
-        switch = 0 if late is None else round(reweight_after * n_steps)
-        return LabelLoss(self._label_costs(mass), weight, late, switch)
-
-    def _label_costs(self, mass: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Choose the formula."""
-        if self.loss in ("cross_entropy", "class_balanced"):
-            return losses.cross_entropy
-        if self.loss == "focal":
-            return partial(losses.focal, gamma=self.focal_gamma)
-        device, dtype = self.net_.device, self.net_.dtype
-        if self.loss == "ldam":
-            margins = CosineHead.scale * losses.ldam_margins(mass, self.max_margin)
-            return partial(losses.ldam, margins=margins.to(device, dtype))
-        log_prior = (mass / mass.sum()).log().to(device, dtype)
-        tau = 1.0 if self.loss == "balanced_softmax" else self.tau
-        return partial(losses.logit_adjusted, log_prior=log_prior, tau=tau)
+    # ---------------------------------------------------------------- batches
 
     def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
         n, n_classes = len(train.y), len(self.classes_)
@@ -375,16 +300,3 @@ class SoftmaxClassifier(BaseImageClassifier):
         size, steps = min(self.batch_size, n), self._steps_per_epoch(n)
         balanced = plain.with_plan(lambda rng: class_balanced(train.y, size, steps, rng))
         return MixedBatches(plain, self.mixup_alpha, balanced)
-
-    def _steps_per_epoch(self, n_samples: int) -> int:
-        return -(-n_samples // self.batch_size)
-
-    def _inference_state(self, train: TrainingSet) -> dict[str, Any]:
-        mass = train.class_mass(len(self.classes_))
-        return {"class_prior_": mass / mass.sum()}
-
-    def _scores(self, images: Images) -> np.ndarray:
-        logits = self._map(images, self.net_.module_).cpu().numpy().astype(np.float64)
-        if self.post_hoc_tau:
-            logits -= self.post_hoc_tau * np.log(self.class_prior_)
-        return logits

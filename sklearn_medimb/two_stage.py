@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -13,22 +13,16 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sklearn_medimb import losses
-from sklearn_medimb.base import BaseImageClassifier, TrainingSet
+from sklearn_medimb.base import TrainingSet
 from sklearn_medimb.batches import Batches, shuffled
+from sklearn_medimb.classifier import BaseImageClassifier
 from sklearn_medimb.images import Images
 from sklearn_medimb.losses import LabelLoss, class_weights
-from sklearn_medimb.net import SoftmaxNetwork, Trunk
+from sklearn_medimb.net import Output, SoftmaxNetwork, Trunk
 from sklearn_medimb.rebalance import RebalancedHead, resolve_head
 from sklearn_medimb.runtime import one_thread_in_workers
 
 STAGE_ONE, STAGE_TWO = "stage one", "stage two"
-
-
-class Output(NamedTuple):
-    """Features (n, d) and logits (n, K) of a batch."""
-
-    features: torch.Tensor
-    logits: torch.Tensor
 
 
 class TwoStageNetwork(SoftmaxNetwork):
@@ -38,18 +32,6 @@ class TwoStageNetwork(SoftmaxNetwork):
         """Features and logits."""
         features = self.features(images)
         return Output(features, self.head(features))
-
-
-class LabelStageLoss(nn.Module):
-    """Cross-entropy alone, of a network that gives features too: plain decoupling."""
-
-    def __init__(self, label_loss: LabelLoss) -> None:
-        super().__init__()
-        self.label_loss = label_loss
-
-    def forward(self, output: Output, mass: torch.Tensor) -> torch.Tensor:
-        """Loss of a batch."""
-        return self.label_loss(output.logits, mass)
 
 
 class TwoStageClassifier(BaseImageClassifier):
@@ -122,9 +104,6 @@ class TwoStageClassifier(BaseImageClassifier):
         mass = mass * class_weights(self.class_weight, self.classes_, mass)
         return (mass / mass.sum()).clip(min=1e-12)
 
-    def _steps_per_epoch(self, n_samples: int) -> int:
-        return -(-n_samples // self.batch_size)
-
     # ---------------------------------------------------------------- stage two
 
     def _inference_state(self, train: TrainingSet) -> dict[str, Any]:
@@ -193,7 +172,7 @@ class TwoStageClassifier(BaseImageClassifier):
         """
         check_is_fitted(self)
         with one_thread_in_workers():
-            data, _ = self._check_training(X, y, None, None, None, fresh=False)
+            data, _ = self._check_training(X, y, fresh=False)
             chosen = self._head() if rebalance is None else rebalance
             features = self._features(data.images, data.rows)
             head = self._fit_head(chosen, features, data.y)

@@ -9,11 +9,20 @@ from sklearn_medimb.augment import (
     _RANGES,
     AUGMENTATIONS,
     Augmentation,
+    _hue_matrices,
     affine_matrix,
     resolve_augmentation,
 )
 
-SHAPES = [(1, 12, 9), (2, 9, 12), (3, 8, 8), (6, 7, 5), (1, 6, 8, 7), (2, 5, 5, 5)]
+SHAPES = [
+    (1, 12, 9),
+    (2, 9, 12),
+    (3, 8, 8),
+    (6, 7, 5),
+    (1, 6, 8, 7),
+    (2, 5, 5, 5),
+    (3, 4, 5, 6),
+]
 
 # One setting per operation, each certain to act.
 SINGLE = {
@@ -25,6 +34,9 @@ SINGLE = {
     "translate": {"translate": 0.3},
     "crop": {"crop": 0.5},
     "blur": {"blur": 1.5, "blur_probability": 1.0},
+    "saturation": {"saturation": 0.8},
+    "hue": {"hue": 0.4},
+    "grayscale": {"grayscale": 1.0},
     "gamma": {"gamma": 0.5},
     "contrast": {"contrast": 0.5},
     "brightness": {"brightness": 0.5},
@@ -37,7 +49,10 @@ EVERYTHING = {
     "vertical_flip": 0.5,
     "depth_flip": 0.5,
     "tilt": 10.0,
+    "grayscale": 0.5,
 }
+COLOURS = {"saturation": 0.8, "hue": 0.4, "grayscale": 0.3}
+LUMA = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
 
 
 def seeded(seed=0):
@@ -88,7 +103,7 @@ def test_defaults_are_the_identity():
 @pytest.mark.parametrize("options", SINGLE.values(), ids=SINGLE)
 def test_each_operation_changes_images_and_is_not_the_identity(options):
     augment = Augmentation(**options)
-    images = random_images(4, (1, 9, 9))
+    images = random_images(4, (3, 9, 9))
     before = images.clone()
     out = augment(images, seeded())
     assert torch.equal(images, before), "the input was written to"
@@ -146,8 +161,9 @@ def test_double_precision_agrees_with_single():
     torch.testing.assert_close(single.double(), augment.apply(images, params), rtol=0, atol=5e-2)
 
 
-def test_channels_last_is_preserved_and_gives_the_same_values():
-    augment = Augmentation(**EVERYTHING)
+@pytest.mark.parametrize("options", [EVERYTHING, COLOURS], ids=["everything", "colours"])
+def test_channels_last_is_preserved_and_gives_the_same_values(options):
+    augment = Augmentation(**options)
     images = random_images(3, (3, 8, 6))
     params = augment.draw(3, (3, 8, 6), seeded())
     out = augment.apply(images.to(memory_format=torch.channels_last), params)
@@ -156,8 +172,9 @@ def test_channels_last_is_preserved_and_gives_the_same_values():
     assert augment.apply(images, params).is_contiguous()
 
 
-def test_gradients_flow_and_are_finite():
-    images = random_images(3, (2, 6, 6))
+@pytest.mark.parametrize("channels", [2, 3])
+def test_gradients_flow_and_are_finite(channels):
+    images = random_images(3, (channels, 6, 6))
     images[1] = 4.0
     images.requires_grad_()
     Augmentation(**EVERYTHING)(images, seeded()).square().sum().backward()
@@ -177,7 +194,8 @@ def test_replay_and_same_draw_for_all_channels():
     assert torch.equal(out, augment.apply(images, params))
     assert all(torch.equal(params[name], copies[name]) for name in params)
     stacked = augment.apply(images.repeat(1, 3, 1, 1), params)
-    torch.testing.assert_close(stacked, out.repeat(1, 3, 1, 1))
+    # Three equal channels are grey, which a change of colour keeps but for rounding.
+    torch.testing.assert_close(stacked, out.repeat(1, 3, 1, 1), rtol=0, atol=1e-3)
 
 
 def test_same_seed_same_result_and_no_global_state():
@@ -196,9 +214,11 @@ def test_a_generator_moves_on():
     assert not torch.equal(augment(images, generator), augment(images, generator))
 
 
-@pytest.mark.parametrize("options", [v for k, v in SINGLE.items() if "flip" not in k])
+@pytest.mark.parametrize(
+    "options", [v for k, v in SINGLE.items() if not k.endswith(("flip", "grayscale"))]
+)
 def test_draws_differ_within_a_batch(options):
-    images = random_images(1, (1, 9, 9)).repeat(5, 1, 1, 1)
+    images = random_images(1, (3, 9, 9)).repeat(5, 1, 1, 1)
     out = Augmentation(**options)(images, seeded()).flatten(1)
     different = (out[:, None] != out[None]).any(dim=2)
     # Boxes may coincide, by chance; nothing else does.
@@ -217,6 +237,26 @@ def test_draws_depend_neither_on_the_batch_size_nor_on_other_operations():
         7, (1, 8, 8), seeded()
     )
     assert all(torch.equal(small[name], large[name][:3]) for name in small)
+
+
+@pytest.mark.parametrize("colours", [{name: value} for name, value in COLOURS.items()] + [COLOURS])
+def test_colours_leave_all_other_draws_as_they_are(colours):
+    others = {name: value for name, value in EVERYTHING.items() if name not in COLOURS}
+    without = Augmentation(**others).draw(5, (3, 6, 6), seeded())
+    params = Augmentation(**others, **colours).draw(5, (3, 6, 6), seeded())
+    assert "noise" in without
+    assert params.keys() - without.keys() == {"colour"}
+    assert all(torch.equal(params[name], value) for name, value in without.items())
+
+
+def test_draws_without_colours_take_the_same_numbers_as_ever():
+    generator, expected = seeded(), seeded()
+    Augmentation(gamma=0.1, noise=0.1).draw(3, (3, 4, 5), generator)
+    tone = torch.rand((3, 29), generator=expected)[:, 15]
+    torch.randn((3, 1, 4, 5), generator=expected)
+    assert torch.equal(generator.get_state(), expected.get_state())
+    gamma = Augmentation(gamma=0.1, hue=0.1).draw(3, (3, 4, 5), seeded())["gamma"]
+    assert torch.equal(gamma, torch.exp(0.1 * (2 * tone - 1)))
 
 
 def test_draws_fill_their_documented_ranges():
@@ -459,6 +499,133 @@ def test_blur_has_the_drawn_widths():
     assert width.min() < 0.1
 
 
+def slow_colour(image, saturation, turns, drop):
+    """Change the colours of one image, one step after the other."""
+
+    def luma(image):
+        return torch.einsum("c,c...->...", LUMA, image)[None]
+
+    image = luma(image) + saturation * (image - luma(image))
+    angle, axis = 2 * math.pi * turns, torch.full((3,), 3**-0.5, dtype=image.dtype)
+    along = axis.reshape(-1, *[1] * (image.ndim - 1)).expand_as(image)
+    image = (  # Rodrigues' formula
+        math.cos(angle) * image
+        + math.sin(angle) * torch.cross(along, image, dim=0)
+        + (1 - math.cos(angle)) * (along * image).sum(0, keepdim=True) * along
+    )
+    return luma(image).expand_as(image) if drop else image
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4), (3, 3, 4, 5)])
+@pytest.mark.parametrize("off", ["none", *COLOURS])
+def test_colours_follow_their_formulas(shape, off):
+    options = COLOURS | {off: 0.0} if off in COLOURS else COLOURS
+    augment = Augmentation(**options)
+    images = random_images(12, shape, dtype=torch.float64)
+    out = augment.apply(images, augment.draw(12, shape, seeded()))
+    generator = seeded()
+    torch.rand((12, 29), generator=generator)
+    u = torch.rand((12, 3), generator=generator).tolist()
+    for image, result, (saturation, turn, drop) in zip(images, out, u, strict=True):
+        expected = slow_colour(
+            image,
+            1 + options["saturation"] * (2 * saturation - 1),
+            options["hue"] * (2 * turn - 1),
+            drop < options["grayscale"],
+        )
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
+
+
+def test_colour_matrices_keep_grey_and_saturation_fills_its_range():
+    matrices = Augmentation(**COLOURS).draw(500, (3, 4, 4), seeded())["colour"]
+    torch.testing.assert_close(matrices.sum(2), torch.ones(500, 3))
+    images, params, out = drawn((3, 4, 4), n=2000, saturation=1.0)
+    # The trace is a mean of 3, of the identity, and 1, of the luma, weighted by the factor.
+    factor = (params["colour"].diagonal(dim1=1, dim2=2).sum(1) - 1) / 2
+    assert -1e-6 < factor.min() < 0.01
+    assert 1.99 < factor.max() < 2 + 1e-6
+    before, after = (torch.einsum("c,bcij->bij", LUMA, batch) for batch in (images, out))
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
+
+
+def test_hue_turns_colours_about_the_grey_axis():
+    images, params, out = drawn((3, 6, 6), n=2000, hue=0.5)
+    torch.testing.assert_close(out.mean(1), images.mean(1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(out.std(1), images.std(1), rtol=0, atol=1e-4)
+    # The trace of a rotation is one and twice its cosine: up to half a turn, either way.
+    cosine = (params["colour"].diagonal(dim1=1, dim2=2).sum(1) - 1) / 2
+    assert cosine.min() < -0.99
+    assert cosine.max() > 0.99
+    assert abs((params["colour"][:, 0, 1] < params["colour"][:, 1, 0]).float().mean() - 0.5) < 0.05
+    few = Augmentation(hue=0.1).draw(2000, (3, 6, 6), seeded())["colour"]
+    assert ((few.diagonal(dim1=1, dim2=2).sum(1) - 1) / 2).min() == pytest.approx(
+        math.cos(0.2 * math.pi), abs=0.01
+    )
+
+
+def test_a_third_of_a_turn_makes_red_green_and_green_blue():
+    images = random_images(2, (3, 4, 4))
+    matrices = _hue_matrices(torch.tensor([1 / 3, -1 / 3])[:, None, None])
+    out = Augmentation().apply(images, {"colour": matrices})
+    torch.testing.assert_close(out[0], images[0, [2, 0, 1]], rtol=0, atol=1e-3)
+    torch.testing.assert_close(out[1], images[1, [1, 2, 0]], rtol=0, atol=1e-3)
+
+
+def test_grayscale_gives_the_luma_in_all_channels_to_the_selected_images():
+    images, _, out = drawn((3, 5, 6), grayscale=1.0)
+    luma = torch.einsum("c,bcij->bij", LUMA, images)
+    torch.testing.assert_close(out[:, 0], luma, rtol=0, atol=1e-4)
+    assert torch.equal(out, out[:, :1].expand_as(out))
+    images, _, out = drawn((3, 5, 6), n=64, grayscale=0.5)
+    grey = (out == out[:, :1]).flatten(1).all(1)
+    assert 15 < grey.sum() < 49
+    assert torch.equal(out[~grey], images[~grey])
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 5), (3, 4, 5, 6)])
+def test_greys_in_three_channels_stay_as_they_are(shape):
+    images = random_images(20, (1, *shape[1:])).repeat(1, *shape[:1], *[1] * (len(shape) - 1))
+    out = Augmentation(**COLOURS)(images, seeded())
+    torch.testing.assert_close(out, images, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 6), (2, 5, 6), (4, 5, 6), (4, 3, 5, 6), (1, 3, 3, 3)])
+def test_images_without_three_channels_ignore_colour(shape):
+    images = random_images(4, shape)
+    assert torch.equal(Augmentation(**COLOURS)(images, seeded()), images)
+    others = {"rotation": 20, "gamma": 0.4, "noise": 0.1}
+    expected = Augmentation(**others)(images, seeded())
+    assert torch.equal(Augmentation(**others, **COLOURS)(images, seeded()), expected)
+
+
+def test_gamma_clips_colours_to_the_extremes():
+    images = torch.tensor([1.0, 1.0, 0.0]).reshape(1, 3, 1, 1).repeat(1, 1, 3, 3)
+    matrices = _hue_matrices(torch.tensor([1 / 6])[:, None, None])
+    turned = Augmentation().apply(images, {"colour": matrices})
+    torch.testing.assert_close(turned[0, :, 0, 0], torch.tensor([1 / 3, 4 / 3, 1 / 3]))
+    params = {"colour": matrices, "gamma": torch.tensor([2.0])}
+    out = Augmentation().apply(images, params)
+    torch.testing.assert_close(out[0, :, 0, 0], torch.tensor([1 / 9, 1.0, 1 / 9]))
+    blue = Augmentation().apply(1 - images, params)
+    torch.testing.assert_close(blue[0, :, 0, 0], torch.tensor([4 / 9, 0.0, 4 / 9]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 6, 5), (3, 4, 5, 6)])
+def test_colours_keep_dtype_layout_and_input(shape, dtype):
+    last = torch.channels_last if len(shape) == 3 else torch.channels_last_3d
+    images = random_images(4, shape).to(dtype).to(memory_format=last)
+    before = images.clone()
+    augment = Augmentation(**COLOURS, gamma=0.4, contrast=0.3)
+    params = augment.draw(4, shape, seeded())
+    out = augment.apply(images, params)
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=last)
+    assert torch.equal(images, before), "the input was written to"
+    assert torch.equal(out, augment.apply(images, params))
+    assert torch.equal(out[2:], augment.apply(images[2:], {k: v[2:] for k, v in params.items()}))
+
+
 def test_noise_has_the_drawn_spread_of_the_range_of_the_image():
     images, params, out = drawn((2, 40, 40), n=40, noise=0.3, noise_probability=1.0)
     added = out - images
@@ -494,16 +661,18 @@ def test_cutout_reaches_everywhere():
 
 
 @pytest.mark.parametrize("value", [0.0, -1000.0, 3.7])
-def test_a_constant_image_stays_constant(value):
-    images = torch.full((4, 2, 6, 6), value)
+@pytest.mark.parametrize("channels", [2, 3])
+def test_a_constant_image_stays_constant(value, channels):
+    images = torch.full((4, channels, 6, 6), value)
     out = Augmentation(**EVERYTHING)(images, seeded())
     torch.testing.assert_close(out, images)
 
 
-def test_effects_do_not_depend_on_the_scale_of_the_intensities():
-    augment = AUGMENTATIONS["strong"]()
-    images = random_images(4, (1, 12, 12), dtype=torch.float64)
-    params = augment.draw(4, (1, 12, 12), seeded())
+@pytest.mark.parametrize(("preset", "channels"), [("strong", 1), ("contrastive", 3), ("mimv", 3)])
+def test_effects_do_not_depend_on_the_scale_of_the_intensities(preset, channels):
+    augment = AUGMENTATIONS[preset]()
+    images = random_images(4, (channels, 12, 12), dtype=torch.float64)
+    params = augment.draw(4, (channels, 12, 12), seeded())
     scaled = augment.apply(30 * images - 1000, params)
     torch.testing.assert_close(
         scaled, 30 * augment.apply(images, params) - 1000, rtol=1e-4, atol=1e-2

@@ -17,6 +17,7 @@ from sklearn_medimb.backbones import (
     MLP,
     Backbone,
     ConvNet,
+    HybridViT,
     MonaiBackbone,
     ResNet,
     TimmBackbone,
@@ -29,14 +30,15 @@ from sklearn_medimb.backbones import (
 )
 
 SIZES = [(8, 8), (28, 28), (17, 23), (8, 8, 8)]
-TINY = {"width": 6, "n_heads": 2, "hidden": (16, 32), "widths": (4, 8, 16, 16)}
+TINY = {"width": 6, "stem_width": 4, "n_heads": 2, "hidden": (16, 32), "widths": (4, 8, 16, 16)}
+TRANSFORMERS = (ViT, HybridViT)
 
 
 def tiny(name):
-    """The registered recipe as it is, but narrow (a ViT also shallow)."""
+    """The registered recipe as it is, but narrow (a transformer also shallow)."""
     spec = BACKBONES[name]()
     params = {k: v for k, v in TINY.items() if k in spec.get_params()}
-    return spec.set_params(**params, **({"depth": 2} if isinstance(spec, ViT) else {}))
+    return spec.set_params(**params, **({"depth": 2} if isinstance(spec, TRANSFORMERS) else {}))
 
 
 def same_weights(a, b):
@@ -147,6 +149,74 @@ def test_vit_pads_with_zeros_at_the_far_ends():
         for i, j in itertools.product(range(2), range(2))
     ]
     torch.testing.assert_close(net.patch_embed(x)[0], torch.stack(slow))
+
+
+@pytest.mark.parametrize(
+    ("params", "size", "grid"),
+    [({}, (28, 28), (7, 7)), ({}, (63, 63), (16, 16)), ({}, (64, 80), (4, 5)),
+     ({}, (17, 23), (5, 6)), ({}, (1, 9), (1, 9)), ({}, (7, 9, 11), (2, 3, 3)),
+     ({"n_stages": 1}, (9, 7), (9, 7)), ({"n_stages": 2}, (9, 7), (5, 4)),
+     ({"n_stages": 4}, (17, 33), (3, 5)), ({"stem": "large"}, (33, 47), (3, 3)),
+     ({"stem": "small"}, (65, 64), (17, 16)), ({"resnet_depth": 50}, (17, 23), (5, 6)),
+     ({"resnet_depth": 34, "n_stages": 4, "stem": "large"}, (33, 40, 47), (2, 2, 2))],
+)  # fmt: skip
+def test_hybrid_has_a_token_per_place_of_the_map(params, size, grid):
+    net = HybridViT(**params, stem_width=2, width=6, depth=1).build((2, *size)).eval()
+    assert net.grid == grid
+    assert net(torch.randn(2, 2, *size)).shape == (2, 1 + math.prod(grid), 6)
+
+
+def test_hybrid_is_a_vit_on_the_map_of_a_resnet():
+    spec = HybridViT(stem_width=3, width=6, depth=2)
+    torch.manual_seed(0)
+    resnet = ResNet(width=3).build((1, 17, 23))
+    torch.manual_seed(0)
+    net = spec.build((1, 17, 23))
+    stem = {k: v for k, v in resnet.state_dict().items() if not k.startswith("layer4")}
+    assert all(torch.equal(net.patch_embed.resnet.state_dict()[k], v) for k, v in stem.items())
+    assert stem.keys() == net.patch_embed.resnet.state_dict().keys()
+    assert net.patch_embed.resnet.training
+
+    x = torch.randn(2, 1, 17, 23)
+    net.eval(), resnet.eval()
+    y = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(x))))
+    y = net.patch_embed.proj(resnet.layer3(resnet.layer2(resnet.layer1(y))))
+    places = [y[:, :, i, j] for i, j in itertools.product(*map(range, net.grid))]
+    tokens = torch.stack([net.cls_token[:, 0].expand(2, -1), *places], 1) + net.pos_embed
+    torch.testing.assert_close(net(x), net.norm(net.blocks(tokens)))
+
+
+def test_hybrid_of_the_published_shape():
+    with torch.device("meta"):
+        net = HybridViT.small().build((3, 224, 224))
+    assert net.grid == (14, 14)
+    assert net.patch_embed.proj.weight.shape == (768, 1024, 1, 1)
+    assert len(net.blocks) == net.blocks[0].attn.n_heads == 8
+    assert net.blocks[0].mlp.fc1.weight.shape == (3 * 768, 768)
+    assert HybridViT.small(depth=1).depth == 1
+
+
+@pytest.mark.parametrize("spec", [spec(width=6, depth=1) for spec in TRANSFORMERS])
+@pytest.mark.parametrize("size", [(17, 23), (8, 9, 7)], ids=str)
+def test_patch_tokens_can_be_mixed_on_their_way_in(spec, size):
+    net = spec.build((1, *size)).eval()
+    seen = []
+    hook = net.patch_embed.register_forward_hook(
+        lambda module, args, tokens: seen.append(tokens) or torch.zeros_like(tokens)
+    )
+    out = net(torch.randn(2, 1, *size))
+    assert seen[0].shape == (2, math.prod(net.grid), 6)
+    assert out.shape == (2, 1 + math.prod(net.grid), 6)
+    torch.testing.assert_close(out[0], out[1])  # positions and class token come after
+    hook.remove()
+    assert not torch.allclose(net(torch.randn(1, 1, *size)), out[:1])
+
+
+def test_gradients_reach_the_stem_of_a_hybrid():
+    net = HybridViT(stem_width=4, width=6, depth=2, drop_path=0.0).build((2, 17, 23))
+    as_features(net(torch.randn(3, 2, 17, 23)))[:, 0].sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in net.patch_embed.resnet.conv1.parameters())
+    assert net.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
 def test_vit_attention_against_the_formula():
@@ -487,6 +557,19 @@ def test_vit_positions_are_interpolated(tmp_path):
         clone(small).set_params(weights=path).build((1, 8, 8))
 
 
+def test_hybrid_takes_weights_of_another_size_and_of_colours(tmp_path):
+    spec, path = HybridViT(stem_width=4, width=6, depth=1), tmp_path / "w.pt"
+    net = spec.build((3, 8, 8))
+    torch.save(net.state_dict(), path)
+    other = clone(spec).set_params(weights=path).build((1, 12, 16))
+    assert other.pos_embed.shape == (1, 1 + 3 * 4, 6)
+    colours = net.patch_embed.resnet.conv1.weight
+    torch.testing.assert_close(other.patch_embed.resnet.conv1.weight, colours.sum(1, keepdim=True))
+    assert torch.equal(other.patch_embed.proj.weight, net.patch_embed.proj.weight)
+    with pytest.raises(ValueError, match=r"weights=.*w\.pt.*layer3"):
+        clone(spec).set_params(weights=path, n_stages=2).build((3, 8, 8))
+
+
 @pytest.mark.parametrize("channels", [1, 2, 6])
 def test_first_convolution_of_three_channels_fits_others(channels, tmp_path):
     path = tmp_path / "w.pt"
@@ -573,6 +656,13 @@ def test_weights_must_be_a_path(path):
      (ViT(drop_path=1), "drop_path"), (ViT(dropout=-0.1), "dropout"),
      (ViT(qkv_bias="yes"), "qkv_bias"), (ViT(patch_size="big"), "patch_size"),
      (ViT(patch_size=0), "patch_size"), (ViT(patch_size=(4, 4, 4)), "patch_size"),
+     (HybridViT(resnet_depth=20), "resnet_depth"), (HybridViT(n_stages=0), "n_stages"),
+     (HybridViT(n_stages=5), "n_stages"), (HybridViT(n_stages=2.5), "n_stages"),
+     (HybridViT(stem="big"), "stem"), (HybridViT(stem_width=0), "stem_width"),
+     (HybridViT(width=0), "width"), (HybridViT(depth=0), "depth"),
+     (HybridViT(n_heads=5), "n_heads"), (HybridViT(mlp_ratio=-1), "mlp_ratio"),
+     (HybridViT(dropout=1), "dropout"), (HybridViT(drop_path="a"), "drop_path"),
+     (HybridViT(qkv_bias=2), "qkv_bias"),
      (MonaiBackbone("DenseNet121", params=3), "params"),
      (MonaiBackbone("DenseNet121", params={"pretrained": True}), "params"),
      (TimmBackbone("resnet18", params={"pretrained": True}), "params")],
@@ -591,7 +681,13 @@ def test_bad_input_shape(backbone, shape):
 
 @pytest.mark.parametrize(
     ("backbone", "shape"),
-    [("conv", (8,)), ("resnet18", (8,)), ("vit", (8,)), (TimmBackbone("a"), (1, 8, 8, 8))],
+    [
+        ("conv", (8,)),
+        ("resnet18", (8,)),
+        ("vit", (8,)),
+        ("hybrid_vit", (8,)),
+        (TimmBackbone("a"), (1, 8, 8, 8)),
+    ],
 )
 def test_input_of_another_kind(backbone, shape):
     with pytest.raises(ValueError, match="input_shape"):
@@ -611,9 +707,10 @@ def test_other_things_are_no_backbone(backbone):
         make_backbone(backbone, (1, 8, 8))
 
 
-def test_vit_refuses_images_of_another_size():
+@pytest.mark.parametrize("spec", TRANSFORMERS)
+def test_transformers_refuse_images_of_another_size(spec):
     with pytest.raises(ValueError, match="backbone"):
-        ViT(width=6, depth=1).build((1, 8, 8))(torch.ones(1, 1, 8, 9))
+        spec(width=6, depth=1).build((1, 8, 8))(torch.ones(1, 1, 8, 9))
 
 
 # -------------------------------------------------------------------------------- adapters

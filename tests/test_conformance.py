@@ -17,7 +17,7 @@ from sklearn.exceptions import SkipTestWarning
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import sklearn_medimb
-from sklearn_medimb import SaliencyMap, SoftmaxClassifier, SPMixSampler
+from sklearn_medimb import AMIMVEncoder, SaliencyMap, SoftmaxClassifier, SPMixSampler
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.images import is_lazy, read_images
 from sklearn_medimb.utils import estimator_checks
@@ -34,6 +34,12 @@ SHARED = {"backbone": ConvNet(widths=(4, 8)), "max_epochs": 3, "batch_size": 8}
 # One row per public estimator: what makes it small and fast on images. None is for those that do
 # not take images.
 TINY: dict[str, dict | None] = {
+    "AMIMVClassifier": {
+        **SHARED,
+        "pretrain": AMIMVEncoder(max_epochs=2, batch_size=8),
+        "fine_tune": True,
+    },
+    "AMIMVEncoder": SHARED,
     "BalancedSoftmax": None,
     "BalancedVirtualFeatures": None,
     "CSSNClassifier": SHARED,
@@ -43,7 +49,9 @@ TINY: dict[str, dict | None] = {
     "LogitAdjustment": None,
     "MetricTwoStageClassifier": SHARED,
     "NearestClassMean": None,
+    "SPMixClassifier": SHARED,
     "SPMixSampler": {},
+    "SSLEncoder": SHARED,
     "SaliencyMap": {},
     "SoftmaxClassifier": SHARED,
     "TauNormalization": None,
@@ -108,6 +116,9 @@ def test_imbalanced_learn_checks(estimator, check):
     check(estimator)
 
 
+# A handful of tiny or constant images gives encoders little to tell apart.
+@pytest.mark.filterwarnings("ignore:The features have all but collapsed")
+@pytest.mark.filterwarnings("ignore:In .* steps the thresholds")
 @pytest.mark.filterwarnings("ignore:Classes .* have one training image")
 @parametrize_with_image_checks(tiny_estimators())
 def test_image_checks(estimator, check):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from sklearn.base import BaseEstimator
+from sklearn.model_selection import cross_val_score
+from sklearn.utils import _safe_indexing
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
-from sklearn_medimb import SoftmaxClassifier
+from sklearn_medimb import SoftmaxClassifier, datasets
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.images import (
+    DatasetImages,
     Images,
     Layout,
     channel_statistics,
@@ -20,6 +25,7 @@ from sklearn_medimb.images import (
     is_lazy,
     read_images,
     to_unit_scale,
+    wrap_dataset,
 )
 
 U8, F32, F64 = np.dtype(np.uint8), np.dtype(np.float32), np.dtype(np.float64)
@@ -637,3 +643,223 @@ def test_every_image_of_every_layout_once():
         together = images.rows(np.array(rows))
         single = torch.cat([images.rows(np.array([row])) for row in rows])
         assert torch.equal(together, single)
+
+
+# ---------------------------------------------------------------- torch data sets
+
+
+class Items(Dataset):
+    """A map-style data set whose items are what `form` makes of image and label; counts reads."""
+
+    def __init__(self, images, form=lambda image, label: (image, label)):
+        self.images, self.form = images, form
+        self.loaded = []
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, row):
+        assert type(row) is int
+        self.loaded.append(row)
+        return self.form(self.images[row], row % 3)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(np.zeros((5, 8, 9, 3), np.uint8))
+
+
+class LongStream(Stream):
+    def __len__(self):
+        return 5
+
+
+class Endless(Dataset):
+    def __getitem__(self, row):
+        return np.zeros((8, 9, 3), np.uint8)
+
+
+def pil(image):
+    return pytest.importorskip("PIL.Image", reason="Pillow is not installed").fromarray(image)
+
+
+FORMS = {
+    "image": lambda image, label: image,
+    "tuple": lambda image, label: (image, label),
+    "list": lambda image, label: [image, label, "a name"],
+    "dict": lambda image, label: {"label": label, "image": image},
+    "tensor": lambda image, label: torch.from_numpy(image),
+    "tuple of tensors": lambda image, label: (torch.from_numpy(image), torch.tensor(label)),
+    "PIL": lambda image, label: pil(image),
+    "tuple of PIL": lambda image, label: (pil(image), label),
+}
+
+
+@pytest.fixture
+def coloured():
+    return np.random.default_rng(0).integers(0, 256, (18, 8, 9, 3), dtype=np.uint8)
+
+
+def tiny(**params):
+    fixed = {"max_epochs": 2, "batch_size": 8, "device": "cpu", "random_state": 0}
+    return SoftmaxClassifier(ConvNet(widths=(4, 8)), precision="float32", **fixed, **params)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_data_set_is_read_like_the_array(form, coloured):
+    y = np.arange(18) % 3
+    expected = tiny().fit(coloured, y).predict_proba(coloured)
+    data = Items(coloured, FORMS[form])
+    for X in (data, DatasetImages(data)):
+        clf = tiny().fit(X, y)
+        np.testing.assert_array_equal(clf.predict_proba(X), expected)
+        np.testing.assert_array_equal(clf.predict_proba(coloured), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
+def test_data_set_announces_what_it_holds(dtype):
+    tensor = (torch.arange(360).reshape(5, 3, 4, 6) % 97).to(dtype)
+    X = DatasetImages(TensorDataset(tensor, torch.arange(5)))
+    assert is_lazy(X)
+    assert (X.shape, X.ndim, len(X)) == ((5, 3, 4, 6), 4, 5)
+    assert X.dtype == (tensor.float() if dtype == torch.bfloat16 else tensor).numpy().dtype
+    np.testing.assert_array_equal(X[3], tensor[3].float().numpy())
+    images = read_images(BaseEstimator(), TensorDataset(tensor), reset=True)
+    np.testing.assert_array_equal(images.rows(np.array([4, 0])), tensor[[4, 0]].float())
+
+
+def test_data_set_is_read_when_asked_for_only(coloured):
+    data = Items(coloured)
+    images = read_images(BaseEstimator(), data, reset=True)
+    assert data.loaded == [0]  # what an image looks like
+    images.rows(np.array([4, 2, 4]))
+    assert data.loaded == [0, 4, 2, 4]
+
+
+ROW_KEYS = {
+    "array": np.array([4, 0, -1]),
+    "list": [4, 0],
+    "none": np.array([], dtype=int),
+    "mask": np.arange(18) % 5 == 0,
+    "slice": slice(12, 2, -3),
+    "repeated": np.array([2, 2]),
+}
+
+
+@pytest.mark.parametrize("ellipsis", [False, True])
+@pytest.mark.parametrize("case", ROW_KEYS)
+def test_rows_of_a_data_set(case, ellipsis, coloured):
+    data, key = Items(coloured), ROW_KEYS[case]
+    X = DatasetImages(data)
+    part = X[key, ...] if ellipsis else X[key]
+    safe = _safe_indexing(X, key)
+    assert data.loaded == [0]
+    for subset in (part, safe):
+        assert isinstance(subset, DatasetImages)
+        assert (subset.shape, subset.dtype) == (coloured[key].shape, coloured.dtype)
+        for row, image in enumerate(coloured[key]):
+            np.testing.assert_array_equal(subset[row], image)
+    np.testing.assert_array_equal(part[:2][:1].rows, np.arange(18)[key][:1])
+    assert len(X) == 18
+
+
+def test_one_row_of_a_data_set(coloured):
+    X = DatasetImages(Items(coloured))
+    for row in (3, np.int64(3), -15):
+        np.testing.assert_array_equal(X[row], coloured[3])
+    np.testing.assert_array_equal(_safe_indexing(X, 3), coloured[3])
+    with pytest.raises(IndexError):
+        X[18]
+    for key in [(0, 0), (slice(3), 0), (0, 0, ...)]:
+        with pytest.raises(IndexError, match="rows only"):
+            X[key]
+
+
+def test_data_set_in_cross_validation(coloured):
+    y = np.arange(18) % 3
+    expected = cross_val_score(tiny(), coloured, y, cv=3, error_score="raise")
+    X = DatasetImages(Items(coloured))
+    np.testing.assert_array_equal(
+        cross_val_score(tiny(), X, y, cv=3, error_score="raise"), expected
+    )
+
+
+def test_data_set_with_early_stopping(coloured):
+    y = np.arange(18) % 3
+    params = {"early_stopping": True, "validation_fraction": 0.3}
+    expected = tiny(**params).fit(coloured, y).predict_proba(coloured)
+    X = DatasetImages(Items(coloured))
+    np.testing.assert_array_equal(tiny(**params).fit(X, y).predict_proba(X), expected)
+
+
+def test_data_set_can_be_pickled(coloured):
+    assert datasets.DatasetImages is DatasetImages
+    X = DatasetImages(TensorDataset(torch.from_numpy(coloured)))[[5, 3]]
+    again = pickle.loads(pickle.dumps(X))
+    assert (again.shape, again.dtype) == (X.shape, X.dtype)
+    np.testing.assert_array_equal(again[1], coloured[3])
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict", "tuple of tensors", "tuple of PIL"])
+@pytest.mark.parametrize(
+    ("odd", "match"),
+    [(np.zeros((8, 7, 3), np.uint8), r"row 7 has shape \(8, 7, 3\)"),
+     (np.zeros((8, 9), np.uint8), r"row 7 has shape \(8, 9\)")],
+)  # fmt: skip
+def test_odd_image_of_a_data_set_is_named(odd, match, form, coloured):
+    images = [odd if row == 7 else image for row, image in enumerate(coloured)]
+    with pytest.raises(ValueError, match=rf"announces images of shape \(8, 9, 3\).*{match}"):
+        tiny().fit(Items(images, FORMS[form]), np.arange(18) % 3)
+
+
+def test_floats_among_uint8_of_a_data_set_are_named(coloured):
+    images = [image / 255 if row == 7 else image for row, image in enumerate(coloured)]
+    with pytest.raises(ValueError, match=r"dtype uint8, but row 7 .*float64"):
+        tiny().fit(Items(images), np.arange(18) % 3)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [3, "image.png", None, (), (3, np.zeros((8, 9))), {"picture": np.zeros((8, 9))}],
+    ids=str,
+)
+def test_item_without_an_image_is_named(item, coloured):
+    for bad in (0, 7):
+        data = Items(coloured, lambda image, label: image)
+        data.images = [item if row == bad else image for row, image in enumerate(coloured)]
+        with pytest.raises(ValueError, match=rf'Row {bad} of X .*key "image"; the place .* holds'):
+            read_images(BaseEstimator(), data, reset=True).rows(np.arange(18))
+
+
+@pytest.mark.parametrize("data", [Stream(), LongStream(), Endless()])
+def test_data_set_without_numbered_items(data):
+    for read in (DatasetImages, lambda X: tiny().fit(X, [0, 1, 0, 1, 0])):
+        with pytest.raises(TypeError, match=rf"{type(data).__name__}.*map-style"):
+            read(data)
+
+
+def test_empty_data_set():
+    with pytest.raises(ValueError, match=r"0 sample\(s\).*empty"):
+        tiny().fit(Items(np.zeros((0, 8, 9, 3))), [])
+
+
+@pytest.mark.parametrize("params", [{}, {"image_shape": (3, 4)}], ids=str)
+def test_data_set_of_vectors(params):
+    rows = numbered(5, 12).astype(np.float32)
+    for X in (TensorDataset(torch.from_numpy(rows)), DatasetImages(Items(rows))):
+        images = read_images(BaseEstimator(), X, reset=True, **params)
+        assert not images.lazy
+        np.testing.assert_array_equal(images.rows(np.arange(5)).reshape(5, 12), rows)
+
+
+def test_data_set_that_is_a_lazy_sequence_stays_as_it_is(coloured):
+    class Both(Lazy, Dataset):
+        pass
+
+    X = Both(coloured)
+    assert read_images(BaseEstimator(), X, reset=True).data is X
+
+
+def test_wrapping_is_for_data_sets_only():
+    for X in ([1, 2], np.zeros((2, 3)), pd.DataFrame(np.zeros((2, 3))), Lazy(np.zeros((2, 3, 4)))):
+        assert wrap_dataset(X) is X

@@ -1413,5 +1413,5 @@ def test_calibration_of_an_untrained_backbone_warns(tiny, blobs):
 def test_a_whole_network_is_no_backbone(tiny, blobs):
     given = SoftmaxClassifier(**tiny).fit(*blobs)
     clf = LMDClassifier(**{**tiny, "backbone": given.net_.module_}, stages="icc")
-    with pytest.raises(ValueError, match="fitted estimator's backbone_"):
+    with pytest.raises(ValueError, match="pass the fitted estimator"):
         clf.fit(*blobs)

@@ -16,7 +16,8 @@ from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.batches import Batches, Preprocessor, class_balanced, shuffled
 from sklearn_medimb.images import Images, infer_layout
 from sklearn_medimb.losses import LabelLoss
-from sklearn_medimb.softmax import LOSSES, CosineHead, MixedBatches
+from sklearn_medimb.one_stage import LOSSES, CosineHead
+from sklearn_medimb.softmax import MixedBatches
 
 COUNTS = [100.0, 30.0, 4.0, 1.0]
 MASS = torch.tensor(COUNTS, dtype=torch.float64)
@@ -429,17 +430,17 @@ def test_images_and_masses_mix_alike(kind):
     weight[TAIL == 2] = 5.0
     generator = mixed(kind, weight=weight)
     seen = []
-    plain_view, partner_view = generator.batches._view, None
+    plain_view, partner_view = generator.batches.view, None
 
     def remember(images, augmentation):
         seen.append(images[:, 0, 0, 0].numpy().copy())
         return plain_view(images, augmentation)
 
-    generator.batches._view = remember
+    generator.batches.view = remember
     others = []
     if generator.partners is not None:
-        partner_view = generator.partners._view
-        generator.partners._view = lambda images, augmentation: (
+        partner_view = generator.partners.view
+        generator.partners.view = lambda images, augmentation: (
             others.append(images[:, 0, 0, 0].numpy().copy()) or partner_view(images, augmentation)
         )
     eye = np.eye(3)

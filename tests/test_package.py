@@ -57,15 +57,26 @@ def test_floors_import_downwards_only():
     """Ground floors know nothing of methods; see the order below."""
     floors = [
         {"_docs"},
-        {"images", "augment", "backbones", "losses", "metric_losses", "mixing", "runtime"},
+        {
+            "images",
+            "augment",
+            "backbones",
+            "losses",
+            "metric_losses",
+            "mixing",
+            "momentum",
+            "runtime",
+        },
         {"batches", "rows", "saliency"},
         {"net", "checkpoint"},
         {"callbacks"},
         {"base"},
+        {"encoder"},
+        {"classifier"},
         {"over_sampling", "datasets", "metrics", "utils"},
         {"inspection", "rebalance"},
-        {"two_stage"},
-        {"softmax", "cssn", "metric_two_stage", "lmd"},
+        {"one_stage", "two_stage"},
+        {"softmax", "cssn", "metric_two_stage", "lmd", "amimv", "self_supervised", "spmix"},
     ]
     level = {name: number for number, floor in enumerate(floors) for name in floor}
     package = ROOT / "sklearn_medimb"

@@ -27,13 +27,14 @@ from sklearn_medimb.backbones._weights import load_weights
 from sklearn_medimb.backbones.adapters import MonaiBackbone, TimmBackbone
 from sklearn_medimb.backbones.conv import MLP, ConvNet
 from sklearn_medimb.backbones.resnet import ResNet
-from sklearn_medimb.backbones.vit import ViT
+from sklearn_medimb.backbones.vit import HybridViT, ViT
 
 __all__ = [
     "BACKBONES",
     "MLP",
     "Backbone",
     "ConvNet",
+    "HybridViT",
     "MonaiBackbone",
     "ResNet",
     "TimmBackbone",
@@ -54,6 +55,7 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "resnet50": partial(ResNet, depth=50),
     "vit": ViT,
     "vit_small": ViT.small,
+    "hybrid_vit": HybridViT,
 }
 
 _ADAPTERS: dict[str, Callable[[str], Backbone]] = {"monai": MonaiBackbone, "timm": TimmBackbone}

@@ -14,9 +14,52 @@ from torch import Tensor, nn
 
 from sklearn_medimb.backbones._base import Backbone, check_int, check_ints, check_option, check_rate
 from sklearn_medimb.backbones.conv import CONV
+from sklearn_medimb.backbones.resnet import ResNet
 
 
-class ViT(Backbone):
+class _Transformer(Backbone):
+    """Recipe of a vision transformer, but for what turns an image into tokens."""
+
+    width: int
+    depth: int
+    n_heads: int
+    mlp_ratio: float
+    dropout: float
+    drop_path: float
+    qkv_bias: bool
+
+    def _build(self, channels: int, spatial: tuple[int, ...]) -> nn.Module:
+        width, depth = check_int(self.width, "width"), check_int(self.depth, "depth")
+        n_heads = check_int(self.n_heads, "n_heads")
+        if width % n_heads:
+            raise ValueError(f"n_heads={n_heads} must divide width={width}.")
+        hidden = width * self.mlp_ratio if isinstance(self.mlp_ratio, Real) else 0
+        if not 1 <= hidden < math.inf:
+            raise ValueError(f"mlp_ratio must be a positive number, got {self.mlp_ratio!r}.")
+        dropout = check_rate(self.dropout, "dropout")
+        drop_path = check_rate(self.drop_path, "drop_path")
+        qkv_bias = check_option(self.qkv_bias, "qkv_bias", [True, False])
+        patch_embed, grid = self._patch_embed(channels, spatial, width)
+        return _ViT(
+            patch_embed,
+            spatial,
+            grid,
+            width,
+            n_heads,
+            int(hidden),
+            dropout,
+            [drop_path * i / max(1, depth - 1) for i in range(depth)],
+            qkv_bias,
+        )
+
+    def _patch_embed(
+        self, channels: int, spatial: tuple[int, ...], width: int
+    ) -> tuple[nn.Module, tuple[int, ...]]:
+        """Make the module from images to tokens (n, L, width), and tell the sides of their grid."""
+        raise NotImplementedError
+
+
+class ViT(_Transformer):
     r"""Vision transformer [1]_; returns class token and patch tokens, (n, 1+L, width).
 
     Every block is :math:`x \leftarrow x + \mathrm{attn}(\mathrm{norm}(x))`, then
@@ -99,26 +142,12 @@ class ViT(Backbone):
         """
         return cls(**{"patch_size": patch_size, "width": 384, "depth": 12, "n_heads": 6, **params})
 
-    def _build(self, channels: int, spatial: tuple[int, ...]) -> nn.Module:
-        width, depth = check_int(self.width, "width"), check_int(self.depth, "depth")
-        n_heads = check_int(self.n_heads, "n_heads")
-        if width % n_heads:
-            raise ValueError(f"n_heads={n_heads} must divide width={width}.")
-        hidden = width * self.mlp_ratio if isinstance(self.mlp_ratio, Real) else 0
-        if not 1 <= hidden < math.inf:
-            raise ValueError(f"mlp_ratio must be a positive number, got {self.mlp_ratio!r}.")
-        drop_path = check_rate(self.drop_path, "drop_path")
-        return _ViT(
-            channels,
-            spatial,
-            self._patch(spatial),
-            width,
-            n_heads,
-            int(hidden),
-            check_rate(self.dropout, "dropout"),
-            [drop_path * i / max(1, depth - 1) for i in range(depth)],
-            check_option(self.qkv_bias, "qkv_bias", [True, False]),
-        )
+    def _patch_embed(
+        self, channels: int, spatial: tuple[int, ...], width: int
+    ) -> tuple[nn.Module, tuple[int, ...]]:
+        patch = self._patch(spatial)
+        grid = tuple(-(-side // p) for side, p in zip(spatial, patch, strict=True))
+        return _PatchEmbed(channels, spatial, patch, width), grid
 
     def _patch(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
         if isinstance(self.patch_size, str):
@@ -135,6 +164,121 @@ class ViT(Backbone):
         return patch
 
 
+class HybridViT(_Transformer):
+    """Vision transformer on the map of a ResNet [1]_; returns (n, 1+L, width) like :class:`ViT`.
+
+    The first stages of a :class:`ResNet` take the place of the patches: every place of their map,
+    brought to ``width`` channels by a 1x1 convolution, is a token. Convolutions have built in what
+    a transformer must learn: that neighbouring pixels belong together.
+
+    Parameters
+    ----------
+    resnet_depth : {18, 34, 50}, default=18
+        Depth of the ResNet whose stages are taken.
+    n_stages : int, default=3
+        Number of its stages, 1 to 4. Each after the first halves the sides of the map: with three
+        there are 49 tokens for 28x28 pixels and 196 for 224x224.
+    stem : {"auto", "small", "large"}, default="auto"
+        Stem of the ResNet.
+    stem_width : int, default=64
+        Channels of the stem.
+    width : int, default=192
+        Size of a token.
+    depth : int, default=6
+        Number of transformer blocks.
+    n_heads : int, default=3
+        Heads of attention; a divisor of ``width``.
+    mlp_ratio : float, default=4
+        Hidden width of a block's perceptron, in units of ``width``.
+    dropout : float, default=0.0
+        Rate in [0, 1) of dropout on the embedded tokens and within the blocks.
+    drop_path : float, default=0.1
+        Rate in [0, 1) at which the last block leaves out a branch for a sample in training;
+        it rises linearly from 0 at the first block.
+    qkv_bias : bool, default=True
+        Whether queries, keys and values have a bias.
+    weights : str, path-like or None, default=None
+        Local file of weights.
+
+    References
+    ----------
+    .. [1] Dosovitskiy, A., et al. "An image is worth 16x16 words: transformers for image
+       recognition at scale." ICLR, 2021. Section 3.1, hybrid architecture.
+    """
+
+    def __init__(
+        self,
+        resnet_depth: int = 18,
+        n_stages: int = 3,
+        stem: str = "auto",
+        stem_width: int = 64,
+        width: int = 192,
+        depth: int = 6,
+        n_heads: int = 3,
+        mlp_ratio: float = 4,
+        dropout: float = 0.0,
+        drop_path: float = 0.1,
+        qkv_bias: bool = True,
+        weights: str | PathLike[str] | None = None,
+    ) -> None:
+        self.resnet_depth = resnet_depth
+        self.n_stages = n_stages
+        self.stem = stem
+        self.stem_width = stem_width
+        self.width = width
+        self.depth = depth
+        self.n_heads = n_heads
+        self.mlp_ratio = mlp_ratio
+        self.dropout = dropout
+        self.drop_path = drop_path
+        self.qkv_bias = qkv_bias
+        self.weights = weights
+
+    @classmethod
+    def small(cls, **params: Any) -> HybridViT:
+        """Make the recipe of the network of TailBoost [1]_, but for its stem.
+
+        Three stages of a ResNet-50 (a token per 16x16 pixels with the large stem), width 768,
+        depth 8, 8 heads, a perceptron of 3 x width. The published stages are those of a
+        ResNet-50-D; here they are a plain ResNet-50's, so its weights do not fit.
+
+        Parameters
+        ----------
+        **params : dict
+            Other parameters of the constructor.
+
+        Returns
+        -------
+        backbone : HybridViT
+            The recipe.
+
+        References
+        ----------
+        .. [1] Wei, T., Huang, Y., Lin, L., Cheng, P., & Tang, X. "TailBoost: tail-synthetic
+           learning for boosting long-tailed skin cancer image classification." Sensors 26(11),
+           3343, 2026.
+        """
+        shape = {"resnet_depth": 50, "width": 768, "depth": 8, "n_heads": 8, "mlp_ratio": 3}
+        return cls(**{**shape, **params})
+
+    def _patch_embed(
+        self, channels: int, spatial: tuple[int, ...], width: int
+    ) -> tuple[nn.Module, tuple[int, ...]]:
+        n_stages = check_option(check_int(self.n_stages, "n_stages"), "n_stages", [1, 2, 3, 4])
+        resnet = ResNet(
+            check_option(self.resnet_depth, "resnet_depth", [18, 34, 50]),
+            self.stem,
+            check_int(self.stem_width, "stem_width"),
+        ).build((channels, *spatial))
+        for i in range(n_stages + 1, 5):
+            setattr(resnet, f"layer{i}", nn.Identity())
+        # Which stages stride is the ResNet's own business: a blank image tells what comes out.
+        # Evaluation mode leaves its statistics alone.
+        with torch.no_grad():
+            n_maps, *grid = resnet.eval()(torch.zeros(1, channels, *spatial)).shape[1:]
+        return _MapEmbed(resnet.train(), n_maps, len(grid), width), tuple(grid)
+
+
 def _n_patches(spatial: tuple[int, ...], patch: int) -> int:
     return math.prod(-(-side // patch) for side in spatial)
 
@@ -142,9 +286,9 @@ def _n_patches(spatial: tuple[int, ...], patch: int) -> int:
 class _ViT(nn.Module):
     def __init__(
         self,
-        channels: int,
+        patch_embed: nn.Module,
         spatial: tuple[int, ...],
-        patch: tuple[int, ...],
+        grid: tuple[int, ...],
         width: int,
         n_heads: int,
         hidden: int,
@@ -154,8 +298,8 @@ class _ViT(nn.Module):
     ) -> None:
         super().__init__()
         self.spatial = spatial
-        self.grid = tuple(-(-side // p) for side, p in zip(spatial, patch, strict=True))
-        self.patch_embed = _PatchEmbed(channels, spatial, patch, width)
+        self.grid = grid
+        self.patch_embed = patch_embed
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(self.grid), width))
         self.drop = nn.Dropout(dropout)
@@ -197,6 +341,17 @@ class _PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(F.pad(x, self.padding)).flatten(2).transpose(1, 2)
+
+
+class _MapEmbed(nn.Module):
+    def __init__(self, resnet: nn.Module, n_maps: int, dims: int, width: int) -> None:
+        super().__init__()
+        conv: Callable[..., nn.Module] = CONV[dims]
+        self.resnet = resnet
+        self.proj = conv(n_maps, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.resnet(x)).flatten(2).transpose(1, 2)
 
 
 class _Block(nn.Module):

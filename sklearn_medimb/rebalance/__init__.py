@@ -74,13 +74,15 @@ HEADS: dict[str, Callable[[], RebalancedHead]] = {
 """Heads by name."""
 
 
-def resolve_head(rebalance: Any) -> Any:
+def resolve_head(rebalance: Any, name: str = "rebalance") -> Any:
     """Turn what a user may pass as `rebalance` into an unfitted head.
 
     Parameters
     ----------
     rebalance : str or classifier
         A name of ``HEADS``, or any scikit-learn classifier on features.
+    name : str, default="rebalance"
+        What errors call it.
 
     Returns
     -------
@@ -96,12 +98,12 @@ def resolve_head(rebalance: Any) -> Any:
     """
     if isinstance(rebalance, str):
         if rebalance not in HEADS:
-            raise ValueError(f"rebalance={rebalance!r} must be one of {list(HEADS)}.")
+            raise ValueError(f"{name}={rebalance!r} must be one of {list(HEADS)}.")
         return HEADS[rebalance]()
     scores = hasattr(rebalance, "predict_proba") or hasattr(rebalance, "decision_function")
     if isinstance(rebalance, type) or not (hasattr(rebalance, "fit") and scores):
         raise TypeError(
-            f"rebalance={rebalance!r} must be one of {list(HEADS)} or a scikit-learn classifier "
+            f"{name}={rebalance!r} must be one of {list(HEADS)} or a scikit-learn classifier "
             "with predict_proba or decision_function, such as ClassifierRetraining(alpha=1.0)."
         )
     return clone(rebalance)

@@ -1,0 +1,601 @@
+"""AMIMV: asymmetric multi-image multi-view self-supervision for imbalanced pools.
+
+Y. K. Sharma, C. R. Kodi, V. Padmanabhan, "A self supervised learning framework for imbalanced
+medical imaging datasets", arXiv 2604.01947, 2026; its predecessor MIMV is arXiv 2509.08469, 2025.
+
+An image x is never seen alone: it is superposed on a partner y, drawn without regard to labels, and
+online and target branch see the two in different views,
+
+    z1 = q(v1(x)) + q(v2(y)),    z2 = k(v3(x)) + k(v4(y)),
+
+so that a rare image enters about twice as many pairs, each time over a mostly frequent one. What
+is known of MIMV is exact; the asymmetric views of AMIMV are a reconstruction.
+"""
+
+from __future__ import annotations
+
+import warnings
+from numbers import Real
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.base import _fit_context, clone
+from sklearn.utils import column_or_1d
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from torch import nn
+
+from sklearn_medimb._docs import shared_parameters
+from sklearn_medimb.augment import Augmentation, resolve_augmentation
+from sklearn_medimb.base import Stage, TrainingSet
+from sklearn_medimb.encoder import (
+    ENCODERS,
+    BaseImageEncoder,
+    Encoded,
+    Objective,
+    Views,
+    perceptron,
+)
+from sklearn_medimb.losses import LabelStageLoss
+from sklearn_medimb.rebalance import resolve_head
+from sklearn_medimb.two_stage import TwoStageClassifier
+
+PAIRINGS = ("mimv", "asym_aug", "source_target", "weak_strong")
+
+
+def thresholded_contrastive(
+    z1: torch.Tensor,
+    z2: torch.Tensor,
+    temperature: float = 0.3,
+    thresholds: tuple[float, float] | None = (0.1, 0.9),
+    *,
+    exact_mimv: bool = False,
+) -> torch.Tensor:
+    """Contrastive loss that looks away from pairs that are too much or too little alike.
+
+    With S the cosines of all 2 B rows, ``E = exp(S / T)`` and keep = [lo <= abs(S) <= hi],
+
+        rho_u = keep_{u,u'} E_{u,u'} / sum_{v != u} keep_{u,v} E_{u,v},    L = -log mean_u rho_u,
+
+    u' being the other view of u. The log is that of the mean: a positive that is dropped counts as
+    0, where a mean of logs would be infinite. Where all are, the loss is constant.
+
+    Parameters
+    ----------
+    z1, z2 : tensor of shape (B, d)
+        Fused projections of the two views, B >= 2.
+    temperature : float, default=0.3
+        T.
+    thresholds : tuple of float or None, default=(0.1, 0.9)
+        lo and hi; None keeps everything: -log of the mean softmax.
+    exact_mimv : bool, default=False
+        The published form, for study: it takes exp(1 / T) off the denominator for a self-similarity
+        that hi < 1 has dropped already, and so is NaN or negative in small batches.
+
+    Returns
+    -------
+    loss : scalar tensor
+        At least 0, finite.
+    """
+    z = F.normalize(torch.cat([z1, z2]))
+    cosine = z @ z.T
+    n = len(cosine)
+    kept = (cosine / temperature).exp()
+    if thresholds is not None:
+        low, high = thresholds
+        strength = cosine.abs()
+        kept = kept * ((strength >= low) & (strength <= high))
+    positive = kept.diagonal(n // 2).repeat(2)  # S is symmetric
+    if exact_mimv:
+        return -(positive / (kept.sum(dim=1) - np.exp(1 / temperature))).mean().log()
+    itself = torch.eye(n, dtype=torch.bool, device=z.device)
+    total = kept.masked_fill(itself, 0).sum(dim=1)
+    rho = torch.where(total > 0, positive / torch.where(total > 0, total, 1), 0)
+    return -rho.mean().clamp_min(1e-8).log()
+
+
+class AMIMVObjective(Objective):
+    """Fuse anchors and partners by addition, in both branches, and contrast the sums.
+
+    Parameters
+    ----------
+    network : nn.Module
+        Has the backbone as `trunk`.
+    n_features, projection_dim : int
+        Length of features and of projections.
+    temperature, thresholds, exact_mimv
+        Of the loss.
+    momentum : float
+        m of the target branch.
+    """
+
+    n_skipped: torch.Tensor
+    n_steps: torch.Tensor
+
+    def __init__(
+        self,
+        network: nn.Module,
+        n_features: int,
+        *,
+        projection_dim: int,
+        temperature: float,
+        thresholds: tuple[float, float] | None,
+        exact_mimv: bool,
+        momentum: float,
+    ) -> None:
+        widths = [n_features, n_features, n_features, projection_dim]
+        super().__init__(network, perceptron(widths, last_norm=True), momentum)
+        self.temperature = temperature
+        self.thresholds = thresholds
+        self.exact_mimv = exact_mimv
+        self.register_buffer("n_skipped", torch.zeros(()))
+        self.register_buffer("n_steps", torch.zeros(()))
+
+    def forward(self, encoded: Encoded, _: torch.Tensor) -> torch.Tensor:
+        """Loss of a batch."""
+        x, y = self.projector(encoded.features).chunk(2)
+        x_target, y_target = self.project_target(encoded.target).chunk(2)
+        z1, z2 = x + y, x_target + y_target
+        loss = thresholded_contrastive(
+            z1, z2, self.temperature, self.thresholds, exact_mimv=self.exact_mimv
+        )
+        with torch.no_grad():
+            self.n_skipped += loss >= -np.log(1e-8) - 1e-3  # no positive was kept
+            self.n_steps += 1
+        self.terms = {"positive_cosine": F.cosine_similarity(z1.detach(), z2).mean()}
+        return loss
+
+
+@shared_parameters
+class AMIMVEncoder(BaseImageEncoder):
+    """Label-free encoder by asymmetric multi-image multi-view self-supervision.
+
+    Anchors are fused with uniformly drawn partners, one clean and one augmented, and a slowly
+    moving target branch sees the two the other way round, augmented differently [1]_. Labels play
+    no part: permuting them changes nothing.
+
+    Parameters
+    ----------
+    {backbone}
+
+    pairing : {{"asym_aug", "mimv", "source_target", "weak_strong"}}, default="asym_aug"
+        Views of anchor x and partner y, n being the clean image. "mimv", the predecessor's [2]_:
+        online n(x) and a(y), target a(x) and n(y). "asym_aug": the same with two kinds of hard
+        view, a1 in the online and a2 in the target branch. "source_target": online a(x) and a(y),
+        target n(x) and n(y) [3]_. "weak_strong": online n(x) and a(y), target a weak view of x and
+        n(y). All but "mimv" are readings of AMIMV's abstract, not the paper's text.
+
+    projection_dim : int, default=128
+        Size of the projections; cosines of random vectors shrink with it, and `thresholds` cut
+        accordingly.
+
+    temperature : float, default=0.3
+        T of the loss.
+
+    thresholds : tuple of float or None, default=(0.1, 0.9)
+        Absolute cosines that the loss looks at; None keeps all.
+
+    momentum : float, default=0.9
+        m of the target branch.
+
+    exact_mimv_loss : bool, default=False
+        The predecessor's published loss, for study only: NaN or negative in small batches.
+
+    {encoder_training}
+
+    Attributes
+    ----------
+    {encoder_attributes}
+
+    n_skipped_steps_ : int
+        Steps in which the thresholds left no positive pair, so that nothing was learned.
+
+    See Also
+    --------
+    AMIMVClassifier : The encoder and a head in one, for images some of which have labels.
+    SSLEncoder : SimCLR, MoCo v2, BYOL, SimSiam, Barlow Twins and VICReg on the same engine.
+
+    Notes
+    -----
+    Of AMIMV the abstract is known: asymmetric augmentation builds multi-image multi-view pairs.
+    Fusion, projector, thresholds, temperature and momentum are those of MIMV's code; its loss is
+    repaired (self-similarity is left out once, not twice). Crops, colours and schedule are ours.
+    A classifier of any kind begins with a fitted encoder by ``backbone=encoder``, or trains one
+    first by ``pretrain="amimv"``.
+    After unpickling, ``partial_fit`` goes on with a new projector: only the encoder is stored.
+
+    References
+    ----------
+    .. [1] Y. K. Sharma et al., "A self supervised learning framework for imbalanced medical imaging
+       datasets", arXiv 2604.01947, 2026.
+    .. [2] Y. K. Sharma et al., "Maximally useful and minimally redundant: the key to self
+       supervised learning for imbalanced data", arXiv 2509.08469, 2025.
+    .. [3] X. Wang et al., "On the importance of asymmetry for Siamese representation learning",
+       CVPR 2022.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn_medimb import AMIMVEncoder
+    >>> X, _ = load_digits(return_X_y=True)
+    >>> encoder = AMIMVEncoder(image_shape=(8, 8), max_epochs=1, random_state=0).fit(X[:200])
+    >>> encoder.transform(X[200:210]).shape
+    (10, 128)
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **BaseImageEncoder._parameter_constraints,
+        "pairing": [StrOptions(set(PAIRINGS))],
+        "temperature": [Interval(Real, 0, None, closed="neither")],
+        "thresholds": [tuple, list, None],
+        "momentum": [Interval(Real, 0, 1, closed="both")],
+        "exact_mimv_loss": ["boolean"],
+    }
+
+    def __init__(
+        self,
+        backbone: Any = "auto",
+        *,
+        pairing: str = "asym_aug",
+        projection_dim: int = 128,
+        temperature: float = 0.3,
+        thresholds: tuple[float, float] | None = (0.1, 0.9),
+        momentum: float = 0.9,
+        exact_mimv_loss: bool = False,
+        max_epochs: Any = "auto",
+        batch_size: int = 128,
+        lr: float = 2e-3,
+        weight_decay: float = 1e-4,
+        lr_schedule: str = "one_cycle",
+        augment: Any = "contrastive",
+        callbacks: list[Any] | None = None,
+        checkpoint_dir: Any = None,
+        image_shape: tuple[int, ...] | None = None,
+        data_format: str = "auto",
+        spatial_dims: int | None = None,
+        device: Any = "auto",
+        precision: str = "auto",
+        compile: bool = False,
+        warm_start: bool = False,
+        net_params: dict[str, Any] | None = None,
+        random_state: Any = None,
+        verbose: Any = 0,
+    ) -> None:
+        self.backbone = backbone
+        self.pairing = pairing
+        self.projection_dim = projection_dim
+        self.temperature = temperature
+        self.thresholds = thresholds
+        self.momentum = momentum
+        self.exact_mimv_loss = exact_mimv_loss
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.lr_schedule = lr_schedule
+        self.augment = augment
+        self.callbacks = callbacks
+        self.checkpoint_dir = checkpoint_dir
+        self.image_shape = image_shape
+        self.data_format = data_format
+        self.spatial_dims = spatial_dims
+        self.device = device
+        self.precision = precision
+        self.compile = compile
+        self.warm_start = warm_start
+        self.net_params = net_params
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @classmethod
+    def published(cls, **params: Any) -> AMIMVEncoder:
+        """Make an encoder with the settings of the predecessor's code.
+
+        ResNet-18, MIMV's views, crops down to .08 of the area, batches of 1024, SGD at 3.0 with
+        momentum and a weight decay of 1e-4; 400 epochs, as a third party reports for AMIMV. Their
+        warm-up takes a tenth of the steps, ours three tenths.
+
+        Parameters
+        ----------
+        **params
+            Further constructor parameters; they take precedence.
+
+        Returns
+        -------
+        encoder : AMIMVEncoder
+            Not fitted.
+        """
+        settings: dict[str, Any] = {
+            "backbone": "resnet18",
+            "pairing": "mimv",
+            "augment": "mimv",
+            "batch_size": 1024,
+            "max_epochs": 400,
+            "lr": 3.0,
+            "net_params": {"optimizer": torch.optim.SGD, "optimizer__momentum": 0.9},
+        }
+        return cls(**{**settings, **params})
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        if self.thresholds is not None:
+            low, high = self.thresholds if len(self.thresholds) == 2 else (1.0, 0.0)
+            if not 0 <= low < high <= 1:
+                raise ValueError(
+                    f"thresholds={self.thresholds} must be two numbers, 0 <= lo < hi <= 1, or None."
+                )
+
+    def _objective(self, network: nn.Module, n_features: int) -> AMIMVObjective:
+        return AMIMVObjective(
+            network,
+            n_features,
+            projection_dim=self.projection_dim,
+            temperature=self.temperature,
+            thresholds=self.thresholds,
+            exact_mimv=self.exact_mimv_loss,
+            momentum=self.momentum,
+        )
+
+    def _view_set(self) -> Views:
+        x, y, clean = 0, 1, Augmentation()
+        a1, a2 = self._augmentations()
+        if self.pairing == "mimv":
+            return Views([(x, clean), (y, a1)], [(x, a1), (y, clean)])
+        if self.pairing == "asym_aug":
+            if not isinstance(self.augment, tuple):
+                a1, a2 = asymmetric(a1)
+            return Views([(x, clean), (y, a1)], [(x, a2), (y, clean)])
+        if self.pairing == "source_target":
+            return Views([(x, a1), (y, a1)], [(x, clean), (y, clean)])
+        weak = resolve_augmentation("light")
+        return Views([(x, clean), (y, a1)], [(x, weak), (y, clean)])
+
+    def _inference_state(self, train: TrainingSet) -> dict[str, Any]:
+        objective = self.net_.criterion_
+        n_skipped, n_steps = int(objective.n_skipped), int(objective.n_steps)
+        if n_skipped > 0.05 * n_steps:
+            warnings.warn(
+                f"In {n_skipped} of {n_steps} steps the thresholds {self.thresholds} left no "
+                "positive pair: widen them, or set thresholds=None.",
+                stacklevel=4,
+            )
+        return super()._inference_state(train) | {"n_skipped_steps_": n_skipped}
+
+
+def asymmetric(augment: Any) -> tuple[Any, Any]:
+    """Two unlike kinds of one hard view: always blurred; rarely, but with another gamma [1]_.
+
+    References
+    ----------
+    .. [1] The split is that of J.-B. Grill et al., "Bootstrap your own latent", NeurIPS 2020,
+       with gamma in the place of solarisation.
+    """
+    if not isinstance(augment, Augmentation):
+        return augment, augment
+    first = clone(augment).set_params(blur_probability=1.0)
+    second = clone(augment).set_params(blur_probability=0.1, gamma=max(augment.gamma, 0.4))
+    return first, second
+
+
+ENCODERS["amimv"] = AMIMVEncoder
+
+
+@shared_parameters
+class AMIMVClassifier(TwoStageClassifier):
+    """Label-free pre-training on all images, then a balanced head on those that have a label.
+
+    Rows with ``y = -1`` have no label, as everywhere in scikit-learn: they serve pre-training only.
+
+    Parameters
+    ----------
+    {backbone}
+
+    {pretrain_amimv}
+
+    head : str or classifier, default="crt"
+        What classifies the features: a head by name, as in
+        :class:`~sklearn_medimb.MetricTwoStageClassifier`, or any scikit-learn classifier.
+
+    fine_tune : bool, default=False
+        Whether the labelled images train the network further, by cross-entropy, before the head is
+        fitted. Epochs, rates, `sampler` and early stopping below concern this course; the encoder
+        has its own.
+
+    class_weight : dict, "balanced" or None, default=None
+        Weights of the classes in fine-tuning; a dict also reaches heads that take one.
+
+    batch_size : int, default=64
+        Labelled images per step.
+
+    {training}
+
+    Attributes
+    ----------
+    {attributes}
+
+    head_ : classifier
+        The fitted head.
+
+    class_prior_ : ndarray of shape (n_classes,)
+        Class shares of the labelled training rows, as fine-tuning saw them.
+
+    See Also
+    --------
+    AMIMVEncoder : The encoder alone.
+    sklearn.semi_supervised.SelfTrainingClassifier : Makes use of unlabelled rows in another way.
+
+    Notes
+    -----
+    Binary labels -1 and 1 are read as two classes, with a warning: with one labelled class there
+    would be nothing to learn. Features are frozen unless ``fine_tune=True``; the head decides how
+    rare classes fare, so it is balanced by default.
+
+    References
+    ----------
+    .. [1] Y. K. Sharma et al., "A self supervised learning framework for imbalanced medical imaging
+       datasets", arXiv 2604.01947, 2026.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn_medimb import AMIMVClassifier, AMIMVEncoder
+    >>> X, y = load_digits(n_class=3, return_X_y=True)
+    >>> some = np.where(np.arange(len(y)) % 10 == 0, y, -1)  # one in ten has a label
+    >>> clf = AMIMVClassifier(
+    ...     pretrain=AMIMVEncoder(max_epochs=1), image_shape=(8, 8), random_state=0
+    ... )
+    >>> clf.fit(X, some).predict(X[:5]).shape
+    (5,)
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **TwoStageClassifier._parameter_constraints,
+        "head": [str, HasMethods(["fit", "predict"])],
+        "fine_tune": ["boolean"],
+    }
+
+    def __init__(
+        self,
+        backbone: Any = "auto",
+        *,
+        pretrain: Any = "amimv",
+        head: Any = "crt",
+        fine_tune: bool = False,
+        class_weight: Any = None,
+        max_epochs: Any = "auto",
+        batch_size: int = 64,
+        lr: float = 2e-3,
+        weight_decay: float = 1e-2,
+        lr_schedule: str = "one_cycle",
+        augment: Any = "medical",
+        sampler: Any = None,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.2,
+        n_iter_no_change: int = 10,
+        scoring: Any = "balanced_accuracy",
+        callbacks: list[Any] | None = None,
+        checkpoint_dir: Any = None,
+        image_shape: tuple[int, ...] | None = None,
+        data_format: str = "auto",
+        spatial_dims: int | None = None,
+        device: Any = "auto",
+        precision: str = "auto",
+        compile: bool = False,
+        warm_start: bool = False,
+        net_params: dict[str, Any] | None = None,
+        random_state: Any = None,
+        verbose: Any = 0,
+    ) -> None:
+        self.backbone = backbone
+        self.pretrain = pretrain
+        self.head = head
+        self.fine_tune = fine_tune
+        self.class_weight = class_weight
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.lr_schedule = lr_schedule
+        self.augment = augment
+        self.sampler = sampler
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.scoring = scoring
+        self.callbacks = callbacks
+        self.checkpoint_dir = checkpoint_dir
+        self.image_shape = image_shape
+        self.data_format = data_format
+        self.spatial_dims = spatial_dims
+        self.device = device
+        self.precision = precision
+        self.compile = compile
+        self.warm_start = warm_start
+        self.net_params = net_params
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: Any, *, groups: Any = None, classes: Any = None) -> AMIMVClassifier:
+        """Train the encoder on all images and the head on the labelled ones.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            Images in any layout of the package's README, uint8 or float.
+        y : array-like of shape (n,)
+            Class labels, numbers or strings, at least two classes; -1 where there is none (among
+            strings: an object array that holds the number -1).
+        groups : array-like of shape (n,), default=None
+            Patient of each image: the inner validation split keeps every group whole.
+        classes : array-like of shape (n_classes,), default=None
+            All classes that occur among the images, labelled or not, if that should be checked.
+
+        Returns
+        -------
+        self : AMIMVClassifier
+            The fitted classifier.
+
+        Raises
+        ------
+        ValueError
+            If the input is wrong or ambiguous, or a class occurs only without labels; the message
+            names the parameter or row to mend.
+        """
+        return self._fit(X, y, groups=groups, classes=classes)
+
+    def _check_parameters(self) -> None:
+        resolve_head(self.head, "head")
+        super()._check_parameters()
+
+    def _check_training(
+        self, X: Any, y: Any, *, classes: Any = None, **others: Any
+    ) -> tuple[TrainingSet, np.ndarray | None]:
+        data, groups = super()._check_training(X, y, **others)
+        given = self.classes_ if classes is None else column_or_1d(classes)
+        missing = np.setdiff1d(given, self.classes_)
+        if len(missing):
+            raise ValueError(
+                f"Classes {list(missing)} occur only without labels: label an image of each, or "
+                "leave them out of classes."
+            )
+        return data, groups
+
+    def _unlabelled(self, y: np.ndarray) -> np.ndarray | None:
+        if y.dtype.kind in "US":
+            if (y == "-1").any():
+                raise ValueError(
+                    "y holds the text '-1': give strings as dtype object, with the number -1 where "
+                    "there is no label."
+                )
+            return None
+        unlabelled = np.asarray(y == -1, dtype=bool)
+        values = set(y[~unlabelled].tolist())
+        if not values and len(y):
+            raise ValueError("y is -1 everywhere: no image has a label to learn from.")
+        if unlabelled.any() and values == {1}:
+            warnings.warn(
+                "y holds -1 and 1 only: they are read as two classes. With -1 for unlabelled "
+                "images, at least two classes need labels.",
+                stacklevel=2,
+            )
+            return None
+        return unlabelled
+
+    def _holds_out(self) -> bool:
+        return self.fine_tune and self.early_stopping
+
+    def _head(self) -> Any:
+        return self.head
+
+    def _stage_one_head(self) -> dict[str, Any]:
+        # Without fine-tuning the network's own head has learned nothing.
+        return super()._stage_one_head() if self.fine_tune else {}
+
+    def _make_criterion(self, train: TrainingSet, n_steps: int) -> nn.Module:
+        return LabelStageLoss(self._label_loss(train))
+
+    def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
+        return super()._stages(train, n_epochs, **common) if self.fine_tune else []

@@ -1,0 +1,288 @@
+"""What classifiers add to the common ground: labels, validation, class scores."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+import numpy as np
+from scipy.special import softmax
+from sklearn.base import ClassifierMixin
+from sklearn.metrics import check_scoring, get_scorer_names
+from sklearn.utils import _safe_indexing, check_consistent_length, column_or_1d
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import _check_sample_weight, assert_all_finite, check_is_fitted
+from torch import nn
+
+from sklearn_medimb.base import BaseImageEstimator, Stage, TrainingSet
+from sklearn_medimb.batches import Batches
+from sklearn_medimb.callbacks import BestEpoch
+from sklearn_medimb.encoder import BaseImageEncoder, resolve_encoder
+from sklearn_medimb.images import Images, wrap_dataset
+from sklearn_medimb.rows import group_codes, resample, validation_split
+
+
+class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
+    """Common ground of the image classifiers.
+
+    A method supplies its network (`_make_network`), its loss (`_make_criterion`), its batches
+    (`_make_batches`) and its class scores (`_scores`); one that trains in several stages lists them
+    (`_stages`).
+    """
+
+    classes_: np.ndarray
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **BaseImageEstimator._parameter_constraints,
+        "pretrain": [None, str, BaseImageEncoder],
+        "sampler": [None, HasMethods(["fit_resample"])],
+        "early_stopping": ["boolean"],
+        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "scoring": [StrOptions(set(get_scorer_names())), callable],
+    }
+
+    # ---------------------------------------------------------------- what a method supplies
+
+    def _make_criterion(self, train: TrainingSet, n_steps: int) -> nn.Module:
+        raise NotImplementedError
+
+    def _make_batches(self, train: TrainingSet, **common: Any) -> Batches:
+        raise NotImplementedError
+
+    def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
+        n_steps = self._steps_per_epoch(len(train.rows))
+        return [
+            Stage(
+                self._make_criterion(train, n_epochs * n_steps),
+                self._make_batches(train, **common),
+                n_epochs,
+                n_steps,
+                self.lr,
+                self.lr_schedule,
+            )
+        ]
+
+    def _scores(self, images: Images) -> np.ndarray:
+        """Log-scale class scores, shape (n, n_classes): their softmax is `predict_proba`."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- training data
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        if isinstance(self.sampler, type):
+            raise TypeError(
+                f"sampler={self.sampler.__name__} is a class: pass an instance, "
+                f"{self.sampler.__name__}()."
+            )
+        if self.pretrain is not None and self._start is not self.pretrain:
+            resolve_encoder(self.pretrain)
+
+    @property
+    def _start(self) -> BaseImageEstimator | None:
+        start, given = super()._start, self.pretrain
+        fitted = isinstance(given, BaseImageEncoder) and given.__sklearn_is_fitted__()
+        return given if start is None and fitted else start
+
+    def _pretraining(self, train: TrainingSet, **common: Any) -> list[Stage]:
+        """Label-free pre-training of the backbone on the images that are about to be learned."""
+        if self.pretrain is None or self._start is self.pretrain:
+            return []
+        encoder = resolve_encoder(self.pretrain)
+        return [encoder.pretraining(self, train, **common)]
+
+    def _check_training(  # type: ignore[override]
+        self,
+        X: Any,
+        y: Any,
+        *,
+        fresh: bool,
+        sample_weight: Any = None,
+        groups: Any = None,
+        classes: Any = None,
+    ) -> tuple[TrainingSet, np.ndarray | None]:
+        images = self._read(X, reset=fresh)
+        if y is None:
+            raise ValueError(
+                f"This {type(self).__name__} estimator requires y to be passed, but the target y "
+                "is None."
+            )
+        y = column_or_1d(y, warn=True)
+        check_consistent_length(images.data, y)
+        unlabelled = self._unlabelled(y)
+        labelled = np.ones(len(y), dtype=bool) if unlabelled is None else ~unlabelled
+        try:
+            if y.dtype.kind in "fO":
+                assert_all_finite(y[labelled], input_name="y")
+            check_classification_targets(y[labelled])
+            np.unique(y[labelled])
+        except TypeError as error:
+            raise ValueError(
+                f"y must hold labels of one kind, numbers or strings: {error}"
+            ) from error
+        rows = np.arange(len(images))
+        if groups is not None:
+            groups = group_codes(groups, y)
+        if sample_weight is not None:
+            sample_weight = _check_sample_weight(
+                sample_weight, y, dtype=np.float64, ensure_non_negative=True
+            )
+            rows = np.flatnonzero(sample_weight)  # rows of weight 0 are as if absent
+            if not len(rows):
+                raise ValueError("Every sample_weight is zero.")
+            y, sample_weight = y[rows], sample_weight[rows]
+            groups = None if groups is None else groups[rows]
+
+        if unlabelled is not None:
+            unlabelled = rows[unlabelled]
+            rows, y = rows[labelled], y[labelled]
+            groups = None if groups is None else groups[labelled]
+            if y.dtype == object:  # mixed with the number -1 so far
+                y = np.asarray(y.tolist())
+
+        known = np.unique(y if classes is None else classes)
+        if fresh:
+            if len(known) < 2:
+                raise ValueError(
+                    f"{type(self).__name__} needs samples of at least 2 classes in y, but found "
+                    f"{len(known)} class: {known.tolist()}."
+                )
+            self.classes_ = known
+            self.image_shape_ = images.image_shape
+            self.n_samples_fit_ = len(rows)
+        odd = np.setdiff1d(np.concatenate([known, np.unique(y)]), self.classes_)
+        if len(odd):
+            raise ValueError(
+                f"y holds classes {odd.tolist()} that are not among {self.classes_.tolist()}: fit "
+                "anew (warm_start=False), or pass every class in the first call of partial_fit "
+                "(classes=...)."
+            )
+        encoded = np.searchsorted(self.classes_, y)
+        if fresh:
+            self.class_counts_ = np.bincount(encoded, minlength=len(self.classes_))
+        return TrainingSet(images, rows, encoded, sample_weight, unlabelled=unlabelled), groups
+
+    def _unlabelled(self, y: np.ndarray) -> np.ndarray | None:
+        """Which rows have no label, for methods that learn from such."""
+        return None
+
+    def _holds_out(self) -> bool:
+        """Whether epochs are chosen on validation rows."""
+        return self.early_stopping
+
+    def _training_rows(
+        self,
+        data: TrainingSet,
+        groups: np.ndarray | None,
+        rng: np.random.Generator,
+        partial: bool,
+    ) -> tuple[TrainingSet, np.ndarray | None]:
+        """Hold out the validation rows, then, and only then, resample the others."""
+        train, held = data, None
+        if self._holds_out() and not partial:
+            kept, held = validation_split(data.y, self.validation_fraction, groups, rng)
+            weight = None if data.weight is None else data.weight[kept]
+            groups = None if groups is None else groups[kept]
+            train = replace(data, rows=data.rows[kept], y=data.y[kept], weight=weight)
+            held = data.rows[held]
+        if self.sampler is not None:
+            seed = int(rng.integers(2**31 - 1))
+            parts = (train.images, train.rows, train.y, train.weight)
+            drawn = resample(self.sampler, *parts, seed, classes=self.classes_, groups=groups)
+            train = TrainingSet(*drawn, natural=train)
+        if train.weight is not None:  # the scale of weights carries no meaning
+            train.weight = train.weight * (len(train.weight) / train.weight.sum())
+        return train, held
+
+    def _best_epoch(
+        self, X: Any, y: Any, held: np.ndarray | None, train: TrainingSet
+    ) -> BestEpoch | None:
+        if held is None:
+            return None
+        return BestEpoch(self._validation_score(X, y, held, train), self.n_iter_no_change)
+
+    def _validation_score(
+        self, X: Any, y: Any, held: np.ndarray, train: TrainingSet
+    ) -> Callable[[], float]:
+        """Score of the network as it is now, on the held-out rows."""
+        X_held, y_held = _safe_indexing(wrap_dataset(X), held), _safe_indexing(y, held)
+        scorer = check_scoring(self, self.scoring)
+
+        def score() -> float:
+            self._set_fitted(self._inference_state(train))
+            with warnings.catch_warnings():  # a class with one sample is never held out
+                warnings.filterwarnings("ignore", "y_pred contains classes not in y_true")
+                value = float(scorer(self, X_held, y_held))
+            if np.isnan(value):
+                raise ValueError(
+                    f"scoring={self.scoring!r} gave NaN on the {len(y_held)} validation images: "
+                    "choose another scorer, or raise validation_fraction."
+                )
+            return value
+
+        return score
+
+    def _n_epochs(self, n_samples: int) -> int:
+        """Epochs to train; "auto" gives small sets enough steps and large ones ten epochs."""
+        if self.max_epochs != "auto":
+            return self.max_epochs
+        n_steps = 180 + 60 * min(len(self.classes_), 17)
+        if len(self.image_shape_) == 1:  # an MLP on vectors settles sooner
+            n_steps //= 3
+        return max(10, -(-n_steps // self._steps_per_epoch(n_samples)))
+
+    # ---------------------------------------------------------------- inference
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Class scores on a log scale.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            In any layout that ``fit`` accepts.
+
+        Returns
+        -------
+        scores : ndarray of shape (n,) or (n, n_classes)
+            Two classes: log-odds of ``classes_[1]``. They rank as `predict_proba`.
+        """
+        check_is_fitted(self)
+        scores = self._scores(self._read(X))
+        return scores[:, 1] - scores[:, 0] if len(self.classes_) == 2 else scores
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Class probabilities.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            In any layout that ``fit`` accepts.
+
+        Returns
+        -------
+        proba : ndarray of shape (n, n_classes)
+            Rows sum to 1; columns follow ``classes_``.
+        """
+        check_is_fitted(self)
+        return softmax(self._scores(self._read(X)), axis=1)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Most probable class of each image.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            In any layout that ``fit`` accepts.
+
+        Returns
+        -------
+        y : ndarray of shape (n,)
+            Labels from ``classes_``.
+        """
+        check_is_fitted(self)
+        return self.classes_[self._scores(self._read(X)).argmax(axis=1)]

@@ -1,0 +1,82 @@
+"""What contrastive methods keep of past steps: slowly moving copies and a queue of keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def follow(copy: nn.Module, original: nn.Module, share: float, *, buffers: bool = False) -> None:
+    """Move the parameters of a copy a share of the way to those of the original.
+
+    Parameters
+    ----------
+    copy, original : nn.Module
+        Of the same architecture; `copy` is changed in place.
+    share : float
+        1 - m for a momentum m.
+    buffers : bool, default=False
+        Whether running means of normalisation layers follow too.
+    """
+    old: list[Tensor] = list(copy.parameters())
+    new: list[Tensor] = list(original.parameters())
+    if buffers:
+        old += [buffer for buffer in copy.buffers() if buffer.is_floating_point()]
+        new += [buffer for buffer in original.buffers() if buffer.is_floating_point()]
+    torch._foreach_lerp_(old, new, share)
+
+
+class KeyQueue(nn.Module):
+    """The latest keys and their classes: a ring that starts empty.
+
+    Parameters
+    ----------
+    size : int
+        Largest number of keys; 0 keeps none.
+    dim : int
+        Length of a key.
+    """
+
+    keys: Tensor
+    labels: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.size = size
+        self.n_seen = 0
+        self.register_buffer("keys", torch.zeros(size, dim))
+        self.register_buffer("labels", torch.zeros(size, dtype=torch.long))
+
+    def __len__(self) -> int:
+        return min(self.n_seen, self.size)
+
+    def filled(self) -> tuple[Tensor, Tensor]:
+        """Keys (m, dim) and classes (m,) of the places that were filled, in no order."""
+        return self.keys[: len(self)], self.labels[: len(self)]
+
+    @torch.no_grad()
+    def push(self, keys: Tensor, labels: Tensor | None = None) -> None:
+        """Store keys in place of the oldest ones; of more keys than places the last ones stay."""
+        if not self.size:
+            return
+        n_given = len(keys)
+        if labels is None:
+            labels = torch.zeros(n_given, dtype=torch.long, device=keys.device)
+        keys, labels = keys[-self.size :], labels[-self.size :]
+        start = (self.n_seen + n_given - len(keys)) % self.size
+        first = min(len(keys), self.size - start)  # before the ring closes
+        for ring, new in ((self.keys, keys), (self.labels, labels)):
+            ring[start : start + first] = new[:first].to(ring.dtype)
+            ring[: len(new) - first] = new[first:].to(ring.dtype)
+        self.n_seen += n_given
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """How many keys came, so that a resumed fit goes on in the same place."""
+        return {"n_seen": self.n_seen}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        self.n_seen = state["n_seen"]

@@ -1,0 +1,925 @@
+"""SPMix and TailBoost: saliency-guided mixing of patches inside the network.
+
+J. Wei et al., "Saliency-guided and Patch-based Mixup for Long-tailed Skin Cancer Image
+Classification", arXiv 2406.10801, 2024; its extension TailBoost is Sensors 26(11), 3343, 2026.
+
+A rare image keeps its label and what is salient; common background is borrowed, patch by patch,
+from a partner:
+
+    r = min(cap, max(s_t, s_h)),    mixed_i = r_i e_i(x_t) + (1 - r_i) e_i(x_h)
+
+with saliency s and the embedding e_i of patch i. TailBoost adds supervised contrast with class
+centres (GPaCo). The file reads so: pairs, mixing network, contrast, estimator.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from numbers import Integral, Real
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.base import _fit_context
+from sklearn.utils._param_validation import Interval, StrOptions
+from skorch.callbacks import Callback
+from torch import nn
+
+from sklearn_medimb._docs import shared_parameters
+from sklearn_medimb.augment import geometry
+from sklearn_medimb.base import Stage, TrainingSet
+from sklearn_medimb.batches import Batches, class_balanced, shuffled
+from sklearn_medimb.encoder import perceptron
+from sklearn_medimb.images import as_pixels, warn_of_flat_images
+from sklearn_medimb.losses import LabelStageLoss
+from sklearn_medimb.mixing import spmix, spmix_ratio
+from sklearn_medimb.momentum import KeyQueue, follow
+from sklearn_medimb.net import SoftmaxNetwork, Trunk
+from sklearn_medimb.one_stage import OneStageClassifier
+from sklearn_medimb.saliency import DETECTORS, maps_of, saliency_maps
+
+# ---------------------------------------------------------------- pairs
+
+
+def natural_partners(bases: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw each base one of the other rows, all alike."""
+    partners = rng.integers(n - 1, size=len(bases))
+    return partners + (partners >= bases)
+
+
+def balanced_partners(bases: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draw each base another row, all classes alike."""
+    share = 1 / np.bincount(y)[y]
+    share = share / share.sum()
+    partners = rng.choice(len(y), len(bases), p=share)
+    while (same := partners == bases).any():
+        partners[same] = rng.choice(len(y), same.sum(), p=share)
+    return partners
+
+
+class MixedViews:
+    """Batches of B bases and the partners of the first m of them, with the shares of the mix.
+
+    Each view is augmented afresh, and the saliency maps are moved as their images are. A batch has
+    ``images``, per view the bases, then per view the partners, and ``ratio`` (views m, *grid).
+
+    Parameters
+    ----------
+    batches : Batches
+        Bases: rows, plan, views.
+    maps : tensor of uint8, shape (n, *fine)
+        Saliency of each training row.
+    grid : tuple of int
+        Where the network mixes.
+    mix_prob : float
+        Share of the bases that are mixed.
+    partners : callable
+        Bases and generator to partners, as rows.
+    ratio : callable
+        Saliency maps of bases and partners to shares on the grid.
+    apart : bool
+        Whether the second view comes as ``key_images`` and ``key_ratio``, for a key encoder.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        maps: torch.Tensor,
+        grid: tuple[int, ...],
+        *,
+        mix_prob: float,
+        partners: Callable[[np.ndarray, np.random.Generator], np.ndarray],
+        ratio: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        apart: bool,
+    ) -> None:
+        self.batches = batches
+        self.maps = maps
+        self.grid = grid
+        self.mix_prob = mix_prob
+        self.partners = partners
+        self.ratio = ratio
+        self.apart = apart
+
+    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        batches, rng = self.batches, self.batches.rng
+        for picks in batches.plan(rng):
+            n_mixed = 0
+            if self.mix_prob:
+                n_mixed = int(self.mix_prob * len(picks) + rng.random())
+                picks = rng.permutation(picks)
+            partners = self.partners(picks[:n_mixed], rng) if n_mixed else picks[:0]
+            rows = np.concatenate([picks, partners])
+            images, targets = batches.gather(rows)
+            maps = self._maps(rows, len(picks), n_mixed)
+            views = [self._view(images, maps, augment) for augment in batches.views]
+            bases, others, ratios = zip(
+                *((x[: len(picks)], x[len(picks) :], r) for x, r in views), strict=True
+            )
+            if self.apart:
+                batch: dict[str, torch.Tensor] = {}
+                for prefix, *parts in zip(("", "key_"), bases, others, ratios, strict=True):
+                    batch |= self._batch(prefix, *([part] for part in parts))
+            else:
+                batch = self._batch("", bases, others, ratios)
+            yield batch, targets[: len(picks)]
+
+    def _batch(self, prefix: str, bases: Any, others: Any, ratios: Any) -> dict[str, torch.Tensor]:
+        images = torch.cat([*bases, *others]) if len(bases) > 1 or len(others[0]) else bases[0]
+        return {
+            f"{prefix}images": self.batches.preprocess.normalise(images),
+            f"{prefix}ratio": torch.cat(ratios),
+        }
+
+    def _maps(self, rows: np.ndarray, n_bases: int, n_mixed: int) -> torch.Tensor | None:
+        """Saliency (2 m, *fine) of the bases that are mixed and of their partners."""
+        if not n_mixed:
+            return None
+        used = torch.from_numpy(np.concatenate([rows[:n_mixed], rows[n_bases:]]))
+        return self.maps[used.to(self.maps.device)].to(self.batches.preprocess.dtype) / 255
+
+    def _view(
+        self, images: torch.Tensor, maps: torch.Tensor | None, augment: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augmented images, and the shares of the mix from maps moved alike."""
+        params: dict[str, torch.Tensor] = {}
+        if images.ndim > 3 and not getattr(augment, "is_identity", False):
+            params = augment.draw(len(images), tuple(images.shape[1:]), self.batches.generator)
+            images = augment.apply(images, params)
+        if maps is None:
+            return images, images.new_zeros(0, *self.grid)
+        n_mixed = len(maps) // 2
+        moves = {k: torch.cat([v[:n_mixed], v[-n_mixed:]]) for k, v in geometry(params).items()}
+        if moves:
+            maps = augment.apply(maps.unsqueeze(1), moves)[:, 0]
+        return images, self.ratio(*maps.chunk(2))
+
+
+def pooled(maps: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+    """Means of maps (n, *spatial) over the cells of a grid."""
+    if tuple(maps.shape[1:]) == tuple(grid):
+        return maps
+    pool: Any = F.adaptive_avg_pool2d if len(grid) == 2 else F.adaptive_avg_pool3d
+    return pool(maps.unsqueeze(1), grid)[:, 0]
+
+
+# ---------------------------------------------------------------- mixing network
+
+
+class MixedOutput(NamedTuple):
+    """Features and logits of the mixed images; the key view as it came, for a key encoder."""
+
+    features: torch.Tensor
+    logits: torch.Tensor
+    keys: dict[str, torch.Tensor]
+
+
+class MixingNetwork(SoftmaxNetwork):
+    """Softmax network that mixes images with partners at the output of one of its layers.
+
+    Parameters
+    ----------
+    trunk : Trunk
+        The backbone.
+    head : callable
+        Number of features to a head.
+    layer : str or None
+        Name of the backbone's layer, "auto", or None to mix the images themselves.
+    n_views : int
+        Views of each base in a batch.
+    """
+
+    def __init__(
+        self, trunk: Trunk, head: Callable[[int], nn.Module], layer: str | None, n_views: int
+    ) -> None:
+        super().__init__(trunk, head)
+        self.layer = default_layer(trunk.backbone) if layer == "auto" else layer
+        self.n_views = n_views
+        sides = as_pixels(torch.empty(1, *trunk.input_shape)).shape[2:]
+        self.patch: tuple[int, ...] = (1,) * len(sides)
+        if self.layer is None:  # about 14 patches along the shorter side, as published
+            self.patch = tuple(min(max(1, round(min(sides[-2:]) / 14)), side) for side in sides)
+            self.grid = tuple(-(-s // p) for s, p in zip(sides, self.patch, strict=True))
+        else:
+            self.grid = self._grid(self.layer, tuple(sides))
+
+    def _grid(self, layer: str, sides: tuple[int, ...]) -> tuple[int, ...]:
+        """Patches along each axis of what the layer gives."""
+        backbone, seen = self.trunk.backbone, []
+        try:
+            module = backbone.get_submodule(layer)
+        except AttributeError:
+            names = [name for name, _ in backbone.named_children()]
+            raise ValueError(
+                f"mix_layer={layer!r} is no layer of {type(backbone).__name__}, which has {names}; "
+                'choose one, or level="image".'
+            ) from None
+        with module.register_forward_hook(lambda _m, _args, out: seen.append(out)):
+            self.trunk.probe()
+        shape = tuple(seen[0].shape) if seen and isinstance(seen[0], torch.Tensor) else ()
+        if len(shape) in (4, 5):
+            return shape[2:]
+        grid = getattr(backbone, "grid", None) or _nearest_grid(shape[1], sides) if shape else None
+        if len(shape) == 3 and grid and math.prod(grid) == shape[1]:
+            return tuple(grid)
+        raise ValueError(
+            f"mix_layer={layer!r} gives {shape or 'no tensor'}, which is neither a map (n, C, H, "
+            'W) nor a grid of tokens (n, L, C): choose another layer, or level="image".'
+        )
+
+    def forward(  # type: ignore[override]
+        self, images: torch.Tensor, ratio: torch.Tensor | None = None, **keys: torch.Tensor
+    ) -> MixedOutput:
+        """Features and logits; images without a share, at predict all, pass unmixed."""
+        if ratio is None or not len(ratio):
+            features = self.features(images)
+        elif self.layer is None:
+            features = self.features(self.mix(images, ratio))
+        else:
+            layer = self.trunk.backbone.get_submodule(self.layer)
+            with layer.register_forward_hook(lambda _m, _args, out: self.mix(out, ratio)):
+                features = self.features(images)
+        return MixedOutput(features, self.head(features), keys)
+
+    def mix(self, rows: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+        """Mix the first m bases of each view with their partners; the partners leave."""
+        n_views = self.n_views
+        n_mixed = len(ratio) // n_views
+        bases, partners = rows.tensor_split([len(rows) - len(ratio)])
+        parts: list[torch.Tensor] = []
+        split = (part.chunk(n_views) for part in (bases, partners, ratio))
+        for x_t, x_h, r in zip(*split, strict=True):
+            mixed = _mixed(x_t[:n_mixed], x_h, r, self.patch, self.grid)
+            parts += [mixed, x_t[n_mixed:]]
+        return torch.cat(parts)
+
+
+def _mixed(
+    x_t: torch.Tensor,
+    x_h: torch.Tensor,
+    ratio: torch.Tensor,
+    patch: tuple[int, ...],
+    grid: tuple[int, ...],
+) -> torch.Tensor:
+    if x_t.ndim == 3 and len(grid) > 1 and x_t.shape[1] == math.prod(grid):  # tokens
+        return spmix(x_t, x_h, ratio)
+    pixels = spmix(as_pixels(x_t), as_pixels(x_h), ratio, patch)
+    return pixels.view_as(x_t) if x_t.ndim == 2 else pixels
+
+
+def _nearest_grid(n: int, sides: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Grid (h, w) of n tokens whose aspect is that of a 2-D image."""
+    if len(sides) != 2:
+        return None
+    grids = [(h, n // h) for h in range(1, n + 1) if n % h == 0]
+    aspect = math.log(sides[0] / sides[1])
+    return min(grids, key=lambda grid: abs(math.log(grid[0] / grid[1]) - aspect))
+
+
+def default_layer(backbone: nn.Module) -> str:
+    """Where to mix unless told: patch tokens, else the first stage of a convolutional network."""
+    children = dict(backbone.named_children())
+    for name in ("patch_embed", "layer1", "0"):
+        if name in children and not isinstance(children[name], nn.Flatten):
+            return name
+    raise ValueError(
+        f'mix_layer="auto" knows no layer of {type(backbone).__name__} to mix at: name one of '
+        f'{list(children)}, or choose level="image".'
+    )
+
+
+# ---------------------------------------------------------------- contrast
+
+
+def gpaco_loss(
+    logits: torch.Tensor,
+    similarity: torch.Tensor,
+    y: torch.Tensor,
+    y_candidates: torch.Tensor,
+    log_prior: torch.Tensor,
+    *,
+    w_con: float = 0.05,
+    gamma: float = 1.0,
+    beta: float = 1.0,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Generalised parametric contrastive loss: class centres and samples in one softmax [1]_.
+
+    With ``a_ic = s_ic + log(pi_c)`` and ``D_i = sum_c exp(a_ic) + gamma sum_j exp(u_ij)``, j over
+    all candidates but i itself and P_i those of class y_i,
+
+        L_i = -[beta (a_{i,y_i} - log D_i) + w sum_{j in P_i} (u_ij - log D_i)] / (beta + w |P_i|).
+
+    With w = gamma = 0 it is the balanced softmax cross-entropy.
+
+    Parameters
+    ----------
+    logits : tensor of shape (N, K)
+        s, of the anchors.
+    similarity : tensor of shape (N, M)
+        u, cosines over temperature between anchors and candidates, of which the first N are the
+        anchors themselves.
+    y, y_candidates : tensor of int of shape (N,) and (M,)
+        Classes.
+    log_prior : tensor of shape (K,)
+        log(pi), of the classes as they are drawn.
+    w_con, gamma, beta : float
+        w, gamma and beta.
+    weight : tensor of shape (K,), default=None
+        Class weights of the anchors.
+
+    References
+    ----------
+    .. [1] J. Cui et al., "Generalized parametric contrastive learning", IEEE TPAMI 2023.
+    """
+    itself = torch.eye(*similarity.shape, dtype=torch.bool, device=similarity.device)
+    positive = (y.unsqueeze(1) == y_candidates) & ~itself
+    centres = logits + log_prior
+    log_d = centres.logsumexp(dim=1)
+    if gamma:
+        others = (similarity + math.log(gamma)).masked_fill(itself, -torch.inf)
+        log_d = torch.cat([centres, others], dim=1).logsumexp(dim=1)
+    own = centres.gather(1, y.unsqueeze(1)).squeeze(1) - log_d
+    pairs = torch.where(positive, similarity - log_d.unsqueeze(1), 0).sum(dim=1)
+    costs = -(beta * own + w_con * pairs) / (beta + w_con * positive.sum(dim=1))
+    return (costs if weight is None else costs * weight[y]).mean()
+
+
+def supcon_with_memory(
+    similarity: torch.Tensor, y: torch.Tensor, y_candidates: torch.Tensor
+) -> torch.Tensor:
+    """Supervised contrastive loss of anchors against candidates, their own rows left out.
+
+    Parameters
+    ----------
+    similarity, y, y_candidates
+        As in :func:`gpaco_loss`.
+    """
+    itself = torch.eye(*similarity.shape, dtype=torch.bool, device=similarity.device)
+    positive = (y.unsqueeze(1) == y_candidates) & ~itself
+    lowest = torch.finfo(similarity.dtype).min
+    log_p = similarity - similarity.masked_fill(itself, lowest).logsumexp(dim=1, keepdim=True)
+    n_positive = positive.sum(dim=1)
+    costs = -torch.where(positive, log_p, 0).sum(dim=1) / n_positive.clamp_min(1)
+    return costs.sum() / (n_positive > 0).sum().clamp_min(1)
+
+
+class ContrastLoss(nn.Module):
+    """Labels and contrast of two views; owns projector, predictor, queue and key encoder.
+
+    Queries are ``q = predictor(projector(h))`` of the first view, keys ``k = projector(h)`` of the
+    second, both of length 1. Without a key encoder both views are anchors and gradients flow
+    through both; with one (PaCo) only queries are.
+
+    Parameters
+    ----------
+    network : MixingNetwork
+        Copied where there is a key encoder.
+    kind : {"supcon", "gpaco"}
+        Which contrast.
+    label_loss : nn.Module
+        (logits, masses) to a scalar, of "supcon".
+    log_prior : tensor of shape (n_classes,)
+        Of the classes as they are drawn, for "gpaco".
+    weight : tensor of shape (n_classes,)
+        Class weights, for "gpaco".
+    w_con, gamma, temperature : float
+        Of the contrast.
+    queue_size : int
+        Keys to remember.
+    projection_dim, hidden : int
+        Sizes of projections and of the layers before them.
+    key_momentum : float or None
+        m of the key encoder.
+    """
+
+    log_prior: torch.Tensor
+    weight: torch.Tensor
+
+    def __init__(
+        self,
+        network: MixingNetwork,
+        kind: str,
+        label_loss: nn.Module,
+        log_prior: torch.Tensor,
+        weight: torch.Tensor,
+        *,
+        w_con: float,
+        gamma: float,
+        temperature: float,
+        queue_size: int,
+        projection_dim: int,
+        hidden: int,
+        key_momentum: float | None,
+    ) -> None:
+        super().__init__()
+        d = network.n_features
+        self.kind = kind
+        self.label_loss = label_loss
+        self.w_con = w_con
+        self.gamma = gamma
+        self.temperature = temperature
+        self.key_momentum = key_momentum
+        self.projector = perceptron(
+            [d, hidden, hidden, projection_dim], last_norm=True, affine=False
+        )
+        self.predictor = perceptron(
+            [projection_dim, hidden, projection_dim], last_norm=True, affine=False
+        )
+        self.queue = KeyQueue(queue_size, projection_dim)
+        self.register_buffer("log_prior", log_prior)
+        self.register_buffer("weight", weight)
+        self.terms: dict[str, torch.Tensor] = {}
+        if key_momentum is not None:
+            encoders = {"network": network, "projector": self.projector}
+            self.key_encoder = nn.ModuleDict({k: copy.deepcopy(v) for k, v in encoders.items()})
+            self.key_encoder.requires_grad_(False)
+
+    def forward(self, output: MixedOutput, mass: torch.Tensor) -> torch.Tensor:
+        """Loss of a batch of B bases."""
+        y = mass.argmax(dim=1)
+        logits, features = output.logits, output.features
+        if self.key_momentum is None:
+            h_q, h_k = features.chunk(2)
+            keys = F.normalize(self.projector(h_k))
+            n_views = 2
+        else:
+            h_q, n_views = features, 1
+            with torch.no_grad():
+                views = {k.removeprefix("key_"): v for k, v in output.keys.items()}
+                h_k = self.key_encoder["network"](**views).features
+                keys = F.normalize(self.key_encoder["projector"](h_k))
+        queries = F.normalize(self.predictor(self.projector(h_q)))
+        remembered, y_remembered = self.queue.filled()
+        candidates = torch.cat([queries, keys, remembered])
+        y_candidates = torch.cat([y, y, y_remembered])
+        anchors = candidates[: n_views * len(y)]
+        similarity = anchors @ candidates.T / self.temperature
+        y_anchors = y.repeat(n_views)
+        if self.kind == "gpaco":
+            loss = gpaco_loss(
+                logits,
+                similarity,
+                y_anchors,
+                y_candidates,
+                self.log_prior,
+                w_con=self.w_con,
+                gamma=self.gamma,
+                weight=self.weight,
+            )
+        else:
+            label = self.label_loss(logits, mass.repeat(n_views, 1))
+            contrast = supcon_with_memory(similarity, y_anchors, y_candidates)
+            self.terms = {"label": label, "contrast": contrast}
+            loss = label + self.w_con * contrast
+        self.queue.push(keys.detach(), y)
+        return loss
+
+    def update_keys(self, network: nn.Module) -> None:
+        """Move the key encoder."""
+        if self.key_momentum is not None:
+            follow(self.key_encoder["network"], network, 1 - self.key_momentum)
+            follow(self.key_encoder["projector"], self.projector, 1 - self.key_momentum)
+
+
+class UpdateKeys(Callback):
+    """Move the key encoder at the start of each step."""
+
+    may_stop = False
+
+    def on_batch_begin(self, net: Any, **kwargs: Any) -> None:
+        """Average."""
+        net.criterion_.update_keys(net.module_)
+
+
+# ---------------------------------------------------------------- the estimator
+
+
+@shared_parameters
+class SPMixClassifier(OneStageClassifier):
+    """A network that mixes rare images with others inside, patch by patch, as saliency allows.
+
+    Bases are drawn evenly from all classes, partners as the data are. Where either is salient the
+    base prevails, elsewhere the partner enters; the label is that of the base [1]_. At predict
+    nothing is mixed and no saliency is computed.
+
+    Parameters
+    ----------
+    {backbone}
+
+    {pretrain}
+
+    pairing : {{"paper", "code"}}, default="paper"
+        "paper": class-balanced bases, natural partners. "code", the published direction: natural
+        bases, class-balanced partners; then `loss` has to make up for the imbalance.
+
+    level : {{"token", "image"}}, default="token"
+        Mix inside the network, as published, or the images themselves.
+
+    mix_layer : str, default="auto"
+        Layer of the backbone after which tokens or maps are mixed; "auto": the patch embedding of a
+        ViT or hybrid, before positions and class token, or the first stage of a conv net or ResNet.
+
+    mix_prob : float, default=0.5
+        Share of the bases that are mixed; 1 is published, but then training never sees an image as
+        it will be at predict.
+
+    cap, floor, merge, saliency, polarity, mask, partner_saliency : as in SPMixSampler
+        How saliency makes shares; see :class:`SPMixSampler`.
+
+    loss, class_weight, focal_gamma, beta, max_margin, tau, post_hoc_tau, reweight_after : as in \
+SoftmaxClassifier
+        The loss; class frequencies in it are those of the bases, which are equal with
+        ``pairing="paper"``.
+
+    contrast : {{"gpaco", "supcon"}} or None, default=None
+        Contrast of two views beside the labels: supervised contrastive loss [3]_, or GPaCo [4]_,
+        where class centres, corrected by class frequency, and samples share one softmax. "gpaco"
+        takes the place of `loss`.
+
+    w_con : float, default=0.05
+        Weight of the contrast.
+
+    gamma : float, default=1.0
+        Weight of the samples in the denominator of "gpaco".
+
+    temperature : float, default=0.2
+        Of the cosines.
+
+    queue_size : int or "auto", default="auto"
+        Keys of past steps to contrast with; "auto" is 4 per image, at most 8192.
+
+    projection_dim, projection_hidden : int, default=128, 512
+        Sizes of the projections and of the layers before them; published: 256, 4096.
+
+    key_momentum : float or None, default=None
+        m of a separate key encoder, as in the SPMix article; None encodes both views alike.
+
+    batch_size : int, default=64
+        Bases per step.
+
+    {training}
+
+    Attributes
+    ----------
+    {attributes}
+
+    class_prior_ : ndarray of shape (n_classes,)
+        Class shares of the bases.
+
+    See Also
+    --------
+    SPMixSampler : The image form, as an imbalanced-learn sampler.
+    SoftmaxClassifier : The same network and losses without mixing.
+
+    Notes
+    -----
+    Mixing at a layer encodes ``mix_prob`` partners more per image up to there. Saliency maps are
+    computed once per training image, kept at twice the resolution of the mix, and moved by the same
+    flips and warps as their images (an augmentation of one's own must name its draws as
+    :class:`~sklearn_medimb.augment.Augmentation` does). There is no ``sample_weight`` and no
+    ``partial_fit``: bases are drawn by class.
+    As ``r <= cap < 1`` a part of the partner's lesion enters too. The article names neither the
+    saliency detector nor cap and floor; the values are those of the published code, which pairs the
+    other way round, scores keys with the logits of queries, and starts its queue with random
+    vectors: the first is an option here, the others are mended.
+
+    References
+    ----------
+    .. [1] J. Wei et al., "Saliency-guided and Patch-based Mixup for Long-tailed Skin Cancer Image
+       Classification", arXiv 2406.10801, 2024.
+    .. [2] J. Wei et al., "TailBoost: tail-synthetic learning for boosting long-tailed skin cancer
+       image classification", Sensors 26(11), 3343, 2026.
+    .. [3] P. Khosla et al., "Supervised contrastive learning", NeurIPS 2020.
+    .. [4] J. Cui et al., "Generalized parametric contrastive learning", IEEE TPAMI 2023.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from sklearn_medimb import SPMixClassifier
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.integers(0, 256, (24, 16, 16, 3), dtype=np.uint8)
+    >>> y = np.array(["nevus"] * 20 + ["melanoma"] * 4)
+    >>> clf = SPMixClassifier(max_epochs=2, random_state=0).fit(X, y)
+    >>> clf.class_prior_
+    array([0.5, 0.5])
+    """
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **OneStageClassifier._parameter_constraints,
+        "pairing": [StrOptions({"paper", "code"})],
+        "level": [StrOptions({"token", "image"})],
+        "mix_layer": [str],
+        "mix_prob": [Interval(Real, 0, 1, closed="both")],
+        "cap": [Interval(Real, 0, 1, closed="both")],
+        "floor": [Interval(Real, 0, 1, closed="both"), None],
+        "merge": [StrOptions({"patch", "pixel"})],
+        "saliency": [StrOptions(set(DETECTORS)), callable],
+        "polarity": [StrOptions({"both", "dark", "bright"})],
+        "mask": [StrOptions({"auto"}), None],
+        "partner_saliency": ["boolean"],
+        "contrast": [StrOptions({"gpaco", "supcon"}), None],
+        "w_con": [Interval(Real, 0, None, closed="left")],
+        "gamma": [Interval(Real, 0, None, closed="left")],
+        "temperature": [Interval(Real, 0, None, closed="neither")],
+        "queue_size": [StrOptions({"auto"}), Interval(Integral, 0, None, closed="left")],
+        "projection_dim": [Interval(Integral, 1, None, closed="left")],
+        "projection_hidden": [Interval(Integral, 1, None, closed="left")],
+        "key_momentum": [Interval(Real, 0, 1, closed="both"), None],
+    }
+
+    def __init__(
+        self,
+        backbone: Any = "auto",
+        *,
+        pretrain: Any = None,
+        pairing: str = "paper",
+        level: str = "token",
+        mix_layer: str = "auto",
+        mix_prob: float = 0.5,
+        cap: float = 0.8,
+        floor: float | None = None,
+        merge: str = "patch",
+        saliency: Any = "fine_grained",
+        polarity: str = "both",
+        mask: str | None = None,
+        partner_saliency: bool = True,
+        loss: str = "cross_entropy",
+        class_weight: Any = None,
+        focal_gamma: float = 2.0,
+        beta: float = 0.999,
+        max_margin: float = 0.5,
+        tau: float = 1.0,
+        post_hoc_tau: float = 0.0,
+        reweight_after: Any = "auto",
+        contrast: str | None = None,
+        w_con: float = 0.05,
+        gamma: float = 1.0,
+        temperature: float = 0.2,
+        queue_size: Any = "auto",
+        projection_dim: int = 128,
+        projection_hidden: int = 512,
+        key_momentum: float | None = None,
+        max_epochs: Any = "auto",
+        batch_size: int = 64,
+        lr: float = 2e-3,
+        weight_decay: float = 1e-2,
+        lr_schedule: str = "one_cycle",
+        augment: Any = "medical",
+        sampler: Any = None,
+        early_stopping: bool = False,
+        validation_fraction: float = 0.2,
+        n_iter_no_change: int = 10,
+        scoring: Any = "balanced_accuracy",
+        callbacks: list[Any] | None = None,
+        checkpoint_dir: Any = None,
+        image_shape: tuple[int, ...] | None = None,
+        data_format: str = "auto",
+        spatial_dims: int | None = None,
+        device: Any = "auto",
+        precision: str = "auto",
+        compile: bool = False,
+        warm_start: bool = False,
+        net_params: dict[str, Any] | None = None,
+        random_state: Any = None,
+        verbose: Any = 0,
+    ) -> None:
+        self.backbone = backbone
+        self.pretrain = pretrain
+        self.pairing = pairing
+        self.level = level
+        self.mix_layer = mix_layer
+        self.mix_prob = mix_prob
+        self.cap = cap
+        self.floor = floor
+        self.merge = merge
+        self.saliency = saliency
+        self.polarity = polarity
+        self.mask = mask
+        self.partner_saliency = partner_saliency
+        self.loss = loss
+        self.class_weight = class_weight
+        self.focal_gamma = focal_gamma
+        self.beta = beta
+        self.max_margin = max_margin
+        self.tau = tau
+        self.post_hoc_tau = post_hoc_tau
+        self.reweight_after = reweight_after
+        self.contrast = contrast
+        self.w_con = w_con
+        self.gamma = gamma
+        self.temperature = temperature
+        self.queue_size = queue_size
+        self.projection_dim = projection_dim
+        self.projection_hidden = projection_hidden
+        self.key_momentum = key_momentum
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.lr_schedule = lr_schedule
+        self.augment = augment
+        self.sampler = sampler
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.n_iter_no_change = n_iter_no_change
+        self.scoring = scoring
+        self.callbacks = callbacks
+        self.checkpoint_dir = checkpoint_dir
+        self.image_shape = image_shape
+        self.data_format = data_format
+        self.spatial_dims = spatial_dims
+        self.device = device
+        self.precision = precision
+        self.compile = compile
+        self.warm_start = warm_start
+        self.net_params = net_params
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @classmethod
+    def tailboost(cls, **params: Any) -> SPMixClassifier:
+        """Make TailBoost [2]_: a hybrid ViT, GPaCo and SPMix, with the settings of its code.
+
+        ResNet-50 up to stride 16 before eight transformer blocks of width 768, projections of
+        256, 16 images a step, AdamW at 5e-6 with a weight decay of 0.1 over 500 epochs of cosine
+        annealing, every image mixed, natural bases with balanced partners. It presumes
+        pre-trained weights and images of 224 pixels; for training from scratch raise `lr`.
+
+        Parameters
+        ----------
+        **params
+            Further constructor parameters; they take precedence.
+
+        Returns
+        -------
+        classifier : SPMixClassifier
+            Not fitted.
+        """
+        from sklearn_medimb.backbones import HybridViT
+
+        settings: dict[str, Any] = {
+            "backbone": HybridViT.small(),
+            "pairing": "code",
+            "mix_prob": 1.0,
+            "contrast": "gpaco",
+            "queue_size": "auto",
+            "projection_dim": 256,
+            "projection_hidden": 4096,
+            "augment": "strong",
+            "max_epochs": 500,
+            "batch_size": 16,
+            "lr": 5e-6,
+            "weight_decay": 0.1,
+            "lr_schedule": "cosine",
+        }
+        return cls(**{**settings, **params})
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: Any, *, groups: Any = None) -> SPMixClassifier:
+        """Train the network.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            Images in any layout of the package's README, uint8 or float.
+        y : array-like of shape (n,)
+            Class labels: numbers or strings, at least two classes.
+        groups : array-like of shape (n,), default=None
+            Patient of each image: the inner validation split keeps every group whole.
+
+        Returns
+        -------
+        self : SPMixClassifier
+            The fitted classifier.
+
+        Raises
+        ------
+        ValueError
+            If the input is wrong or ambiguous; the message names the parameter or row to mend.
+        """
+        return self._fit(X, y, groups=groups)
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        if self.contrast == "gpaco" and self.loss not in ("cross_entropy", "balanced_softmax"):
+            raise ValueError(
+                f'contrast="gpaco" takes the place of loss={self.loss!r}: leave loss as it is, or '
+                'choose contrast="supcon".'
+            )
+        if self.key_momentum is not None and self.contrast is None:
+            raise ValueError(
+                f"key_momentum={self.key_momentum} needs keys: choose contrast, or set it to None."
+            )
+        if self.compile and self.mix_prob and self.level == "token":
+            raise ValueError(
+                "compile=True fixes the layers that tokens are mixed between: set compile=False or "
+                'level="image".'
+            )
+
+    # ---------------------------------------------------------------- network, loss, batches
+
+    @property
+    def _n_views(self) -> int:
+        """Views of an image that the network encodes in a step."""
+        return 2 if self.contrast is not None and self.key_momentum is None else 1
+
+    def _views(self) -> tuple[Any, ...]:
+        return super()._views() * (1 if self.contrast is None else 2)
+
+    def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
+        layer = self.mix_layer if self.level == "token" and len(self.image_shape_) > 1 else None
+        return MixingNetwork(trunk(), self._make_head, layer, self._n_views)
+
+    def _class_mass(self, train: TrainingSet) -> np.ndarray:
+        mass = super()._class_mass(train)
+        if self.pairing == "code":
+            return mass
+        present = np.bincount(train.y, minlength=len(mass)) > 0
+        return np.where(present, mass.sum() / len(mass), mass)
+
+    def _make_criterion(self, train: TrainingSet, n_steps: int) -> nn.Module:
+        label_loss = self._label_loss(train, n_steps)
+        if self.contrast is None:
+            return LabelStageLoss(label_loss)
+        prior = torch.from_numpy(self._class_mass(train) / self._class_mass(train).sum())
+        queue_size = self.queue_size
+        if queue_size == "auto":
+            queue_size = min(8192, 4 * len(train.y))
+        return ContrastLoss(
+            self.net_.module_,
+            self.contrast,
+            label_loss,
+            prior.log(),
+            label_loss.weight,
+            w_con=self.w_con,
+            gamma=self.gamma,
+            temperature=self.temperature,
+            queue_size=queue_size,
+            projection_dim=self.projection_dim,
+            hidden=self.projection_hidden,
+            key_momentum=self.key_momentum,
+        )
+
+    def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
+        (stage,) = super()._stages(train, n_epochs, **common)
+        if self.key_momentum is not None:
+            stage.callbacks = (UpdateKeys(),)
+        return [stage]
+
+    def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
+        n, y = len(train.y), train.y
+        mass = torch.as_tensor(
+            train.label_mass(len(self.classes_)), dtype=self.net_.dtype, device=self.net_.device
+        )
+        natural = self.pairing == "code"
+        size, steps = min(self.batch_size, n), self._steps_per_epoch(n)
+
+        def plan(rng: np.random.Generator) -> list[np.ndarray]:
+            return shuffled(n, size, rng) if natural else class_balanced(y, size, steps, rng)
+
+        def partners(bases: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+            return balanced_partners(bases, y, rng) if natural else natural_partners(bases, n, rng)
+
+        network = self.net_.module_
+        return MixedViews(
+            Batches(train.images, train.rows, mass, plan, **common),
+            self._maps(train, network.grid) if self.mix_prob else torch.empty(0),
+            network.grid,
+            mix_prob=self.mix_prob,
+            partners=partners,
+            ratio=lambda s_t, s_h: self._ratio(s_t, s_h, network.grid),
+            apart=self.key_momentum is not None,
+        )
+
+    def _maps(self, train: TrainingSet, grid: tuple[int, ...]) -> torch.Tensor:
+        """Saliency of the training rows, as fine as the mix can use; uint8, on the device."""
+        warn_of_flat_images(self, train.images)
+        device = torch.device(self.net_.device)
+
+        def detect(images: torch.Tensor) -> torch.Tensor:
+            found = saliency_maps(images, self.saliency, polarity=self.polarity, mask=self.mask)
+            sides = tuple(found.shape[1:])
+            if self.merge == "patch":
+                sides = tuple(min(2 * g, side) for g, side in zip(grid, sides, strict=True))
+            return pooled(found, sides).mul(255).round().to(torch.uint8)
+
+        precision = self.net_.dtype
+        found = maps_of(train.images, train.rows, detect, device, dtype=precision, clip=True)
+        return found.to(device)
+
+    def _ratio(self, s_t: torch.Tensor, s_h: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+        """Share of the bases on the grid of the mix."""
+        if self.merge == "patch":
+            s_t, s_h = pooled(s_t, grid), pooled(s_h, grid)
+        ratio = spmix_ratio(
+            s_t,
+            s_h,
+            cap=self.cap,
+            floor=self.floor,
+            merge=self.merge,
+            partner_saliency=self.partner_saliency,
+        )
+        return pooled(ratio, grid)
