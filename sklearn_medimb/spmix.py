@@ -44,42 +44,59 @@ from sklearn_medimb.saliency import DETECTORS, maps_of, saliency_maps
 # ---------------------------------------------------------------- pairs
 
 
-def natural_partners(bases: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw each base one of the other rows, all alike."""
-    partners = rng.integers(n - 1, size=len(bases))
-    return partners + (partners >= bases)
+def partners_within(
+    y: np.ndarray, class_share: np.ndarray, n_mixed: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Draw each of the first rows of a batch another row of the batch.
 
+    Rows of the batch are encoded anyway: as partners they cost nothing.
 
-def balanced_partners(bases: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Draw each base another row, all classes alike."""
-    share = 1 / np.bincount(y)[y]
+    Parameters
+    ----------
+    y : ndarray of int of shape (B,)
+        Classes of the batch.
+    class_share : ndarray of shape (n_classes,)
+        How often each class is to be a partner; classes that the batch lacks are left out.
+    n_mixed : int
+        Rows that need a partner.
+    rng : numpy.random.Generator
+        Source of randomness.
+
+    Returns
+    -------
+    partners : ndarray of int of shape (n_mixed,)
+        Positions in the batch, never a row's own.
+    """
+    share = class_share[y] / np.bincount(y)[y]
     share = share / share.sum()
-    partners = rng.choice(len(y), len(bases), p=share)
-    while (same := partners == bases).any():
+    own = np.arange(n_mixed)
+    partners = own.copy()
+    while (same := partners == own).any():
         partners[same] = rng.choice(len(y), same.sum(), p=share)
     return partners
 
 
 class MixedViews:
-    """Batches of B bases and the partners of the first m of them, with the shares of the mix.
+    """Batches of B images, of which the first m are to be mixed with others of the batch.
 
     Each view is augmented afresh, and the saliency maps are moved as their images are. A batch has
-    ``images``, per view the bases, then per view the partners, and ``ratio`` (views m, *grid).
+    ``images`` (views B, ...), ``partners`` (m,), positions among the B, and the shares of the mix,
+    ``ratio`` (views m, *grid).
 
     Parameters
     ----------
     batches : Batches
-        Bases: rows, plan, views.
+        Rows, plan, views.
+    y : ndarray of int of shape (n,)
+        Class of each training row.
+    class_share : ndarray of shape (n_classes,)
+        How often each class is to be a partner.
     maps : tensor of uint8, shape (n, *fine)
         Saliency of each training row.
-    grid : tuple of int
-        Where the network mixes.
     mix_prob : float
-        Share of the bases that are mixed.
-    partners : callable
-        Bases and generator to partners, as rows.
+        Share of the images that are mixed.
     ratio : callable
-        Saliency maps of bases and partners to shares on the grid.
+        Saliency maps of bases and partners to shares on the grid of the mix.
     apart : bool
         Whether the second view comes as ``key_images`` and ``key_ratio``, for a key encoder.
     """
@@ -87,74 +104,66 @@ class MixedViews:
     def __init__(
         self,
         batches: Batches,
+        y: np.ndarray,
+        class_share: np.ndarray,
         maps: torch.Tensor,
-        grid: tuple[int, ...],
         *,
         mix_prob: float,
-        partners: Callable[[np.ndarray, np.random.Generator], np.ndarray],
         ratio: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         apart: bool,
     ) -> None:
         self.batches = batches
+        self.y = y
+        self.class_share = class_share
         self.maps = maps
-        self.grid = grid
         self.mix_prob = mix_prob
-        self.partners = partners
         self.ratio = ratio
         self.apart = apart
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         batches, rng = self.batches, self.batches.rng
         for picks in batches.plan(rng):
-            n_mixed = 0
-            if self.mix_prob:
-                n_mixed = int(self.mix_prob * len(picks) + rng.random())
+            n_mixed, partners, maps = 0, None, None
+            if self.mix_prob and len(picks) > 1:
                 picks = rng.permutation(picks)
-            partners = self.partners(picks[:n_mixed], rng) if n_mixed else picks[:0]
-            rows = np.concatenate([picks, partners])
-            images, targets = batches.gather(rows)
-            maps = self._maps(rows, len(picks), n_mixed)
-            views = [self._view(images, maps, augment) for augment in batches.views]
-            bases, others, ratios = zip(
-                *((x[: len(picks)], x[len(picks) :], r) for x, r in views), strict=True
-            )
+                n_mixed = int(self.mix_prob * len(picks) + rng.random())
+            if n_mixed:
+                chosen = partners_within(self.y[picks], self.class_share, n_mixed, rng)
+                partners = torch.from_numpy(chosen).to(self.maps.device)
+                index = torch.from_numpy(picks).to(self.maps.device)
+                maps = self.maps[index].to(batches.preprocess.dtype) / 255
+            images, targets = batches.gather(picks)
+            views = [self._view(images, maps, partners, augment) for augment in batches.views]
             if self.apart:
-                batch: dict[str, torch.Tensor] = {}
-                for prefix, *parts in zip(("", "key_"), bases, others, ratios, strict=True):
-                    batch |= self._batch(prefix, *([part] for part in parts))
+                first, second = views
+                batch = first | {f"key_{name}": value for name, value in second.items()}
             else:
-                batch = self._batch("", bases, others, ratios)
-            yield batch, targets[: len(picks)]
-
-    def _batch(self, prefix: str, bases: Any, others: Any, ratios: Any) -> dict[str, torch.Tensor]:
-        images = torch.cat([*bases, *others]) if len(bases) > 1 or len(others[0]) else bases[0]
-        return {
-            f"{prefix}images": self.batches.preprocess.normalise(images),
-            f"{prefix}ratio": torch.cat(ratios),
-        }
-
-    def _maps(self, rows: np.ndarray, n_bases: int, n_mixed: int) -> torch.Tensor | None:
-        """Saliency (2 m, *fine) of the bases that are mixed and of their partners."""
-        if not n_mixed:
-            return None
-        used = torch.from_numpy(np.concatenate([rows[:n_mixed], rows[n_bases:]]))
-        return self.maps[used.to(self.maps.device)].to(self.batches.preprocess.dtype) / 255
+                batch = {
+                    name: torch.cat([view[name] for view in views]) if len(views) > 1 else value
+                    for name, value in views[0].items()
+                }
+            if partners is not None:
+                batch["partners"] = partners
+            yield batch, targets
 
     def _view(
-        self, images: torch.Tensor, maps: torch.Tensor | None, augment: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        images: torch.Tensor,
+        maps: torch.Tensor | None,
+        partners: torch.Tensor | None,
+        augment: Any,
+    ) -> dict[str, torch.Tensor]:
         """Augmented images, and the shares of the mix from maps moved alike."""
         params: dict[str, torch.Tensor] = {}
         if images.ndim > 3 and not getattr(augment, "is_identity", False):
             params = augment.draw(len(images), tuple(images.shape[1:]), self.batches.generator)
             images = augment.apply(images, params)
-        if maps is None:
-            return images, images.new_zeros(0, *self.grid)
-        n_mixed = len(maps) // 2
-        moves = {k: torch.cat([v[:n_mixed], v[-n_mixed:]]) for k, v in geometry(params).items()}
-        if moves:
-            maps = augment.apply(maps.unsqueeze(1), moves)[:, 0]
-        return images, self.ratio(*maps.chunk(2))
+        view = {"images": self.batches.preprocess.normalise(images)}
+        if maps is not None and partners is not None:
+            if moves := geometry(params):
+                maps = augment.apply(maps.unsqueeze(1), moves)[:, 0]
+            view["ratio"] = self.ratio(maps[: len(partners)], maps[partners])
+        return view
 
 
 def pooled(maps: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
@@ -187,16 +196,11 @@ class MixingNetwork(SoftmaxNetwork):
         Number of features to a head.
     layer : str or None
         Name of the backbone's layer, "auto", or None to mix the images themselves.
-    n_views : int
-        Views of each base in a batch.
     """
 
-    def __init__(
-        self, trunk: Trunk, head: Callable[[int], nn.Module], layer: str | None, n_views: int
-    ) -> None:
+    def __init__(self, trunk: Trunk, head: Callable[[int], nn.Module], layer: str | None) -> None:
         super().__init__(trunk, head)
         self.layer = default_layer(trunk.backbone) if layer == "auto" else layer
-        self.n_views = n_views
         sides = as_pixels(torch.empty(1, *trunk.input_shape)).shape[2:]
         self.patch: tuple[int, ...] = (1,) * len(sides)
         if self.layer is None:  # about 14 patches along the shorter side, as published
@@ -230,29 +234,31 @@ class MixingNetwork(SoftmaxNetwork):
         )
 
     def forward(  # type: ignore[override]
-        self, images: torch.Tensor, ratio: torch.Tensor | None = None, **keys: torch.Tensor
+        self,
+        images: torch.Tensor,
+        ratio: torch.Tensor | None = None,
+        partners: torch.Tensor | None = None,
+        **keys: torch.Tensor,
     ) -> MixedOutput:
         """Features and logits; images without a share, at predict all, pass unmixed."""
-        if ratio is None or not len(ratio):
+        if keys and partners is not None:
+            keys["key_partners"] = partners
+        if ratio is None or partners is None:
             features = self.features(images)
         elif self.layer is None:
-            features = self.features(self.mix(images, ratio))
+            features = self.features(self.mix(images, ratio, partners))
         else:
             layer = self.trunk.backbone.get_submodule(self.layer)
-            with layer.register_forward_hook(lambda _m, _args, out: self.mix(out, ratio)):
+            with layer.register_forward_hook(lambda _m, _args, out: self.mix(out, ratio, partners)):
                 features = self.features(images)
         return MixedOutput(features, self.head(features), keys)
 
-    def mix(self, rows: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
-        """Mix the first m bases of each view with their partners; the partners leave."""
-        n_views = self.n_views
-        n_mixed = len(ratio) // n_views
-        bases, partners = rows.tensor_split([len(rows) - len(ratio)])
+    def mix(self, rows: torch.Tensor, ratio: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
+        """Mix the first m rows of each view with their partners in the same view."""
+        n_views, n_mixed = len(ratio) // len(partners), len(partners)
         parts: list[torch.Tensor] = []
-        split = (part.chunk(n_views) for part in (bases, partners, ratio))
-        for x_t, x_h, r in zip(*split, strict=True):
-            mixed = _mixed(x_t[:n_mixed], x_h, r, self.patch, self.grid)
-            parts += [mixed, x_t[n_mixed:]]
+        for x, r in zip(rows.chunk(n_views), ratio.chunk(n_views), strict=True):
+            parts += [_mixed(x[:n_mixed], x[partners], r, self.patch, self.grid), x[n_mixed:]]
         return torch.cat(parts)
 
 
@@ -501,9 +507,10 @@ class UpdateKeys(Callback):
 class SPMixClassifier(OneStageClassifier):
     """A network that mixes rare images with others inside, patch by patch, as saliency allows.
 
-    Bases are drawn evenly from all classes, partners as the data are. Where either is salient the
-    base prevails, elsewhere the partner enters; the label is that of the base [1]_. At predict
-    nothing is mixed and no saliency is computed.
+    Batches are drawn evenly from all classes, and partners from the batch as frequent as their
+    classes are in the data. Where either is salient the base prevails, elsewhere the partner
+    enters; the label is that of the base [1]_. At predict nothing is mixed and no saliency is
+    computed.
 
     Parameters
     ----------
@@ -576,7 +583,8 @@ SoftmaxClassifier
 
     Notes
     -----
-    Mixing at a layer encodes ``mix_prob`` partners more per image up to there. Saliency maps are
+    Partners come from the same batch, where they are encoded anyway, so that mixing costs next to
+    nothing at any layer; the published code draws and encodes them apart. Saliency maps are
     computed once per training image, kept at twice the resolution of the mix, and moved by the same
     flips and warps as their images (an augmentation of one's own must name its draws as
     :class:`~sklearn_medimb.augment.Augmentation` does). There is no ``sample_weight`` and no
@@ -821,17 +829,12 @@ SoftmaxClassifier
 
     # ---------------------------------------------------------------- network, loss, batches
 
-    @property
-    def _n_views(self) -> int:
-        """Views of an image that the network encodes in a step."""
-        return 2 if self.contrast is not None and self.key_momentum is None else 1
-
     def _views(self) -> tuple[Any, ...]:
         return super()._views() * (1 if self.contrast is None else 2)
 
     def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
         layer = self.mix_layer if self.level == "token" and len(self.image_shape_) > 1 else None
-        return MixingNetwork(trunk(), self._make_head, layer, self._n_views)
+        return MixingNetwork(trunk(), self._make_head, layer)
 
     def _class_mass(self, train: TrainingSet) -> np.ndarray:
         mass = super()._class_mass(train)
@@ -874,23 +877,22 @@ SoftmaxClassifier
         mass = torch.as_tensor(
             train.label_mass(len(self.classes_)), dtype=self.net_.dtype, device=self.net_.device
         )
-        natural = self.pairing == "code"
         size, steps = min(self.batch_size, n), self._steps_per_epoch(n)
+        natural = np.bincount(y, minlength=len(self.classes_)).astype(float)
 
         def plan(rng: np.random.Generator) -> list[np.ndarray]:
-            return shuffled(n, size, rng) if natural else class_balanced(y, size, steps, rng)
+            if self.pairing == "code":
+                return shuffled(n, size, rng)
+            return class_balanced(y, size, steps, rng)
 
-        def partners(bases: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-            return balanced_partners(bases, y, rng) if natural else natural_partners(bases, n, rng)
-
-        network = self.net_.module_
+        grid = self.net_.module_.grid
         return MixedViews(
             Batches(train.images, train.rows, mass, plan, **common),
-            self._maps(train, network.grid) if self.mix_prob else torch.empty(0),
-            network.grid,
+            y,
+            np.ones_like(natural) if self.pairing == "code" else natural,
+            self._maps(train, grid) if self.mix_prob else torch.empty(0),
             mix_prob=self.mix_prob,
-            partners=partners,
-            ratio=lambda s_t, s_h: self._ratio(s_t, s_h, network.grid),
+            ratio=lambda s_t, s_h: self._ratio(s_t, s_h, grid),
             apart=self.key_momentum is not None,
         )
 
