@@ -285,11 +285,17 @@ def _nearest_grid(n: int, sides: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def default_layer(backbone: nn.Module) -> str:
-    """Where to mix unless told: patch tokens, else the first stage of a convolutional network."""
+    """Where to mix unless told: patch tokens, else the third stage of a convolutional network.
+
+    The published hybrid mixes after the third stage of a ResNet; of a stack with fewer blocks the
+    last but one is taken.
+    """
     children = dict(backbone.named_children())
-    for name in ("patch_embed", "layer1", "0"):
-        if name in children and not isinstance(children[name], nn.Flatten):
+    for name in ("patch_embed", "layer3"):
+        if name in children:
             return name
+    if isinstance(backbone, nn.Sequential) and not isinstance(backbone[0], nn.Flatten):
+        return str(min(2, max(len(backbone) - 2, 0)))
     raise ValueError(
         f'mix_layer="auto" knows no layer of {type(backbone).__name__} to mix at: name one of '
         f'{list(children)}, or choose level="image".'
@@ -527,7 +533,7 @@ class SPMixClassifier(OneStageClassifier):
 
     mix_layer : str, default="auto"
         Layer of the backbone after which tokens or maps are mixed; "auto": the patch embedding of a
-        ViT or hybrid, before positions and class token, or the first stage of a conv net or ResNet.
+        ViT or hybrid, before positions and class token, or the third stage of a conv net or ResNet.
 
     mix_prob : float, default=0.5
         Share of the bases that are mixed; 1 is published, but then training never sees an image as
