@@ -51,11 +51,14 @@ from sklearn.utils import Bunch
 from tqdm import tqdm
 
 from sklearn_medimb import (
+    AMIMVClassifier,
+    AMIMVEncoder,
     BalancedVirtualFeatures,
     CSSNClassifier,
     LMDClassifier,
     MetricTwoStageClassifier,
     SoftmaxClassifier,
+    SPMixClassifier,
     SPMixSampler,
 )
 from sklearn_medimb.backbones import ConvNet
@@ -114,6 +117,17 @@ def metric_two_stage(**params: Any) -> Callable[[Setting], Any]:
     return make
 
 
+def spmix(s: Setting) -> Any:
+    return SPMixClassifier(**s.network, max_epochs=s.epochs(math.ceil(sum(s.counts) / 64)))
+
+
+def amimv(s: Setting) -> Any:
+    """As many steps of pre-training, 64 anchors each, as the others take of training."""
+    epochs = s.epochs(math.ceil(sum(s.counts) / 64))
+    encoder = AMIMVEncoder(max_epochs=epochs, batch_size=64)
+    return AMIMVClassifier(**s.network, pretrain=encoder)
+
+
 def lmd(s: Setting) -> Any:
     """Stage two's epochs count."""
     classifier = LMDClassifier(**s.network)
@@ -155,7 +169,7 @@ METHODS: dict[str, Callable[[Setting], Any]] = {
     "CE": network(),
     "class weights": network(class_weight="balanced"),
     "oversampling": network(sampler=RandomOverSampler(), balanced=True),
-    "SPMix": network(sampler=SPMixSampler(), balanced=True),
+    "SPMix sampler": network(sampler=SPMixSampler(), balanced=True),
     "focal": network(loss="focal"),
     "class-balanced": network(loss="class_balanced"),
     "LDAM-DRW": network(loss="ldam"),
@@ -168,6 +182,8 @@ METHODS: dict[str, Callable[[Setting], Any]] = {
     "cRT": metric_two_stage(metric_weight=0, rebalance="crt"),
     "metric two-stage": metric_two_stage(),
     "LMD": lmd,
+    "SPMix": spmix,
+    "AMIMV": amimv,
     "virtual features": virtual_features,
     "balanced forest": classical(
         lambda seed, _: [

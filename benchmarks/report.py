@@ -33,8 +33,10 @@ PLAIN = "CE"
 RELATIVES = {
     "CSSN": "oversampling",
     "SPMix": "oversampling",
+    "SPMix sampler": "oversampling",
     "metric two-stage": "cRT",
     "LMD": "cRT",
+    "AMIMV": "cRT",
 }
 PAPERS = tuple(RELATIVES)
 ROWS = (
@@ -42,7 +44,9 @@ ROWS = (
     '`MetricTwoStageClassifier(metric_weight=0, rebalance="crt")`, metric two-stage and LMD the '
     "defaults of `MetricTwoStageClassifier` and `LMDClassifier`, CSSN that of `CSSNClassifier`; "
     "virtual features is `SoftmaxClassifier`, `StandardScaler`, `BalancedVirtualFeatures` and "
-    "`LogisticRegression` in a pipeline; SPMix is `SoftmaxClassifier(sampler=SPMixSampler())`. "
+    "`LogisticRegression` in a pipeline; SPMix is `SPMixClassifier`, SPMix sampler "
+    "`SoftmaxClassifier(sampler=SPMixSampler())`; AMIMV is `AMIMVClassifier`, whose encoder never "
+    "sees a label and stays frozen under a balanced linear head. "
     "Balanced softmax and logit adjustment of strength 1 are the same loss under two names."
 )
 Table = dict[str, dict[tuple[str, str], list[float]]]  # method -> (data, cut) -> one value a seed

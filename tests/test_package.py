@@ -16,7 +16,7 @@ import pytest
 from sklearn.base import BaseEstimator
 
 import sklearn_medimb
-from sklearn_medimb import SPMixSampler
+from sklearn_medimb import AMIMVClassifier, AMIMVEncoder, SPMixSampler
 from sklearn_medimb.rebalance import RebalancedHead
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +26,8 @@ PRINTED = {
         "balanced acc.", "macro-F1", "G-mean", "worst recall", "fit s", "predict s", "CSSN",
         "network", "class weights", "oversampling", "balanced random forest",
     ],
+    "pretraining": ["images have a label", "AMIMV + head", "SimCLR + head", "CSSN from AMIMV"],
+    "token_mixup": ["tail recall", "balanced batches", "SPMix + GPaCo"],
     "spmix_gallery": ["share of the base: 0.5", "to 0.80"],
     "two_stage": ["tail recall", "metric + cRT", "metric + virtual features", "LMD"],
     "virtual_features": ["tail recall", "virtual features", "own covariance", "P x K batch"],
@@ -116,9 +118,14 @@ def test_every_parameter_and_fitted_attribute_is_documented(name, tiny, blobs):
     if issubclass(cls, RebalancedHead):
         estimator.fit(X.reshape(len(X), -1), y)
     elif hasattr(cls, "predict"):
-        estimator.set_params(**tiny, early_stopping=True).fit(X, y)
+        estimator.set_params(**tiny, early_stopping=True)
+        if cls is AMIMVClassifier:
+            estimator.set_params(pretrain=AMIMVEncoder(max_epochs=1), fine_tune=True)
+        estimator.fit(X, y)
     elif hasattr(cls, "fit_resample"):
         estimator.fit_resample(X if cls is SPMixSampler else X.reshape(len(X), -1), y)
+    elif hasattr(cls, "partial_fit"):
+        estimator.set_params(**tiny).fit(X, y)
     else:
         estimator.fit(X)
     for parameter in estimator.get_params(deep=False):
@@ -156,7 +163,7 @@ def test_examples_run_offline(script, tmp_path):
 
 def test_examples_make_their_own_images(tmp_path):
     pytest.importorskip("matplotlib")
-    for name in ("spmix_gallery", "two_stage", "virtual_features"):
+    for name in PRINTED.keys() - {"quickstart"}:
         command = [sys.executable, ROOT / "examples" / f"{name}.py", "--figure", tmp_path / "f.png"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         for words in PRINTED[name]:

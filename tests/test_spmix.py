@@ -452,7 +452,7 @@ def test_only_queries_are_anchors_beside_a_key_encoder():
     k = F.normalize(explicit.key_encoder["projector"](h_k))
     z = torch.cat([q, k]).detach()
     expected = explicit_gpaco(
-        out.logits, z[:5] @ z.T / 0.2, y, y.repeat(2), LOG_PRIOR,
+        out.logits.detach(), z[:5] @ z.T / 0.2, y, y.repeat(2), LOG_PRIOR,
         w_con=0.3, gamma=0.7, weight=WEIGHT,
     )  # fmt: skip
     assert value.item() == pytest.approx(expected, rel=1e-7)
