@@ -122,9 +122,9 @@ def spmix(s: Setting) -> Any:
 
 
 def amimv(s: Setting) -> Any:
-    """As many steps of pre-training, 64 anchors each, as the others take of training."""
-    epochs = s.epochs(math.ceil(sum(s.counts) / 64))
-    encoder = AMIMVEncoder(max_epochs=epochs, batch_size=64)
+    """As many steps of pre-training, 32 anchors each, as the others take of training."""
+    epochs = s.epochs(math.ceil(sum(s.counts) / 32))
+    encoder = AMIMVEncoder(max_epochs=epochs, batch_size=32)
     return AMIMVClassifier(**s.network, pretrain=encoder)
 
 

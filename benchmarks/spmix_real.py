@@ -3,7 +3,7 @@
     python benchmarks/spmix_real.py FOLDER [--seeds 0 1 2] [--jobs 2] [--validate]
 
 FOLDER holds ``ph2_dermoscopy.npz`` (melanoma against the rest), ``wbc_two_sites.npz``,
-``herlev_papsmear.npz`` and ``dr_maculopathy.npz`` (grades). Images of 48 pixels; a quarter is the
+``herlev_papsmear.npz`` and ``dr_maculopathy.npz`` (grades). Images of 32 pixels; a quarter is the
 test fold, drawn by the seed, patients whole. All rows share backbone, augmentation, optimiser,
 batch size and number of steps; their seconds are printed beside the scores. ``--validate`` scores
 settings of SPMix on validation rows of the training part instead.
@@ -57,7 +57,7 @@ SETTINGS: dict[str, Callable[..., Any]] = {
 
 def load(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images, classes and patients."""
-    data = load_npz(folder / f"{name}.npz", image_size=48)
+    data = load_npz(folder / f"{name}.npz", image_size=32)
     y = data.target
     if name == "ph2_dermoscopy":
         y = (y == 2).astype(int)

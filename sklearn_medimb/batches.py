@@ -416,14 +416,12 @@ class Batches:
 
     def gather(self, picks: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Images of some training rows on the unit scale, and their targets, on the device."""
-        index = torch.from_numpy(picks)
+        index = self.preprocess.upload(torch.from_numpy(picks))
         if self.resident is not None:
-            index = index.pin_memory().to(self.preprocess.device, non_blocking=True)
-            raw, targets = self.resident[index], self.targets[index]
+            raw = self.resident[index]
         else:
             raw = self.preprocess.upload(self.images.rows(self.rows[picks]))
-            targets = self.targets[index.to(self.targets.device)]
-        return to_unit_scale(raw, self.preprocess.dtype), targets
+        return to_unit_scale(raw, self.preprocess.dtype), self.targets[index]
 
     def view(self, images: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
         """One augmented copy of images, still on the unit scale."""

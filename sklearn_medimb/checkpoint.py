@@ -69,6 +69,12 @@ def _describe(value: Any) -> str:
     if isinstance(value, torch.nn.Module):
         state = {k: v.detach().cpu().tolist() for k, v in value.state_dict().items()}
         return f"{value!r} {hashlib.blake2b(repr(state).encode()).hexdigest()}"
+    weights = getattr(value, "weights_", None)
+    if isinstance(weights, dict):  # a fitted estimator to begin with
+        digest = hashlib.blake2b()
+        for name, array in sorted(weights.items()):
+            digest.update(name.encode() + np.asarray(array).tobytes())
+        return f"{value!r} {digest.hexdigest()}"
     if isinstance(value, np.random.RandomState):
         return hashlib.blake2b(repr(value.get_state()).encode()).hexdigest()
     if callable(value) and hasattr(value, "__qualname__"):

@@ -129,8 +129,8 @@ class MixedViews:
                 n_mixed = int(self.mix_prob * len(picks) + rng.random())
             if n_mixed:
                 chosen = partners_within(self.y[picks], self.class_share, n_mixed, rng)
-                partners = torch.from_numpy(chosen).to(self.maps.device)
-                index = torch.from_numpy(picks).to(self.maps.device)
+                partners = batches.preprocess.upload(torch.from_numpy(chosen))
+                index = batches.preprocess.upload(torch.from_numpy(picks))
                 maps = self.maps[index].to(batches.preprocess.dtype) / 255
             images, targets = batches.gather(picks)
             views = [self._view(images, maps, partners, augment) for augment in batches.views]

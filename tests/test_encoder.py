@@ -148,7 +148,11 @@ def classifier(data):
 
 @pytest.fixture
 def seen_rows(monkeypatch):
-    """Training rows of each pre-training, as its batches hold them."""
+    return spy_on_rows(monkeypatch)
+
+
+def spy_on_rows(monkeypatch):
+    """Images and training rows of each pre-training to come, as its batches hold them."""
     seen = []
 
     class Spy(ViewBatches):

@@ -16,12 +16,10 @@ from sklearn_medimb import SSLEncoder
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.encoder import Encoded, encode
 from sklearn_medimb.self_supervised import (
-    BYOL,
     METHODS,
     BarlowTwins,
     MoCo,
     SimCLR,
-    SimSiam,
     VICReg,
     barlow_twins,
     negative_cosine,

@@ -709,12 +709,15 @@ def test_the_hook_is_gone_after_an_error_too():
     [
         (TINY_VIT, "patch_embed", (3, 3)),
         (TINY_HYBRID, "patch_embed", (6, 6)),
-        (TINY_RESNET, "layer1", (12, 12)),
+        (TINY_RESNET, "layer3", (3, 3)),
+        (ConvNet(widths=(4, 4, 4, 4, 4)), "2", (6, 6)),
+        (ConvNet(widths=(4, 4, 4)), "1", (6, 6)),
         (TINY_CONV, "0", (6, 6)),
+        (ConvNet(widths=(4,)), "0", (12, 12)),
     ],
-    ids=["vit", "hybrid", "resnet", "conv"],
+    ids=["vit", "hybrid", "resnet", "conv 5", "conv 3", "conv 2", "conv 1"],
 )
-def test_auto_takes_tokens_or_the_first_stage(backbone, layer, grid):
+def test_auto_takes_tokens_or_the_third_stage_but_not_the_last_block(backbone, layer, grid):
     assert default_layer(backbone.build((3, 12, 12))) == layer
     net = network(backbone)
     assert (net.layer, net.grid) == (layer, grid)
