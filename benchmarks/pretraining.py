@@ -33,7 +33,6 @@ from sklearn_medimb import (
     AMIMVEncoder,
     CSSNClassifier,
     MetricTwoStageClassifier,
-    SoftmaxClassifier,
     SSLEncoder,
 )
 from sklearn_medimb.datasets import load_npz
@@ -104,7 +103,6 @@ def study_labels(split: Split, seed: int, n_epochs: int) -> dict[str, Any]:
             rows[f"{name} {fraction:g}"] = score(head(encoder, X, some, seed), X_test, y_test)
         tuned = AMIMVClassifier(pretrain=encoders["AMIMV"], fine_tune=True, random_state=seed)
         scratch = {
-            "CE": SoftmaxClassifier(random_state=seed),
             "CE + cRT": MetricTwoStageClassifier(
                 metric_weight=0, rebalance="crt", random_state=seed
             ),
@@ -182,7 +180,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--study", choices=STUDIES, default="labels")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=300, help="of pre-training")
+    parser.add_argument("--steps", type=int, default=200, help="of pre-training")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("pretraining.jsonl"))
     args = parser.parse_args()

@@ -81,17 +81,18 @@ def thresholded_contrastive(
     z = F.normalize(torch.cat([z1, z2]))
     cosine = z @ z.T
     n = len(cosine)
-    kept = (cosine / temperature).exp()
+    kept = ((cosine - 1) / temperature).exp()  # over exp(1 / T), which cancels
     if thresholds is not None:
         low, high = thresholds
         strength = cosine.abs()
         kept = kept * ((strength >= low) & (strength <= high))
     positive = kept.diagonal(n // 2).repeat(2)  # S is symmetric
     if exact_mimv:
-        return -(positive / (kept.sum(dim=1) - np.exp(1 / temperature))).mean().log()
+        return -(positive / (kept.sum(dim=1) - 1)).mean().log()
     itself = torch.eye(n, dtype=torch.bool, device=z.device)
     total = kept.masked_fill(itself, 0).sum(dim=1)
-    rho = torch.where(total > 0, positive / torch.where(total > 0, total, 1), 0)
+    empty = total == 0
+    rho = torch.where(empty, 0, positive / torch.where(empty, 1, total))
     return -rho.mean().clamp_min(1e-8).log()
 
 
@@ -145,6 +146,17 @@ class AMIMVObjective(Objective):
             self.n_steps += 1
         self.terms = {"positive_cosine": F.cosine_similarity(z1.detach(), z2).mean()}
         return loss
+
+    def complaints(self) -> list[str]:
+        """Steps without a positive pair, if they were many."""
+        n_skipped, n_steps = int(self.n_skipped), int(self.n_steps)
+        if n_skipped <= 0.05 * n_steps:
+            return []
+        message = (
+            f"In {n_skipped} of {n_steps} steps the thresholds {self.thresholds} left no positive "
+            "pair: widen them, or set thresholds=None."
+        )
+        return [message]
 
 
 @shared_parameters
@@ -320,7 +332,8 @@ class AMIMVEncoder(BaseImageEncoder):
     def _check_parameters(self) -> None:
         super()._check_parameters()
         if self.thresholds is not None:
-            low, high = self.thresholds if len(self.thresholds) == 2 else (1.0, 0.0)
+            numbers = [t for t in self.thresholds if isinstance(t, Real)]
+            low, high = numbers if len(numbers) == len(self.thresholds) == 2 else (1.0, 0.0)
             if not 0 <= low < high <= 1:
                 raise ValueError(
                     f"thresholds={self.thresholds} must be two numbers, 0 <= lo < hi <= 1, or None."
@@ -352,15 +365,7 @@ class AMIMVEncoder(BaseImageEncoder):
         return Views([(x, clean), (y, a1)], [(x, weak), (y, clean)])
 
     def _inference_state(self, train: TrainingSet) -> dict[str, Any]:
-        objective = self.net_.criterion_
-        n_skipped, n_steps = int(objective.n_skipped), int(objective.n_steps)
-        if n_skipped > 0.05 * n_steps:
-            warnings.warn(
-                f"In {n_skipped} of {n_steps} steps the thresholds {self.thresholds} left no "
-                "positive pair: widen them, or set thresholds=None.",
-                stacklevel=4,
-            )
-        return super()._inference_state(train) | {"n_skipped_steps_": n_skipped}
+        return {"n_skipped_steps_": int(self.net_.criterion_.n_skipped)}
 
 
 def asymmetric(augment: Any) -> tuple[Any, Any]:
@@ -555,6 +560,9 @@ class AMIMVClassifier(TwoStageClassifier):
     ) -> tuple[TrainingSet, np.ndarray | None]:
         data, groups = super()._check_training(X, y, **others)
         given = self.classes_ if classes is None else column_or_1d(classes)
+        odd = np.setdiff1d(self.classes_, given)
+        if len(odd):
+            raise ValueError(f"y holds classes {list(odd)} that classes={list(given)} lacks.")
         missing = np.setdiff1d(given, self.classes_)
         if len(missing):
             raise ValueError(
@@ -564,12 +572,12 @@ class AMIMVClassifier(TwoStageClassifier):
         return data, groups
 
     def _unlabelled(self, y: np.ndarray) -> np.ndarray | None:
+        if y.dtype.kind in "USO" and (y == "-1").any():
+            raise ValueError(
+                "y holds the text '-1': give strings as dtype object, with the number -1 where "
+                "there is no label."
+            )
         if y.dtype.kind in "US":
-            if (y == "-1").any():
-                raise ValueError(
-                    "y holds the text '-1': give strings as dtype object, with the number -1 where "
-                    "there is no label."
-                )
             return None
         unlabelled = np.asarray(y == -1, dtype=bool)
         values = set(y[~unlabelled].tolist())

@@ -28,7 +28,7 @@ from torch import nn
 
 from sklearn_medimb.augment import resolve_augmentation
 from sklearn_medimb.backbones import Backbone, make_backbone
-from sklearn_medimb.batches import Preprocessor
+from sklearn_medimb.batches import Preprocessor, n_batches
 from sklearn_medimb.callbacks import (
     BestEpoch,
     ProgressBar,
@@ -74,7 +74,9 @@ class Stage:
     """One course of training: what is minimised, on which batches, for how long.
 
     `forward` takes the place of the network's own forward pass: (network, batch) to its output.
-    Where `validated` is False no validation score decides on the stage's epochs.
+    `optimizer` holds skorch's parameters of another optimiser than the estimator's. Where
+    `validated` is False no validation score decides on the stage's epochs. A criterion with a
+    method ``start_from`` is shown the network as it is when the stage begins.
     """
 
     criterion: nn.Module
@@ -86,6 +88,7 @@ class Stage:
     name: str = ""
     callbacks: tuple[Callback, ...] = ()
     forward: Callable[[nn.Module, Any], Any] | None = None
+    optimizer: dict[str, Any] | None = None
     validated: bool = True
 
 
@@ -95,7 +98,7 @@ class TrainingSet:
 
     Class -1 means: no label. `origin` has their row numbers among the caller's images, -1 for those
     that a sampler made; None where these are `rows`. `natural` is the set as it was before the
-    sampler, `unlabelled` further rows that have no class.
+    sampler, `unlabelled` further rows that have no class, `unlabelled_groups` their patients.
     """
 
     images: Images
@@ -105,6 +108,7 @@ class TrainingSet:
     origin: np.ndarray | None = None
     natural: TrainingSet | None = None
     unlabelled: np.ndarray | None = None
+    unlabelled_groups: np.ndarray | None = None
 
     def class_mass(self, n_classes: int) -> np.ndarray:
         """Summed weight of each class, shape (n_classes,).
@@ -168,7 +172,7 @@ class BaseImageEstimator(
         raise NotImplementedError
 
     def _steps_per_epoch(self, n_samples: int) -> int:
-        return -(-n_samples // self.batch_size)
+        return n_batches(n_samples, self.batch_size)
 
     def _views(self) -> tuple[Any, ...]:
         """Augmentations: one copy of a batch for each."""
@@ -325,9 +329,13 @@ class BaseImageEstimator(
             scorer = best if stage.validated else None
             net.stage, net.stage_forward = stage.name, stage.forward
             net.criterion_ = stage.criterion.to(net.device, net.dtype)
-            net.start_schedule(stage.lr_schedule, stage.n_epochs * stage.steps_per_epoch, stage.lr)
+            start_from: Any = getattr(stage.criterion, "start_from", None)
+            if start_from is not None:
+                start_from(net.module_)
+            n_steps = stage.n_epochs * stage.steps_per_epoch
+            net.start_schedule(stage.lr_schedule, n_steps, stage.lr, stage.optimizer)
             if optimizer is not None:
-                net.optimizer_.load_state_dict(optimizer)
+                net.resume_optimizer(optimizer)
             if scorer is not None:
                 scorer.n_stale = 0
             n_left = stage.n_epochs
@@ -344,7 +352,13 @@ class BaseImageEstimator(
             if self.verbose:
                 label = f"{type(self).__name__} {stage.name}".rstrip()
                 callbacks.append(ProgressBar(label, n_left * stage.steps_per_epoch))
-            net.run(stage.batches, n_left, [cb for cb in callbacks if cb is not None], stop)
+            net.run(
+                stage.batches,
+                n_left,
+                [cb for cb in callbacks if cb is not None],
+                stop,
+                validated=stage.validated,
+            )
             if scorer is not None:
                 scorer.restore(net)
                 self.best_score_ = scorer.best_score
@@ -373,16 +387,6 @@ class BaseImageEstimator(
         should training fail.
         """
         dtype, autocast = resolve_precision(self.precision, device, len(self.image_shape_))
-        params = {"optimizer": torch.optim.AdamW, **(self.net_params or {})}
-        if reserved := sorted(k for k in params if {k, k.split("__")[0]} & _RESERVED):
-            raise ValueError(
-                f"net_params must not hold {reserved}: the estimator sets them itself."
-            )
-        if params["optimizer"] is torch.optim.AdamW:
-            params.setdefault("optimizer__fused", True)
-        params.setdefault("optimizer__weight_decay", self.weight_decay)
-        if groups := self._optimizer_groups():
-            params.setdefault("optimizer__param_groups", groups)
         callbacks = [clone(cb, safe=False) for cb in self.callbacks or []]
         if odd := [cb for cb in callbacks if not isinstance(cb, Callback)]:
             raise TypeError(f"callbacks must hold instances of skorch.callbacks.Callback: {odd}.")
@@ -400,7 +404,7 @@ class BaseImageEstimator(
             device=str(device),
             compile=self.compile,
             verbose=0,
-            **params,
+            **self._net_params(),
         )
         net.dtype = dtype
         net.initialize()
@@ -409,6 +413,20 @@ class BaseImageEstimator(
             if hasattr(previous, "criterion_"):
                 net.last_criterion = previous.criterion_.state_dict()
         return net
+
+    def _net_params(self) -> dict[str, Any]:
+        """Further parameters of the skorch net: the caller's, and the optimiser."""
+        params = {"optimizer": torch.optim.AdamW, **(self.net_params or {})}
+        if reserved := sorted(k for k in params if {k, k.split("__")[0]} & _RESERVED):
+            raise ValueError(
+                f"net_params must not hold {reserved}: the estimator sets them itself."
+            )
+        if params["optimizer"] is torch.optim.AdamW:
+            params.setdefault("optimizer__fused", True)
+        params.setdefault("optimizer__weight_decay", self.weight_decay)
+        if groups := self._optimizer_groups():
+            params.setdefault("optimizer__param_groups", groups)
+        return params
 
     def _network(self, device: torch.device, dtype: torch.dtype, pretrained: bool) -> nn.Module:
         """Make the method's module around the chosen backbone, on the device."""
@@ -508,11 +526,13 @@ class BaseImageEstimator(
     # ---------------------------------------------------------------- copies, persistence, tags
 
     def __sklearn_clone__(self) -> Any:
-        """Clone; a fitted estimator to begin with stays fitted, and is shared."""
+        """Clone; a fitted estimator to begin with stays fitted, and shares what it learned."""
         copied = super().__sklearn_clone__()
         for name, value in self.get_params(deep=False).items():
             if isinstance(value, BaseImageEstimator) and value.__sklearn_is_fitted__():
-                setattr(copied, name, value)
+                kept = object.__new__(type(value))
+                kept.__dict__.update(vars(value))  # its parameters can be set; nothing is trained
+                setattr(copied, name, kept)
         return copied
 
     def __sklearn_is_fitted__(self) -> bool:

@@ -27,16 +27,21 @@ from sklearn_medimb.images import Images, to_unit_scale
 Plan = Callable[[np.random.Generator], list[np.ndarray]]
 
 
-def shuffled(n_rows: int, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Each row once per epoch, in batches of nearly equal size.
+def n_batches(n_rows: int, batch_size: int, at_least: int = 1) -> int:
+    """Batches of nearly equal size that cover all rows, none with fewer than `at_least`."""
+    return max(1, min(-(-n_rows // batch_size), n_rows // at_least))
+
+
+def shuffled(
+    n_rows: int, batch_size: int, rng: np.random.Generator, at_least: int = 1
+) -> list[np.ndarray]:
+    """Each row once per epoch, in batches of nearly equal size, `at_least` rows in each.
 
     Near-equal sizes (79 batches of 63 or 64 rows rather than 78 of 64 and one of 8) spare batch
     normalisation the tiny last batch. All rows together are one batch where they fit.
     """
-    n_batches = -(-n_rows // batch_size)
-    if n_batches == 1:
-        return [np.arange(n_rows)]
-    return np.array_split(rng.permutation(n_rows), n_batches)
+    n = n_batches(n_rows, batch_size, at_least)
+    return [np.arange(n_rows)] if n == 1 else np.array_split(rng.permutation(n_rows), n)
 
 
 def class_balanced(

@@ -138,7 +138,9 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
             y, sample_weight = y[rows], sample_weight[rows]
             groups = None if groups is None else groups[rows]
 
+        unlabelled_groups = None
         if unlabelled is not None:
+            unlabelled_groups = None if groups is None else groups[unlabelled]
             unlabelled = rows[unlabelled]
             rows, y = rows[labelled], y[labelled]
             groups = None if groups is None else groups[labelled]
@@ -165,7 +167,14 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         encoded = np.searchsorted(self.classes_, y)
         if fresh:
             self.class_counts_ = np.bincount(encoded, minlength=len(self.classes_))
-        return TrainingSet(images, rows, encoded, sample_weight, unlabelled=unlabelled), groups
+        return TrainingSet(
+            images,
+            rows,
+            encoded,
+            sample_weight,
+            unlabelled=unlabelled,
+            unlabelled_groups=unlabelled_groups,
+        ), groups
 
     def _unlabelled(self, y: np.ndarray) -> np.ndarray | None:
         """Which rows have no label, for methods that learn from such."""
@@ -187,8 +196,20 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         if self._holds_out() and not partial:
             kept, held = validation_split(data.y, self.validation_fraction, groups, rng)
             weight = None if data.weight is None else data.weight[kept]
-            groups = None if groups is None else groups[kept]
-            train = replace(data, rows=data.rows[kept], y=data.y[kept], weight=weight)
+            unlabelled = data.unlabelled
+            if groups is not None:
+                if unlabelled is not None and data.unlabelled_groups is not None:
+                    # Nor are their patients to be seen without labels.
+                    unlabelled = unlabelled[~np.isin(data.unlabelled_groups, groups[held])]
+                groups = groups[kept]
+            train = replace(
+                data,
+                rows=data.rows[kept],
+                y=data.y[kept],
+                weight=weight,
+                unlabelled=unlabelled,
+                unlabelled_groups=None,
+            )
             held = data.rows[held]
         if self.sampler is not None:
             seed = int(rng.integers(2**31 - 1))

@@ -679,6 +679,14 @@ class CSSNClassifier(BaseImageClassifier):
             return 0.0 if len(self.classes_) == 2 else 2.0
         return self.aux_weight
 
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        if self.reference == "paired" and self.pretrain is not None:
+            raise ValueError(
+                'reference="paired" stacks two images, which encoders do not read: pre-train on '
+                "single images and pass the fitted encoder's backbone_ as backbone=."
+            )
+
     def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
         channels, *sides = self.image_shape_
         paired = self.reference == "paired"

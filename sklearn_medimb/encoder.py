@@ -24,7 +24,7 @@ from torch import nn
 from sklearn_medimb.augment import resolve_augmentation
 from sklearn_medimb.backbones import as_features
 from sklearn_medimb.base import BaseImageEstimator, Stage, TrainingSet
-from sklearn_medimb.batches import Batches, shuffled
+from sklearn_medimb.batches import Batches, n_batches, shuffled
 from sklearn_medimb.momentum import follow
 from sklearn_medimb.net import Trunk
 
@@ -158,6 +158,10 @@ class Objective(nn.Module):
         with torch.no_grad():
             return self.target["projector"](as_features(self.target["trunk"](images)))
 
+    def complaints(self) -> list[str]:
+        """What the user should know about the training that was."""
+        return []
+
     def update_target(self, network: Any) -> None:
         """Move the target branch."""
         if self.momentum is None:
@@ -272,9 +276,21 @@ class Monitor(Callback):
             self.look(net)
 
     def on_train_end(self, net: Any, **kwargs: Any) -> None:
-        """Look at what has become of the features."""
-        if len(net.history) and "feature_std" not in net.history[-1]:
+        """Look at what has become of the features; warn where it is nothing."""
+        if not len(net.history):
+            return
+        if "feature_std" not in net.history[-1]:
             self.look(net)
+        messages = net.criterion_.complaints()
+        spread, rank = net.history[-1, ("feature_std", "effective_rank")]
+        # Three images span two directions at most, whatever was learned.
+        if spread < 0.01 or (rank < 1.2 and len(self.rows) > 3):
+            messages.append(
+                f"The features have all but collapsed (feature_std={spread:.3g}, "
+                f"effective_rank={rank:.3g}): lower lr, or choose other views."
+            )
+        for message in messages:
+            warnings.warn(message, stacklevel=2)
 
     def look(self, net: Any) -> None:
         """Record `feature_std`, `effective_rank`, and `knn_score` where classes are known."""
@@ -411,6 +427,9 @@ class BaseImageEncoder(BaseImageEstimator):
     def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
         return EncoderNetwork(trunk())
 
+    def _steps_per_epoch(self, n_samples: int) -> int:
+        return n_batches(n_samples, self.batch_size, at_least=2)
+
     def _n_epochs(self, n_samples: int) -> int:
         """Epochs to train; "auto" gives small sets enough steps."""
         if self.max_epochs != "auto":
@@ -461,7 +480,7 @@ class BaseImageEncoder(BaseImageEstimator):
             natural.images,
             rows,
             torch.zeros(n, device=net.device),
-            lambda rng: shuffled(n, self.batch_size, rng),
+            lambda rng: shuffled(n, self.batch_size, rng, at_least=2),
             **common,
         )
         width = as_features(net.module_.trunk.probe()).shape[1]
@@ -473,7 +492,7 @@ class BaseImageEncoder(BaseImageEstimator):
 
             return owner._map(natural.images, forward, rows[which]).double().cpu().numpy()
 
-        self.image_shape_ = owner.image_shape_
+        self.image_shape_, params = owner.image_shape_, self._net_params()
         n_epochs = self._n_epochs(n) if n_epochs is None else n_epochs
         return Stage(
             objective,
@@ -485,19 +504,9 @@ class BaseImageEncoder(BaseImageEstimator):
             PRETRAINING,
             callbacks=(UpdateTarget(), Monitor(embed, y, n_epochs)),
             forward=encode,
+            optimizer={k: v for k, v in params.items() if k.split("__")[0] == "optimizer"},
             validated=False,
         )
-
-    def _inference_state(self, train: TrainingSet) -> dict[str, Any]:
-        last = self.net_.history[-1] if len(self.net_.history) else {}
-        spread, rank = last.get("feature_std", 1.0), last.get("effective_rank", np.inf)
-        if spread < 0.01 or rank < 1.2:
-            warnings.warn(
-                f"The features have all but collapsed (feature_std={spread:.3g}, "
-                f"effective_rank={rank:.3g}): lower lr, or choose other views.",
-                stacklevel=4,
-            )
-        return {}
 
 
 def _codes(y: Any, images: Any) -> np.ndarray:
@@ -507,13 +516,16 @@ def _codes(y: Any, images: Any) -> np.ndarray:
         return unknown
     y = column_or_1d(y, warn=True)
     check_consistent_length(images.data, y)
-    try:
-        if type_of_target(y) not in ("binary", "multiclass"):
-            return unknown
-        _, codes = np.unique(y, return_inverse=True)
-    except (TypeError, ValueError):  # labels that are no classes: they would not be used anyway
+    known = np.asarray(y != -1, dtype=bool)
+    labels = np.asarray(y[known].tolist()) if y.dtype == object else y[known]
+    codes = unknown.copy()
+    try:  # labels that are no classes are left alone: they would not be used anyway
+        finite = labels.dtype.kind != "f" or np.isfinite(labels).all()
+        if len(labels) and finite and type_of_target(labels) in ("binary", "multiclass"):
+            codes[known] = np.unique(labels, return_inverse=True)[1]
+    except (TypeError, ValueError):
         return unknown
-    return np.where(y == -1, -1, codes)
+    return codes
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, Any]:

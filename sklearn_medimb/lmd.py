@@ -165,6 +165,10 @@ class RRLLoss(nn.Module):
         _, *relations = self.terms.values()
         return ce + sum(w * term for w, term in zip(self.weights, relations, strict=True))
 
+    def start_from(self, student: nn.Module) -> None:
+        """Begin as a copy of the student."""
+        self.teacher.load_state_dict(student.state_dict())
+
     def update_teacher(self, student: nn.Module) -> None:
         """Move the teacher after a step."""
         share = 1 - min(1 - 1 / (self.step + 1), self.decay)
@@ -416,7 +420,7 @@ class LMDClassifier(TwoStageClassifier):
 
     stages : {{"both", "rrl", "icc"}}, default="both"
         "rrl" keeps the head of stage one. "icc" calibrates the backbone as given: with
-        ``backbone=fitted.backbone_`` that of any fitted estimator. In a cross-validation that
+        ``backbone=fitted`` that of any fitted estimator. In a cross-validation that
         backbone has seen the test folds unless it was trained without them.
 
     batch_relation_weight : float, default=1.0
@@ -721,13 +725,16 @@ class LMDClassifier(TwoStageClassifier):
                 'early_stopping=True has no epoch to choose: stages="icc" with n_rounds=1 trains '
                 "the head alone."
             )
-        fresh = not isinstance(self.backbone, nn.Module) and not getattr(
-            self.backbone, "weights", None
+        trained = (
+            isinstance(self.backbone, nn.Module)
+            or getattr(self.backbone, "weights", None)
+            or self._start is not None
+            or self.pretrain is not None
         )
-        if self.stages == "icc" and fresh and not self._continues(partial=False):
+        if self.stages == "icc" and not trained and not self._continues(partial=False):
             warnings.warn(
                 'stages="icc" calibrates the backbone as it is, and this one was not trained: pass '
-                "backbone=fitted.backbone_, or one with weights.",
+                "a fitted estimator as backbone=, or one with weights.",
                 stacklevel=4,
             )
 

@@ -176,10 +176,24 @@ class Net(NeuralNet):
             return super().infer(x, **fit_params)
         return self.stage_forward(self.module_, x)
 
-    def start_schedule(self, schedule: str, n_steps: int, lr: float) -> None:
-        """Begin a course of `n_steps` with a fresh optimiser at peak rate `lr`."""
+    def start_schedule(
+        self, schedule: str, n_steps: int, lr: float, optimizer: dict[str, Any] | None = None
+    ) -> None:
+        """Begin a course of `n_steps` with a fresh optimiser at peak rate `lr`.
+
+        `optimizer` holds skorch's parameters of another optimiser for this course alone.
+        """
         self.lr, self.schedule = lr, schedule
+        attributes: dict[str, Any] = self.__dict__
+        own = {k: v for k, v in attributes.items() if k.split("__")[0] == "optimizer"}
+        if optimizer is not None:
+            for name in own:
+                del attributes[name]
+            attributes.update(optimizer)
         self.initialize_optimizer()
+        for name in optimizer or {}:
+            del attributes[name]
+        attributes.update(own)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer_, partial(learning_rate_factor, schedule, n_steps=n_steps)
         )
@@ -209,16 +223,38 @@ class Net(NeuralNet):
         """State to go on from, if the last course of training had this schedule."""
         return copy.deepcopy(self.optimizer_.state_dict()) if self.schedule == schedule else None
 
+    def resume_optimizer(self, state: dict[str, Any]) -> None:
+        """Go on with the moments of an earlier optimiser, if they are of these parameters."""
+        parameters = [p for group in self.optimizer_.param_groups for p in group["params"]]
+        sizes = [len(group["params"]) for group in state["param_groups"]]
+        fits = sum(sizes) == len(parameters) and all(
+            value.shape in ((), parameters[i].shape)
+            for i, moments in state["state"].items()
+            for value in moments.values()
+            if isinstance(value, torch.Tensor)
+        )
+        if fits:
+            self.optimizer_.load_state_dict(state)
+
     def run(
-        self, batches: Iterable[Any], n_epochs: int, callbacks: list[Callback], last: Callback
+        self,
+        batches: Iterable[Any],
+        n_epochs: int,
+        callbacks: list[Callback],
+        last: Callback,
+        *,
+        validated: bool = True,
     ) -> None:
         """Train for some epochs with extra callbacks: before the user's, and `last` after them.
 
+        Where there is no validation score, callbacks of the user that watch one are left out.
         `complete` is False afterwards if the user interrupted; what was learned so far is kept,
         with a warning.
         """
         own, before = self.callbacks_, len(self.history)
         timer, *users = own
+        if not validated:
+            users = [u for u in users if not str(getattr(u[1], "monitor", "")).startswith("valid")]
         extra = [(type(cb).__name__, cb) for cb in (*callbacks, last)]
         self.callbacks_ = [timer, *extra[:-1], *users, extra[-1]]
         self.max_epochs, self.stopped_by_callback = n_epochs, False

@@ -31,7 +31,7 @@ from torch import nn
 from sklearn_medimb._docs import shared_parameters
 from sklearn_medimb.augment import geometry
 from sklearn_medimb.base import Stage, TrainingSet
-from sklearn_medimb.batches import Batches, class_balanced, shuffled
+from sklearn_medimb.batches import Batches, class_balanced, n_batches, shuffled
 from sklearn_medimb.encoder import perceptron
 from sklearn_medimb.images import as_pixels, warn_of_flat_images
 from sklearn_medimb.losses import LabelStageLoss
@@ -45,16 +45,22 @@ from sklearn_medimb.saliency import DETECTORS, maps_of, saliency_maps
 
 
 def partners_within(
-    y: np.ndarray, class_share: np.ndarray, n_mixed: int, rng: np.random.Generator
+    rows: np.ndarray,
+    y: np.ndarray,
+    class_share: np.ndarray,
+    n_mixed: int,
+    rng: np.random.Generator,
 ) -> np.ndarray:
-    """Draw each of the first rows of a batch another row of the batch.
+    """Draw each of the first images of a batch another image of the batch.
 
     Rows of the batch are encoded anyway: as partners they cost nothing.
 
     Parameters
     ----------
+    rows : ndarray of int of shape (B,)
+        Images of the batch; a rare one may be there twice.
     y : ndarray of int of shape (B,)
-        Classes of the batch.
+        Their classes.
     class_share : ndarray of shape (n_classes,)
         How often each class is to be a partner; classes that the batch lacks are left out.
     n_mixed : int
@@ -65,13 +71,13 @@ def partners_within(
     Returns
     -------
     partners : ndarray of int of shape (n_mixed,)
-        Positions in the batch, never a row's own.
+        Positions in the batch, never of the same image.
     """
     share = class_share[y] / np.bincount(y)[y]
     share = share / share.sum()
     own = np.arange(n_mixed)
     partners = own.copy()
-    while (same := partners == own).any():
+    while (same := rows[partners] == rows[own]).any():
         partners[same] = rng.choice(len(y), same.sum(), p=share)
     return partners
 
@@ -124,11 +130,12 @@ class MixedViews:
         batches, rng = self.batches, self.batches.rng
         for picks in batches.plan(rng):
             n_mixed, partners, maps = 0, None, None
-            if self.mix_prob and len(picks) > 1:
+            if self.mix_prob and len(np.unique(batches.rows[picks])) > 1:
                 picks = rng.permutation(picks)
                 n_mixed = int(self.mix_prob * len(picks) + rng.random())
             if n_mixed:
-                chosen = partners_within(self.y[picks], self.class_share, n_mixed, rng)
+                rows = batches.rows[picks]  # a sampler may have repeated an image
+                chosen = partners_within(rows, self.y[picks], self.class_share, n_mixed, rng)
                 partners = batches.preprocess.upload(torch.from_numpy(chosen))
                 index = batches.preprocess.upload(torch.from_numpy(picks))
                 maps = self.maps[index].to(batches.preprocess.dtype) / 255
@@ -222,6 +229,8 @@ class MixingNetwork(SoftmaxNetwork):
             ) from None
         with module.register_forward_hook(lambda _m, _args, out: seen.append(out)):
             self.trunk.probe()
+        if len(seen) > 1:
+            raise ValueError(f"mix_layer={layer!r} runs {len(seen)} times: choose another layer.")
         shape = tuple(seen[0].shape) if seen and isinstance(seen[0], torch.Tensor) else ()
         if len(shape) in (4, 5):
             return shape[2:]
@@ -295,7 +304,7 @@ def default_layer(backbone: nn.Module) -> str:
         if name in children:
             return name
     if isinstance(backbone, nn.Sequential) and not isinstance(backbone[0], nn.Flatten):
-        return str(min(2, max(len(backbone) - 2, 0)))
+        return list(children)[min(2, max(len(backbone) - 2, 0))]
     raise ValueError(
         f'mix_layer="auto" knows no layer of {type(backbone).__name__} to mix at: name one of '
         f'{list(children)}, or choose level="image".'
@@ -355,7 +364,8 @@ def gpaco_loss(
         log_d = torch.cat([centres, others], dim=1).logsumexp(dim=1)
     own = centres.gather(1, y.unsqueeze(1)).squeeze(1) - log_d
     pairs = torch.where(positive, similarity - log_d.unsqueeze(1), 0).sum(dim=1)
-    costs = -(beta * own + w_con * pairs) / (beta + w_con * positive.sum(dim=1))
+    n_positive = positive.sum(dim=1).to(logits.dtype)
+    costs = -(beta * own + w_con * pairs) / (beta + w_con * n_positive)
     return (costs if weight is None else costs * weight[y]).mean()
 
 
@@ -489,6 +499,11 @@ class ContrastLoss(nn.Module):
         self.queue.push(keys.detach(), y)
         return loss
 
+    def start_from(self, network: nn.Module) -> None:
+        """Begin with a key encoder that is a copy of the network."""
+        if self.key_momentum is not None:
+            self.key_encoder["network"].load_state_dict(network.state_dict())
+
     def update_keys(self, network: nn.Module) -> None:
         """Move the key encoder."""
         if self.key_momentum is not None:
@@ -571,7 +586,7 @@ SoftmaxClassifier
         m of a separate key encoder, as in the SPMix article; None encodes both views alike.
 
     batch_size : int, default=64
-        Bases per step.
+        Images per step; with contrast at least 2.
 
     {training}
 
@@ -835,6 +850,14 @@ SoftmaxClassifier
 
     # ---------------------------------------------------------------- network, loss, batches
 
+    @property
+    def _least(self) -> int:
+        """Images that a batch must have: projections are normalised over it."""
+        return 1 if self.contrast is None else 2
+
+    def _steps_per_epoch(self, n_samples: int) -> int:
+        return n_batches(n_samples, max(self.batch_size, self._least), self._least)
+
     def _views(self) -> tuple[Any, ...]:
         return super()._views() * (1 if self.contrast is None else 2)
 
@@ -883,12 +906,13 @@ SoftmaxClassifier
         mass = torch.as_tensor(
             train.label_mass(len(self.classes_)), dtype=self.net_.dtype, device=self.net_.device
         )
-        size, steps = min(self.batch_size, n), self._steps_per_epoch(n)
+        steps = self._steps_per_epoch(n)
+        size = min(max(self.batch_size, self._least), n)
         natural = np.bincount(y, minlength=len(self.classes_)).astype(float)
 
         def plan(rng: np.random.Generator) -> list[np.ndarray]:
             if self.pairing == "code":
-                return shuffled(n, size, rng)
+                return shuffled(n, size, rng, self._least)
             return class_balanced(y, size, steps, rng)
 
         grid = self.net_.module_.grid

@@ -1,12 +1,10 @@
-"""AMIMV: loss and target branch against explicit formulas, views of each pairing, both estimators."""
+"""AMIMV: loss and target against explicit formulas, views of each pairing, both estimators."""
 
 from __future__ import annotations
 
 import io
 import math
 import pickle
-import warnings
-from types import SimpleNamespace
 
 import joblib
 import numpy as np
@@ -201,7 +199,6 @@ def test_the_published_loss_is_nan_in_small_batches_and_agrees_in_large_ones(see
     assert exact == pytest.approx(thresholded_contrastive(z1, z2).item(), rel=0.025)
 
 
-@pytest.mark.xfail(strict=True, reason="exp(1 / T) overflows in float32 below T = 0.0113")
 def test_loss_and_gradient_stay_finite_at_low_temperatures():
     z = torch.cat(positives(8, 16)).float().requires_grad_()
     loss = thresholded_contrastive(*z.chunk(2), temperature=0.01)
@@ -210,7 +207,6 @@ def test_loss_and_gradient_stay_finite_at_low_temperatures():
     assert torch.isfinite(z.grad).all()
 
 
-@pytest.mark.xfail(strict=True, reason="NaN > 0 is false: it passes for a batch without positives")
 def test_projections_that_are_not_numbers_do_not_pass_for_a_loss():
     z1, z2 = positives(4, 3)
     assert math.isnan(thresholded_contrastive(z1 * torch.nan, z2 * torch.nan))
@@ -382,21 +378,14 @@ def test_more_than_one_step_in_twenty_gives_a_warning(n_skipped, warns, data):
     assert encoder.n_skipped_steps_ == 0
     encoder.net_.criterion_.n_skipped.fill_(n_skipped)
     encoder.net_.criterion_.n_steps.fill_(100)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        state = encoder._inference_state(SimpleNamespace(rows=np.arange(60)))
-    assert state["n_skipped_steps_"] == n_skipped
-    assert bool(caught) == warns
-
-
-TEXT = pytest.mark.xfail(strict=True, raises=TypeError, reason="compared before they are checked")
+    assert bool(encoder.net_.criterion_.complaints()) == warns
 
 
 @pytest.mark.parametrize(
     "thresholds",
     [
         (0.1,), (0.1, 0.5, 0.9), (0.9, 0.1), (0.5, 0.5), (-0.1, 0.9), (0.1, 1.1), (0.1, np.nan),
-        pytest.param(("low", "high"), marks=TEXT), pytest.param((None, 0.9), marks=TEXT),
+        ("low", "high"), (None, 0.9),
         0.9, "auto",
     ],
 )  # fmt: skip
@@ -420,11 +409,10 @@ def test_wrong_parameters_are_named(name, value, data):
 
 def test_the_published_loss_ends_a_fit_in_the_error_for_nan(data):
     encoder = AMIMVEncoder(**{**TINY, "max_epochs": 9}, exact_mimv_loss=True)
-    with pytest.raises(ValueError, match="training loss became (nan|inf)"):
+    with pytest.raises(ValueError, match=r"training loss became (nan|inf)"):
         encoder.fit(data[0])
 
 
-@pytest.mark.xfail(strict=True, reason="NaN counts as skipped: the monitor's SVD fails first")
 def test_diverging_training_says_so(data):
     with pytest.raises(ValueError, match="lower lr"):
         AMIMVEncoder(**TINY, lr=1e30, lr_schedule="constant").fit(data[0])
@@ -624,7 +612,6 @@ def test_partial_fit_trains_an_epoch_and_goes_on_with_its_projector_and_target(d
     assert not all_equal(began[0][0][0], parameters(encoder.net_)[0])
 
 
-@pytest.mark.xfail(strict=True, reason="state of the optimiser for other shapes: it may crash")
 def test_the_projection_may_change_between_portions(data):
     encoder = AMIMVEncoder(**TINY).partial_fit(data[0])
     encoder.set_params(projection_dim=4).partial_fit(data[0])  # a larger one reads foreign memory
@@ -802,9 +789,7 @@ def test_labels_are_numbers_or_strings_with_the_number_minus_one(kind, data):
     "kind",
     [
         str,
-        pytest.param(
-            object, marks=pytest.mark.xfail(strict=True, reason="looked for in text arrays alone")
-        ),
+        pytest.param(object),
     ],
 )
 def test_the_text_minus_one_is_no_label(kind, data):
@@ -820,7 +805,7 @@ def test_too_few_labels_are_refused(data):
         make_classifier().fit(X, np.full(60, -1))
     with pytest.raises(ValueError, match="at least 2 classes in y, but found 1 class"):
         make_classifier().fit(X, np.where(y == 0, 0, -1))
-    with pytest.raises(ValueError, match="Unknown label type|NaN"):
+    with pytest.raises(ValueError, match="Input y contains NaN"):
         make_classifier().fit(X, np.where(y == 0, np.nan, half(y)))
 
 
@@ -844,7 +829,6 @@ def test_a_class_without_a_label_is_refused_where_classes_says_so(data):
         make_classifier().fit(X, some, classes=[0, 1, 2])
 
 
-@pytest.mark.xfail(strict=True, reason="classes are looked up in y, not y in classes")
 def test_a_label_that_classes_lacks_is_refused(data):
     X, y = data
     with pytest.raises(ValueError, match="classes"):
@@ -919,7 +903,6 @@ def test_early_stopping_holds_out_labelled_rows_of_whole_groups(data):
     assert len(head.y_) == len(kept)
 
 
-@pytest.mark.xfail(strict=True, reason="groups of unlabelled rows are dropped")
 def test_unlabelled_images_of_patients_held_out_are_held_out_too(data, monkeypatch):
     X, y = data
     groups, held, seen = np.arange(60) // 3, [], spy_on_rows(monkeypatch)

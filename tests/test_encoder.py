@@ -260,7 +260,6 @@ def test_perceptron_has_norms_between_its_layers_and_after_the_last_if_asked():
     assert normed(torch.rand(3, 4)).shape == (3, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="an odd set in batches of two leaves a batch of one image")
 @pytest.mark.filterwarnings("ignore:var")
 @pytest.mark.parametrize("name", ["moco", "barlow_twins", "vicreg"])
 def test_no_batch_has_a_single_image(name, data):
@@ -269,6 +268,11 @@ def test_no_batch_has_a_single_image(name, data):
 
 
 # ---------------------------------------------------------------- monitors
+
+
+class Quiet:
+    def complaints(self):
+        return []
 
 
 def test_feature_std_is_one_for_isotropic_and_zero_for_constant_features():
@@ -315,7 +319,7 @@ def watched(y, n_epochs, look=None):
         rows.append(picked)
         return rng.normal(size=(len(picked), 4)) if look is None else look(picked)
 
-    net = SimpleNamespace(history=History())
+    net = SimpleNamespace(history=History(), criterion_=Quiet())
     monitor = Monitor(embed, np.asarray(y), n_epochs)
     for _ in range(n_epochs):
         net.history.new_epoch()
@@ -331,6 +335,7 @@ def test_a_hundred_epochs_are_watched_at_most_and_the_last_one_always(n_epochs, 
     assert len(rows) == len(epochs) <= 101
 
 
+@pytest.mark.filterwarnings("ignore:The features have all but collapsed")
 def test_monitors_look_at_some_rows_and_probe_those_whose_class_is_known():
     y = np.where(np.arange(3000) % 3 == 0, -1, np.arange(3000) % 2)
     _, (rows,), history = watched(y, 1)
@@ -377,18 +382,10 @@ def test_long_trainings_are_watched_at_every_other_epoch_and_at_their_end():
         (np.array(["a", "b"] * 30), True),
         (np.where(np.arange(60) % 3, np.arange(60) % 2, -1), True),
         (np.linspace(0, 1, 60), False),  # no classes
-        pytest.param(
-            np.where(np.arange(60) % 3, np.nan, 1.0),
-            False,
-            marks=pytest.mark.xfail(strict=True, reason="scikit-learn warns of casting NaN"),
-        ),
+        pytest.param(np.where(np.arange(60) % 3, np.nan, 1.0), False),
         (np.where(np.arange(60) % 2, 1, -1), False),  # one class, and unknown ones
         (np.zeros(60), False),
-        pytest.param(
-            np.array(["a", "b", -1] * 20, dtype=object),
-            True,
-            marks=pytest.mark.xfail(strict=True, reason="-1 among strings hides all classes"),
-        ),
+        pytest.param(np.array(["a", "b", -1] * 20, dtype=object), True),
     ],
     ids=["none", "text", "some-unknown", "numbers", "nan", "one-class", "constant", "text-and-1"],
 )
@@ -408,7 +405,6 @@ def test_collapsed_features_are_announced():
         SSLEncoder(**SMALL).fit(images)
 
 
-@pytest.mark.xfail(strict=True, reason="two images span one direction: no sign of a collapse")
 def test_two_images_have_not_collapsed(data):
     SSLEncoder(**SMALL).fit(data[0][[0, 1]])
 
@@ -495,7 +491,6 @@ def test_backbone_comes_before_a_fitted_pretrain(data, encoder, classifier):
     assert len(encoder.history_) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="clones share the encoder object, parameters included")
 def test_a_search_over_parameters_of_a_fitted_encoder_leaves_it_alone(data, encoder):
     copied = pickle.loads(pickle.dumps(encoder))
     search = GridSearchCV(
@@ -534,11 +529,12 @@ def test_a_start_for_pixels_255_times_brighter_or_darker_is_refused(data, encode
             small(SoftmaxClassifier, **params).fit(X, y)
 
 
-@pytest.mark.xfail(strict=True, reason="the fingerprint knows a start by its parameters alone")
-@pytest.mark.parametrize("parameter", ["backbone", "pretrain"])
+@pytest.mark.parametrize("parameter", ["backbone", "pretrain", "frozen backbone"])
 def test_a_fit_from_another_start_does_not_resume(parameter, data, tmp_path):
     X, y = data
     one, two = (AMIMVEncoder(**SMALL).fit(images) for images in (X, X[::-1]))
+    if parameter == "frozen backbone":
+        parameter, one, two = "backbone", FrozenEstimator(one), FrozenEstimator(two)
     with pytest.raises(RuntimeError, match="power cut"):
         small(
             SoftmaxClassifier,
@@ -551,7 +547,6 @@ def test_a_fit_from_another_start_does_not_resume(parameter, data, tmp_path):
     assert np.array_equal(afresh.predict_proba(X), expected.predict_proba(X))
 
 
-@pytest.mark.xfail(strict=True, reason="only modules and weights count as trained")
 @pytest.mark.parametrize("parameter", ["backbone", "pretrain"])
 def test_calibration_of_a_fitted_start_does_not_warn(parameter, data, encoder):
     LMDClassifier(**{**SMALL, parameter: encoder}, stages="icc", n_rounds=1).fit(*data)
@@ -676,7 +671,6 @@ def test_early_stopping_ignores_pre_training(data):
     assert clf.best_score_ == 0.9
 
 
-@pytest.mark.xfail(strict=True, reason="pre-training has no valid_score: KeyError in the callback")
 def test_callbacks_that_watch_the_validation_score_wait_for_it(data):
     stopper = EarlyStopping(monitor="valid_score", lower_is_better=False, patience=1)
     clf = SoftmaxClassifier(
@@ -765,10 +759,7 @@ def copies(data, Classifier, **params):
     "pretrain",
     [
         None,
-        pytest.param(
-            pretrainer(),
-            marks=pytest.mark.xfail(strict=True, reason="copied before pre-training"),
-        ),
+        pytest.param(pretrainer()),
     ],
 )
 def test_key_encoders_and_teachers_begin_as_copies_of_the_network(
@@ -777,7 +768,6 @@ def test_key_encoders_and_teachers_begin_as_copies_of_the_network(
     assert copies(data, Classifier, **params, pretrain=pretrain) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the optimiser is the classifier's in all stages")
 def test_an_encoder_lends_its_optimiser_and_weight_decay(data):
     seen = []
 
@@ -792,7 +782,6 @@ def test_an_encoder_lends_its_optimiser_and_weight_decay(data):
     assert seen == [(torch.optim.SGD, 0.125, 0.25), (torch.optim.AdamW, 0.5, 2e-3)]
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="pairs arrive as one image of 2 C")
 def test_pairs_cannot_be_pre_trained_on_and_the_message_says_so(data):
     X, y = data
     pairs = np.stack([X, X[::-1]], axis=1)

@@ -425,7 +425,6 @@ def test_further_portions_go_on_from_the_projector_the_target_and_the_queue(meth
     assert loaded.partial_fit(X).n_iter_ == 3  # with a new projector
 
 
-@pytest.mark.xfail(strict=True, reason="the optimiser's state is that of the other method's layers")
 def test_the_method_may_change_between_portions(data):
     encoder = SSLEncoder("simclr", **SMALL).partial_fit(data[0])
     assert encoder.set_params(method="byol").partial_fit(data[0]).n_iter_ == 2
