@@ -1,11 +1,11 @@
-"""SPMix as a sampler of images, against its ablations, on synthetic lesions.
+"""SPMix as a sampler of images and inside the network, with ablations, on synthetic lesions.
 
 Five kinds of lesion, 300 to 8 images; in training each rarer kind is seen on a narrow range of
 skin tones, in test on all. One conv net, augmentation, optimiser and number of steps for every
 row; all seeds are reported. Two rows show what remains of the method without saliency: one share
 per new image, drawn evenly from SPMix's range, and SPMix's own shares with their patches shuffled.
 
-    python benchmarks/spmix_lesions.py [--seeds 0 1 2 3 4]
+    python benchmarks/spmix_lesions.py [--seeds 0 1 2 3 4] [--rows "in the network: SPMix" ...]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from imblearn.over_sampling import RandomOverSampler
 from sklearn.metrics import balanced_accuracy_score, recall_score
 
-from sklearn_medimb import SoftmaxClassifier, SPMixSampler
+from sklearn_medimb import SoftmaxClassifier, SPMixClassifier, SPMixSampler
 from sklearn_medimb.datasets import make_lesions
 
 COUNTS = (300, 150, 30, 15, 8)
@@ -46,6 +46,15 @@ class ShuffledPatches(SPMixSampler):
         return flat.gather(1, drawn.argsort(dim=1)).view_as(ratio)
 
 
+class OneShareInside(SPMixClassifier):
+    """One share per image, drawn from the range of SPMix, inside the network."""
+
+    def _ratio(self, s_t: torch.Tensor, s_h: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+        ratio = super()._ratio(s_t, s_h, grid)
+        drawn = torch.rand(len(ratio), dtype=ratio.dtype)  # from the generator of the fit
+        return (0.5 + 0.3 * drawn).view(-1, 1, 1).expand_as(ratio)
+
+
 def methods(seed: int) -> dict[str, Any]:
     spmix = {"random_state": seed, "patch_size": 4}
     samplers = {
@@ -64,12 +73,29 @@ def methods(seed: int) -> dict[str, Any]:
         "CE": SoftmaxClassifier(random_state=seed),
         "logit adjustment": SoftmaxClassifier(loss="logit_adjusted", random_state=seed),
     }
-    return {**plain, **rows}
+    inside = {
+        "class-balanced batches": SPMixClassifier(mix_prob=0.0),
+        "SPMix": SPMixClassifier(),
+        "one share per image": OneShareInside(),
+        "SPMix, dark": SPMixClassifier(polarity="dark"),
+        "SPMix, first stage": SPMixClassifier(mix_layer="0"),
+        "SPMix, second stage": SPMixClassifier(mix_layer="1"),
+        "SPMix, all mixed": SPMixClassifier(mix_prob=1.0),
+        "SPMix, floor 0": SPMixClassifier(floor=0.0),
+        "SPMix, images": SPMixClassifier(level="image"),
+        "SPMix, published pairing": SPMixClassifier(pairing="code", loss="balanced_softmax"),
+    }
+    inside = {
+        f"in the network: {name}": made.set_params(random_state=seed)
+        for name, made in inside.items()
+    }
+    return {**plain, **rows, **inside}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--rows", nargs="+", help="only these rows")
     parser.add_argument("--difficulty", type=float, default=0.2)
     args = parser.parse_args()
     scores = defaultdict(list)
@@ -78,18 +104,20 @@ def main() -> None:
         train = make_lesions(COUNTS, skin_range=SKIN, random_state=seed, **made)
         test = make_lesions(2000, random_state=1000 + seed, **made)
         for name, classifier in methods(seed).items():
+            if args.rows and name not in args.rows:
+                continue
             start = time.perf_counter()
             predicted = classifier.fit(train.images, train.target).predict(test.images)
             accuracy = balanced_accuracy_score(test.target, predicted)
             tail = recall_score(test.target, predicted, average=None)[2:].mean()
             scores[name].append((accuracy, tail))
             took = time.perf_counter() - start
-            print(f"{seed} {name:24} {accuracy:.3f} tail {tail:.3f}  {took:.0f} s", flush=True)
-    print(f"\n{'':24} balanced accuracy   recall of the three rarest   per seed")
+            print(f"{seed} {name:40} {accuracy:.3f} tail {tail:.3f}  {took:.0f} s", flush=True)
+    print(f"\n{'':40} balanced accuracy   recall of the three rarest   per seed")
     for name, values in scores.items():
         accuracy, tail = np.array(values).T
         print(
-            f"{name:24} {accuracy.mean():.3f} +- {accuracy.std():.3f}      {tail.mean():.3f} +- "
+            f"{name:40} {accuracy.mean():.3f} +- {accuracy.std():.3f}      {tail.mean():.3f} +- "
             f"{tail.std():.3f}              " + " ".join(f"{v:.3f}" for v in accuracy)
         )
 
