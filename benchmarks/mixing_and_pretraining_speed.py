@@ -40,9 +40,9 @@ def step_seconds(estimator: object, X: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 def mixing() -> None:
     X, y = make_images(640, 64), np.arange(640) % 2
-    common = {"backbone": ConvNet(), "max_epochs": 4, "random_state": 0}
+    common = {"backbone": ConvNet(), "max_epochs": 2, "random_state": 0}
     rows: dict[str, list[float]] = {}
-    for _ in range(5):  # in turns, so that a slower moment of the machine meets all
+    for _ in range(3):  # in turns, so that a slower moment of the machine meets all
         for name, made in {
             "plain": SoftmaxClassifier(**common),
             "tokens": SPMixClassifier(**common),
@@ -53,11 +53,14 @@ def mixing() -> None:
     plain = min(rows["plain"])
     for name, times in rows.items():
         best = min(times)
-        print(f"step, {name:10} {1e3 * best:6.1f} ms   {best / plain:.2f} x plain")
+        print(f"step, {name:10} {1e3 * best:6.1f} ms   {best / plain:.2f} x plain", flush=True)
     start = time.perf_counter()
     SaliencyMap().transform(X)
     took = time.perf_counter() - start
-    print(f"saliency of 640 images, once: {1e3 * took:.0f} ms = {took / plain:.1f} plain steps")
+    print(
+        f"saliency of 640 images, once: {1e3 * took:.0f} ms = {took / plain:.1f} plain steps",
+        flush=True,
+    )
 
 
 def bare_amimv(X: np.ndarray, n_epochs: int) -> float:

@@ -18,14 +18,14 @@ pretrain : str, encoder or None, default=None
         Label-free training of the backbone before the rest, on the same images: "amimv", "simclr",
         "moco", "byol", "simsiam", "barlow_twins", "vicreg", or an :class:`AMIMVEncoder` or
         :class:`SSLEncoder`, which lends its parameters (but for backbone, device and input); a
-        fitted one is the start, as in `backbone`."""
+        fitted one is the start, as in `backbone`. Only a first ``fit`` pre-trains."""
 
 _PRETRAIN_AMIMV = """\
 pretrain : str, encoder or None, default="amimv"
         Label-free training of the backbone on all images, labelled or not: by name as in
         ``ENCODERS``, or an :class:`AMIMVEncoder` or :class:`SSLEncoder`, which lends its parameters
-        (but for backbone, device and input). A fitted encoder is taken as it is; None leaves the
-        backbone as given."""
+        (but for backbone, device and input). A fitted encoder is taken as it is, here or as
+        `backbone`; None leaves the backbone as given."""
 
 # Parameters of training, by name: encoders have no labels to hold out or resample.
 _TRAINING = {

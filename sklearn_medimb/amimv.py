@@ -562,11 +562,11 @@ class AMIMVClassifier(TwoStageClassifier):
         given = self.classes_ if classes is None else column_or_1d(classes)
         odd = np.setdiff1d(self.classes_, given)
         if len(odd):
-            raise ValueError(f"y holds classes {list(odd)} that classes={list(given)} lacks.")
+            raise ValueError(f"y holds classes {odd.tolist()} that classes={given.tolist()} lacks.")
         missing = np.setdiff1d(given, self.classes_)
         if len(missing):
             raise ValueError(
-                f"Classes {list(missing)} occur only without labels: label an image of each, or "
+                f"Classes {missing.tolist()} occur only without labels: label an image of each, or "
                 "leave them out of classes."
             )
         return data, groups
@@ -591,6 +591,12 @@ class AMIMVClassifier(TwoStageClassifier):
             )
             return None
         return unlabelled
+
+    def _pretraining(self, train: TrainingSet, **common: Any) -> list[Stage]:
+        # What is fitted already is trained further only by an encoder that is given for it.
+        if self._start is not None and isinstance(self.pretrain, str):
+            return []
+        return super()._pretraining(train, **common)
 
     def _holds_out(self) -> bool:
         return self.fine_tune and self.early_stopping

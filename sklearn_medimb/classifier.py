@@ -156,7 +156,7 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
                 )
             self.classes_ = known
             self.image_shape_ = images.image_shape
-            self.n_samples_fit_ = len(rows)
+            self.n_samples_fit_ = len(rows) + (0 if unlabelled is None else len(unlabelled))
         odd = np.setdiff1d(np.concatenate([known, np.unique(y)]), self.classes_)
         if len(odd):
             raise ValueError(

@@ -372,6 +372,12 @@ def test_a_fit_that_keeps_no_positive_warns_and_learns_nothing(data):
     assert [row["train_loss"] for row in encoder.history_] == pytest.approx([-math.log(1e-8)] * 2)
 
 
+def test_a_classifier_tells_of_skipped_steps_too(data):
+    pretrain = AMIMVEncoder(max_epochs=2, batch_size=16, thresholds=(0.998, 0.999))
+    with pytest.warns(UserWarning, match="In 8 of 8 steps the thresholds"):
+        SoftmaxClassifier(**SMALL, pretrain=pretrain).fit(*data)
+
+
 @pytest.mark.parametrize(("n_skipped", "warns"), [(0, False), (5, False), (6, True)])
 def test_more_than_one_step_in_twenty_gives_a_warning(n_skipped, warns, data):
     encoder = AMIMVEncoder(**TINY).fit(data[0])
@@ -385,8 +391,7 @@ def test_more_than_one_step_in_twenty_gives_a_warning(n_skipped, warns, data):
     "thresholds",
     [
         (0.1,), (0.1, 0.5, 0.9), (0.9, 0.1), (0.5, 0.5), (-0.1, 0.9), (0.1, 1.1), (0.1, np.nan),
-        ("low", "high"), (None, 0.9),
-        0.9, "auto",
+        ("low", "high"), (None, 0.9), 0.9, "auto",
     ],
 )  # fmt: skip
 def test_wrong_thresholds_are_named(thresholds, data):
@@ -785,13 +790,7 @@ def test_labels_are_numbers_or_strings_with_the_number_minus_one(kind, data):
     assert np.array_equal(clf.predict_proba(X), expected.predict_proba(X))
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        str,
-        pytest.param(object),
-    ],
-)
+@pytest.mark.parametrize("kind", [str, object])
 def test_the_text_minus_one_is_no_label(kind, data):
     X, y = data
     labels = np.where(half(y) == -1, "-1", np.array(["a", "b", "c"])[y]).astype(kind)
@@ -827,6 +826,14 @@ def test_a_class_without_a_label_is_refused_where_classes_says_so(data):
     assert make_classifier().fit(X, some, classes=[0, 1]).classes_.tolist() == [0, 1]
     with pytest.raises(ValueError, match=r"Classes .*2.* occur only without labels"):
         make_classifier().fit(X, some, classes=[0, 1, 2])
+
+
+def test_messages_name_classes_as_the_caller_wrote_them(data):
+    X, y = data
+    with pytest.raises(ValueError, match=r"Classes \[2\] occur only without labels"):
+        make_classifier().fit(X, np.where(y == 2, -1, y), classes=[0, 1, 2])
+    with pytest.raises(ValueError, match=r"y holds classes \[2\] that classes=\[0, 1\] lacks"):
+        make_classifier().fit(X, y, classes=[0, 1])
 
 
 def test_a_label_that_classes_lacks_is_refused(data):

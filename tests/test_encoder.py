@@ -260,7 +260,6 @@ def test_perceptron_has_norms_between_its_layers_and_after_the_last_if_asked():
     assert normed(torch.rand(3, 4)).shape == (3, 2)
 
 
-@pytest.mark.filterwarnings("ignore:var")
 @pytest.mark.parametrize("name", ["moco", "barlow_twins", "vicreg"])
 def test_no_batch_has_a_single_image(name, data):
     encoder = ENCODERS[name]().set_params(**{**SMALL, "batch_size": 2})
@@ -268,11 +267,6 @@ def test_no_batch_has_a_single_image(name, data):
 
 
 # ---------------------------------------------------------------- monitors
-
-
-class Quiet:
-    def complaints(self):
-        return []
 
 
 def test_feature_std_is_one_for_isotropic_and_zero_for_constant_features():
@@ -309,6 +303,13 @@ def test_knn_score_is_one_for_separable_and_chance_for_random_features():
     # Rows are not their own neighbours, and rare classes weigh as much as others.
     assert knn_score(np.eye(2)[[0, 0, 0, 0, 1]] + 0.1, np.array([0, 0, 0, 0, 1]), 1) == 0.5
     assert knn_score(np.eye(2), np.array([0, 1])) == 0
+
+
+class Quiet:
+    """A criterion that has nothing to say."""
+
+    def complaints(self):
+        return []
 
 
 def watched(y, n_epochs, look=None):
@@ -382,10 +383,10 @@ def test_long_trainings_are_watched_at_every_other_epoch_and_at_their_end():
         (np.array(["a", "b"] * 30), True),
         (np.where(np.arange(60) % 3, np.arange(60) % 2, -1), True),
         (np.linspace(0, 1, 60), False),  # no classes
-        pytest.param(np.where(np.arange(60) % 3, np.nan, 1.0), False),
+        (np.where(np.arange(60) % 3, np.nan, 1.0), False),
         (np.where(np.arange(60) % 2, 1, -1), False),  # one class, and unknown ones
         (np.zeros(60), False),
-        pytest.param(np.array(["a", "b", -1] * 20, dtype=object), True),
+        (np.array(["a", "b", -1] * 20, dtype=object), True),
     ],
     ids=["none", "text", "some-unknown", "numbers", "nan", "one-class", "constant", "text-and-1"],
 )
@@ -403,6 +404,9 @@ def test_collapsed_features_are_announced():
     images = np.full((20, 12, 12), 7, dtype=np.uint8)
     with pytest.warns(UserWarning, match=r"all but collapsed \(feature_std=.*effective_rank=0\)"):
         SSLEncoder(**SMALL).fit(images)
+    y = np.arange(20) % 2
+    with pytest.warns(UserWarning, match="all but collapsed"):
+        SoftmaxClassifier(**SMALL, pretrain=pretrainer()).fit(images, y)
 
 
 def test_two_images_have_not_collapsed(data):
@@ -547,9 +551,10 @@ def test_a_fit_from_another_start_does_not_resume(parameter, data, tmp_path):
     assert np.array_equal(afresh.predict_proba(X), expected.predict_proba(X))
 
 
-@pytest.mark.parametrize("parameter", ["backbone", "pretrain"])
-def test_calibration_of_a_fitted_start_does_not_warn(parameter, data, encoder):
-    LMDClassifier(**{**SMALL, parameter: encoder}, stages="icc", n_rounds=1).fit(*data)
+@pytest.mark.parametrize("which", ["backbone", "pretrain", "pretrain now"])
+def test_calibration_of_a_trained_start_does_not_warn(which, data, encoder):
+    params = {which.split()[0]: pretrainer() if which == "pretrain now" else encoder}
+    LMDClassifier(**{**SMALL, **params}, stages="icc", n_rounds=1).fit(*data)
 
 
 # ---------------------------------------------------------------- pretrain=
@@ -755,13 +760,7 @@ def copies(data, Classifier, **params):
         (LMDClassifier, {"relation_start": 0, "stages": "rrl"}),
     ],
 )
-@pytest.mark.parametrize(
-    "pretrain",
-    [
-        None,
-        pytest.param(pretrainer()),
-    ],
-)
+@pytest.mark.parametrize("pretrain", [None, pretrainer()])
 def test_key_encoders_and_teachers_begin_as_copies_of_the_network(
     Classifier, params, pretrain, data
 ):
