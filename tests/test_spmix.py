@@ -1321,7 +1321,7 @@ def test_warm_start_goes_on_with_mixing(blobs):
         ({"saliency": lambda images: images}, "saliency"),
         ({"mix_layer": None}, "'mix_layer' parameter"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_wrong_parameters_get_a_clear_error(params, message, blobs):
     clf = small(**params)
