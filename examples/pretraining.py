@@ -54,18 +54,18 @@ def main() -> None:
 
     # Digits must not be flipped.
     views = "light" if args.npz is None else "contrastive"
-    common = {"max_epochs": 60, "augment": views, "random_state": 0, "verbose": 1}
+    common = {"max_epochs": 40, "augment": views, "random_state": 0, "verbose": 1}
     amimv = AMIMVEncoder(**common).fit(X, some)  # labels serve the probe alone
     simclr = SSLEncoder("simclr", **common).fit(X, some)
     rows = {
         "labelled images alone": SoftmaxClassifier(
-            class_weight="balanced", augment="light", max_epochs=40, random_state=0
+            class_weight="balanced", augment="light", max_epochs=20, random_state=0
         ).fit(X[known], y[known]),
         "random features + head": AMIMVClassifier(pretrain=None, random_state=0).fit(X, some),
         "SimCLR + head": AMIMVClassifier(pretrain=simclr, random_state=0).fit(X, some),
         "AMIMV + head": AMIMVClassifier(pretrain=amimv, random_state=0).fit(X, some),
         "CSSN from AMIMV": CSSNClassifier(
-            backbone=amimv, augment="light", max_epochs=40, random_state=0
+            backbone=amimv, augment="light", max_epochs=20, random_state=0
         ).fit(X[known], y[known]),
     }
     scores = {

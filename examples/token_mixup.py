@@ -42,7 +42,7 @@ def main() -> None:
         seen = np.isin(held.target, np.unique(made.target))
         X, y, X_test, y_test = made.images, made.target, held.images[seen], held.target[seen]
 
-    common = {"max_epochs": 25, "random_state": 0, "verbose": 1}
+    common = {"max_epochs": 15, "random_state": 0, "verbose": 1}
     rows = {
         "balanced batches": SPMixClassifier(mix_prob=0.0, **common),
         "SPMix": SPMixClassifier(**common),
