@@ -224,7 +224,7 @@ def effective_rank(features: np.ndarray) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def knn_score(features: np.ndarray, y: np.ndarray, n_neighbors: int = 5) -> float:
+def knn_score(features: np.ndarray, y: np.ndarray, n_neighbors: int = 1) -> float:
     """Balanced accuracy of each row's class among its nearest other rows, by cosine.
 
     Parameters
@@ -233,8 +233,8 @@ def knn_score(features: np.ndarray, y: np.ndarray, n_neighbors: int = 5) -> floa
         Features.
     y : ndarray of int of shape (n,)
         Classes.
-    n_neighbors : int, default=5
-        Neighbours, at most n - 1.
+    n_neighbors : int, default=1
+        Neighbours, at most n - 1. More than one would outvote classes of few rows.
     """
     probe = KNeighborsClassifier(min(n_neighbors, len(y) - 1), metric="cosine").fit(features, y)
     return float(balanced_accuracy_score(y, probe.predict(None)))
