@@ -612,7 +612,7 @@ SoftmaxClassifier
     ``partial_fit``: bases are drawn by class.
     Measured on synthetic lesions (``benchmarks/spmix_lesions.py``, five seeds): class-balanced
     batches .689, with SPMix .707, with ``polarity="dark"``, which suits lesions darker than their
-    surround, .718; later stages are the better places to mix (.68, .68, .70, .70 for the first to
+    surround, .718; later stages are the better places to mix (.68, .68, .69, .70 for the first to
     the fourth of a conv net, two seeds). On real images it is level with class-balanced batches
     alone (``benchmarks/spmix_real.py``).
     As ``r <= cap < 1`` a part of the partner's lesion enters too. The article names neither the
