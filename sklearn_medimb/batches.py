@@ -428,13 +428,17 @@ class Batches:
             raw = self.preprocess.upload(self.images.rows(self.rows[picks]))
         return to_unit_scale(raw, self.preprocess.dtype), self.targets[index]
 
-    def view(self, images: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
-        """One augmented copy of images, still on the unit scale."""
+    def draw(self, images: torch.Tensor, augmentation: Augmentation) -> dict[str, Any] | None:
+        """What `augmentation` will do to images; None where they stay as they are."""
         # Vectors are not augmented. Of the caller's own augmentations, draw and apply are asked.
         if images.ndim < 4 or getattr(augmentation, "is_identity", False):
-            return images
-        params = augmentation.draw(len(images), tuple(images.shape[1:]), self.generator)
-        return augmentation.apply(images, params)
+            return None
+        return augmentation.draw(len(images), tuple(images.shape[1:]), self.generator)
+
+    def view(self, images: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
+        """One augmented copy of images, still on the unit scale."""
+        params = self.draw(images, augmentation)
+        return images if params is None else augmentation.apply(images, params)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for picks in self.plan(self.rng):

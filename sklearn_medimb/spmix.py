@@ -161,13 +161,12 @@ class MixedViews:
         augment: Any,
     ) -> dict[str, torch.Tensor]:
         """Augmented images, and the shares of the mix from maps moved alike."""
-        params: dict[str, torch.Tensor] = {}
-        if images.ndim > 3 and not getattr(augment, "is_identity", False):
-            params = augment.draw(len(images), tuple(images.shape[1:]), self.batches.generator)
+        params = self.batches.draw(images, augment)
+        if params is not None:
             images = augment.apply(images, params)
         view = {"images": self.batches.preprocess.normalise(images)}
         if maps is not None and partners is not None:
-            if moves := geometry(params):
+            if moves := geometry(params or {}):
                 maps = augment.apply(maps.unsqueeze(1), moves)[:, 0]
             view["ratio"] = self.ratio(maps[: len(partners)], maps[partners])
         return view
