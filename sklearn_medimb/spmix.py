@@ -25,14 +25,13 @@ import torch
 import torch.nn.functional as F
 from sklearn.base import _fit_context
 from sklearn.utils._param_validation import Interval, StrOptions
-from skorch.callbacks import Callback
 from torch import nn
 
 from sklearn_medimb._docs import shared_parameters
 from sklearn_medimb.augment import geometry
 from sklearn_medimb.base import Stage, TrainingSet
 from sklearn_medimb.batches import Batches, class_balanced, n_batches, shuffled
-from sklearn_medimb.encoder import perceptron
+from sklearn_medimb.encoder import UpdateTarget, perceptron
 from sklearn_medimb.images import as_pixels, warn_of_flat_images
 from sklearn_medimb.losses import LabelStageLoss
 from sklearn_medimb.mixing import spmix, spmix_ratio
@@ -503,21 +502,11 @@ class ContrastLoss(nn.Module):
         if self.key_momentum is not None:
             self.key_encoder["network"].load_state_dict(network.state_dict())
 
-    def update_keys(self, network: nn.Module) -> None:
+    def update_target(self, network: nn.Module) -> None:
         """Move the key encoder."""
         if self.key_momentum is not None:
             follow(self.key_encoder["network"], network, 1 - self.key_momentum)
             follow(self.key_encoder["projector"], self.projector, 1 - self.key_momentum)
-
-
-class UpdateKeys(Callback):
-    """Move the key encoder at the start of each step."""
-
-    may_stop = False
-
-    def on_batch_begin(self, net: Any, **kwargs: Any) -> None:
-        """Average."""
-        net.criterion_.update_keys(net.module_)
 
 
 # ---------------------------------------------------------------- the estimator
@@ -902,7 +891,7 @@ SoftmaxClassifier
     def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
         (stage,) = super()._stages(train, n_epochs, **common)
         if self.key_momentum is not None:
-            stage.callbacks = (UpdateKeys(),)
+            stage.callbacks = (UpdateTarget(),)
         return [stage]
 
     def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
