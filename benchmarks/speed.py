@@ -1,4 +1,4 @@
-"""All speed ratios of the package in one run: training, CSSN, saliency, virtual features, LMD.
+"""All speed ratios of the package in one run: training, CSSN, samplers, LMD, mixing, pre-training.
 
     python benchmarks/speed.py [--only cssn_step]
 
@@ -11,7 +11,13 @@ import argparse
 import importlib
 import sys
 
-PARTS = ("training_speed", "cssn_step", "sampler_speed", "m_step_speed")
+PARTS = (
+    "training_speed",
+    "cssn_step",
+    "sampler_speed",
+    "m_step_speed",
+    "mixing_and_pretraining_speed",
+)
 
 
 def main() -> None:
