@@ -11,6 +11,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,9 +19,12 @@ import torch
 from skorch import NeuralNet
 from skorch.callbacks import Callback, EpochTimer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from sklearn_medimb import distributed
 from sklearn_medimb.backbones import as_features
 from sklearn_medimb.batches import Batches
+from sklearn_medimb.runtime import is_out_of_memory
 
 SCHEDULES = ("one_cycle", "cosine", "constant")
 
@@ -29,6 +33,10 @@ class Trunk(nn.Module):
     """A backbone at its own precision: what leaves it is float32 (or float64) again.
 
     Only the backbone, where the time goes, runs in bfloat16; heads, losses and weights do not.
+    In training it may see a batch in parts: in shares of several processes, or, where memory ran
+    out, a few images at a time, which backward encodes once more. Its output, and so the loss, is
+    that of the whole batch either way; batch normalisation takes the statistics of each part.
+    `divisible` is False where the images of a batch mix inside the backbone.
 
     Parameters
     ----------
@@ -51,6 +59,8 @@ class Trunk(nn.Module):
         self.backbone = backbone
         self.input_shape = input_shape
         self.autocast = autocast
+        self.micro_batch: int | None = None
+        self.divisible = True
         if len(input_shape) > 2:
             for parameter in backbone.parameters():
                 if parameter.ndim in (4, 5):
@@ -73,13 +83,68 @@ class Trunk(nn.Module):
         finally:
             self.train(training)
 
+    def activation_bytes(self) -> int:
+        """Memory that one image takes until the backward pass."""
+        weights = {parameter.data_ptr() for parameter in self.parameters()}
+        n_bytes = 0
+
+        def count(saved: torch.Tensor) -> torch.Tensor:
+            nonlocal n_bytes
+            if saved.data_ptr() not in weights:
+                n_bytes += saved.numel() * saved.element_size()
+            return saved
+
+        training = self.training
+        like = next(self.parameters(), torch.empty(0))
+        image = torch.zeros(1, *self.input_shape, dtype=like.dtype, device=like.device)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
+            self.eval()(image)
+        self.train(training)
+        return n_bytes
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Encode a batch of normalised images."""
+        if not (self.training and self.divisible):
+            return self._encode(images)
+        return distributed.share_out(self._encode_in_parts, images)
+
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
         if self.autocast is None:
             return self.backbone(images)
         with torch.autocast(images.device.type, self.autocast):
             output = self.backbone(images)
         return output.to(images.dtype)
+
+    def _encode_in_parts(self, images: torch.Tensor) -> torch.Tensor:
+        """Keep the activations of one part at a time."""
+        if self.micro_batch is None or len(images) <= self.micro_batch:
+            return self._encode(images)
+        parts = images.tensor_split(-(-len(images) // self.micro_batch))
+        if not torch.is_grad_enabled():
+            return torch.cat([self._encode(part) for part in parts])
+        contexts = partial(_first_and_second_pass, self.backbone)
+        return torch.cat(
+            [checkpoint(self._encode, p, use_reentrant=False, context_fn=contexts) for p in parts]
+        )
+
+
+def _first_and_second_pass(backbone: nn.Module) -> tuple[Any, Any]:
+    """Contexts of a part's two forward passes; the second leaves running statistics alone."""
+    return nullcontext(), _without_momentum(backbone)
+
+
+@contextmanager
+def _without_momentum(backbone: nn.Module) -> Iterator[None]:
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    norms = [module for module in backbone.modules() if isinstance(module, kinds)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 class Output(NamedTuple):
@@ -273,6 +338,48 @@ class Net(NeuralNet):
                 stacklevel=2,
             )
 
+    def train_step_single(self, batch: Any, **fit_params: Any) -> Any:
+        """Forward and backward pass; processes that train together then agree on the gradients."""
+        step = super().train_step_single(batch, **fit_params)
+        distributed.average_gradients(p for _, p in self.get_all_learnable_params())
+        return step
+
+    def _within_memory(self, step_fn: Any, batch: Any, **fit_params: Any) -> Any:
+        """Take a step; where memory runs out, take it again with half as many images at a time."""
+        while True:
+            try:
+                return step_fn(batch, **fit_params)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or not self._halve_parts(len(batch[1])):
+                    raise
+            # Only now, outside of the handler, nothing refers to the tensors of the failed step.
+            self.optimizer_.zero_grad(set_to_none=True)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _halve_parts(self, n_images: int) -> bool:
+        """Let backbones see fewer images at a time; False where that is not possible."""
+        trunks = [
+            module
+            for whole in (self.module_, self.criterion_)
+            for module in whole.modules()
+            if isinstance(module, Trunk)
+        ]
+        first = all(trunk.micro_batch is None for trunk in trunks)
+        size = min((trunk.micro_batch or n_images for trunk in trunks), default=1) // 2
+        if size < 1 or not all(t.divisible for t in trunks) or distributed.world_size() > 1:
+            return False
+        for trunk in trunks:
+            trunk.micro_batch = size
+        if first:
+            warnings.warn(
+                f"Memory ran out in a training step of {n_images} images: from here on the "
+                f"backbone sees at most {size} at a time, or fewer, and each of them twice. Losses "
+                "and gradients remain those of whole batches; a smaller batch_size is faster.",
+                stacklevel=2,
+            )
+        return True
+
     def run_single_epoch(
         self, iterator: Batches | None, training: bool, prefix: str, step_fn: Any, **fit_params: Any
     ) -> None:
@@ -285,13 +392,15 @@ class Net(NeuralNet):
         count = 0
         for batch in iterator:
             self.notify("on_batch_begin", batch=batch, training=training)
-            step = step_fn(batch, **fit_params)
+            step = self._within_memory(step_fn, batch, **fit_params)
             self.scheduler.step()
             terms = {"loss": step["loss"], **getattr(self.criterion_, "terms", {})}
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() * len(batch[1])
             count += len(batch[1])
             self.notify("on_batch_end", batch=batch, training=training, **step)
+        distributed.average_buffers(self.module_)
+        distributed.average_buffers(self.criterion_)
         for name, total in totals.items():
             self.history.record(f"{prefix}_{name}", float(total) / count)
         loss = self.history[-1, f"{prefix}_loss"]

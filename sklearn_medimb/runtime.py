@@ -10,9 +10,13 @@ from contextlib import contextmanager
 
 import torch
 
+from sklearn_medimb.distributed import launched, local_rank
+
 
 def resolve_device(device: str | torch.device, *, fall_back: bool = False) -> torch.device:
     """Turn ``device=`` into a torch device; "auto" takes a CUDA GPU where there is one.
+
+    Of the processes that ``torchrun`` started, each takes the GPU of its number.
 
     Parameters
     ----------
@@ -33,7 +37,9 @@ def resolve_device(device: str | torch.device, *, fall_back: bool = False) -> to
         If torch does not know the name or this machine lacks the device.
     """
     if str(device) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(device) == "cuda" and launched():
+        device = f"cuda:{local_rank()}"
     try:
         resolved = torch.device(device)
         torch.empty(0, device="cpu" if resolved.type == "cuda" else resolved)
@@ -54,6 +60,11 @@ def resolve_device(device: str | torch.device, *, fall_back: bool = False) -> to
         )
         return torch.device("cpu")
     return resolved
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a computation failed for want of memory, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def has_native_bf16(device: torch.device) -> bool:

@@ -206,6 +206,7 @@ class MixingNetwork(SoftmaxNetwork):
     def __init__(self, trunk: Trunk, head: Callable[[int], nn.Module], layer: str | None) -> None:
         super().__init__(trunk, head)
         self.layer = default_layer(trunk.backbone) if layer == "auto" else layer
+        trunk.divisible = self.layer is None
         sides = as_pixels(torch.empty(1, *trunk.input_shape)).shape[2:]
         self.patch: tuple[int, ...] = (1,) * len(sides)
         if self.layer is None:  # about 14 patches along the shorter side, as published

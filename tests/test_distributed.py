@@ -1,0 +1,184 @@
+"""Training in several processes: what one process alone would learn."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from sklearn_medimb import AMIMVEncoder, CSSNClassifier, SoftmaxClassifier, SPMixClassifier
+from sklearn_medimb.backbones import ViT
+
+from .conftest import make_blobs
+
+# Layer normalisation: the statistics of batch normalisation belong to each process's share.
+COMMON = {
+    "backbone": ViT(patch_size=4, width=16, depth=1, n_heads=2, drop_path=0.0),
+    "max_epochs": 2,
+    "batch_size": 16,  # four batches of 15: shares of 8, one of them filled up
+    "precision": "float64",
+    "random_state": 0,
+}
+
+
+def estimators():
+    return {
+        "network": SoftmaxClassifier(**COMMON),
+        "pairs": CSSNClassifier(**COMMON),
+        "mixing": SPMixClassifier(**COMMON),
+        "mixing images": SPMixClassifier(level="image", contrast="gpaco", **COMMON),
+        "teacher": AMIMVEncoder(**COMMON),
+        "validated": SoftmaxClassifier(early_stopping=True, **COMMON),
+    }
+
+
+def train():
+    """Losses and weights of each estimator; run by every process."""
+    X, y = make_blobs()
+    results = {}
+    for name, estimator in estimators().items():
+        estimator.fit(X, y)
+        results[name] = {
+            "losses": [row["train_loss"] for row in estimator.history_],
+            "weights": [float(np.abs(w).sum()) for w in estimator.weights_.values()],
+        }
+    return results
+
+
+def launch(code, folder, n_processes=2):
+    script = folder / "script.py"
+    script.write_text(code)
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, f"--nproc-per-node={n_processes}", str(script)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    """Also over pairs of images that lie in different shares, and with a momentum teacher."""
+    done = launch(
+        f"""
+import json, os, pathlib
+import torch.distributed as dist
+import sklearn_medimb.distributed
+from tests.test_distributed import train
+
+sizes = []
+share_out = sklearn_medimb.distributed.share_out
+sklearn_medimb.distributed.share_out = lambda encode, images: share_out(
+    lambda own: (sizes.append((len(own), len(images))), encode(own))[1], images
+)
+results = train()
+assert dist.get_world_size() == 2
+results["sizes"] = sorted(set(sizes))
+path = pathlib.Path({str(tmp_path)!r}) / f"{{os.environ['RANK']}}.json"
+path.write_text(json.dumps(results))
+""",
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert [8, 15] in first["sizes"]
+    alone = train()
+    for name, result in alone.items():
+        for what, values in result.items():
+            # A bias before batch normalisation has no gradient but rounding.
+            np.testing.assert_allclose(
+                first[name][what], values, rtol=1e-9, atol=1e-6, err_msg=name
+            )
+
+
+def test_processes_with_different_data_are_told(tmp_path):
+    done = launch(
+        """
+import os
+from sklearn_medimb import SoftmaxClassifier
+from tests.conftest import make_blobs
+
+X, y = make_blobs()
+own = slice(int(os.environ["RANK"]), None, 2)
+SoftmaxClassifier(max_epochs=1).fit(X[own], y[own])
+""",
+        tmp_path,
+    )
+    assert done.returncode
+    assert "pass the whole training set in each" in done.stderr
+
+
+class Hungry(torch.nn.Module):
+    """A backbone without room for the activations of more than `room` images."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room
+        self.layer = torch.nn.Conv2d(3, 8, 3, stride=2)
+        self.norm = torch.nn.GroupNorm(2, 8)
+        self.seen = []
+
+    def forward(self, images):
+        if self.training:
+            self.seen.append(len(images))
+        if torch.is_grad_enabled() and len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return self.norm(self.layer(images)).relu()
+
+
+@pytest.mark.parametrize("Classifier", [SoftmaxClassifier, CSSNClassifier])
+def test_out_of_memory_halves_what_the_backbone_sees(Classifier):
+    """Also losses over pairs of images stay those of the whole batch."""
+    X, y = make_blobs()
+    common = {"max_epochs": 2, "batch_size": 32, "precision": "float64", "random_state": 0}
+    torch.manual_seed(0)
+    plenty, scarce = Hungry(10**6), Hungry(7)
+    scarce.load_state_dict(plenty.state_dict())
+    plain = Classifier(plenty, **common).fit(X, y)
+    with pytest.warns(UserWarning, match="Memory ran out in a training step") as caught:
+        frugal = Classifier(scarce, **common).fit(X, y)
+    assert len([w for w in caught if "Memory ran out" in str(w.message)]) == 1
+    sizes = frugal.net_.module_.trunk.backbone.seen
+    assert max(sizes) > 7
+    assert max(sizes[len(sizes) // 2 :]) <= 7  # it stays with what it found
+    assert [row["train_loss"] for row in frugal.history_] == pytest.approx(
+        [row["train_loss"] for row in plain.history_], rel=1e-9
+    )
+    for name, weight in plain.weights_.items():
+        np.testing.assert_allclose(frugal.weights_[name], weight, rtol=1e-6, atol=1e-9)
+
+
+def test_running_statistics_move_once_per_part():
+    """The second pass over a part must not move them again."""
+    from sklearn_medimb.net import Trunk
+
+    trunks = []
+    for micro_batch in (None, 6):
+        torch.manual_seed(0)
+        backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+        trunk = Trunk(backbone, (3, 8, 8), autocast=None)
+        trunk.micro_batch = micro_batch
+        trunks.append(trunk)
+    torch.manual_seed(1)
+    images = torch.rand(12, 3, 8, 8)
+    whole, parts = trunks
+    for half in images.chunk(2):
+        whole(half).square().sum().backward()
+    parts(images).square().sum().backward()
+    for name, value in whole.state_dict().items():
+        if "num_batches" not in name:
+            torch.testing.assert_close(parts.state_dict()[name], value)
+    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_out_of_memory_with_a_single_image_is_an_error():
+    X, y = make_blobs()
+    with (
+        pytest.warns(UserWarning, match="Memory ran out"),
+        pytest.raises(torch.OutOfMemoryError, match="out of memory"),
+    ):
+        SoftmaxClassifier(Hungry(0), max_epochs=1, random_state=0).fit(X, y)

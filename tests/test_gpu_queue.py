@@ -1,0 +1,141 @@
+"""Fits that share a GPU: none dies, none waits for ever. Memory is simulated on the CPU."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from filelock import FileLock
+
+from sklearn_medimb import SoftmaxClassifier, gpu_queue
+from sklearn_medimb.gpu_queue import MemoryQueue
+from sklearn_medimb.net import Trunk
+
+from .conftest import make_blobs
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+def fit(folder, number, n_bytes, entered, seconds):
+    """Stand-in for a fit: notes who else is there."""
+    with MemoryQueue(folder, 100, poll=0.01).reserve(n_bytes):
+        entered.put((number, time.monotonic()))
+        time.sleep(seconds)
+        entered.put((-number, time.monotonic()))
+
+
+def start(folder, number, n_bytes, entered, seconds=0.3):
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=fit, args=(folder, number, n_bytes, entered, seconds))
+    process.start()
+    return process
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "at_once"), [(40, 2), (60, 1), (1000, 1)], ids=["half", "most", "too much"]
+)
+def test_as_many_fits_at_once_as_memory_holds(tmp_path, n_bytes, at_once):
+    entered = multiprocessing.get_context("fork").Queue()
+    processes = [start(tmp_path, number, n_bytes, entered) for number in (1, 2, 3, 4)]
+    events = [entered.get(timeout=30) for _ in range(8)]
+    for process in processes:
+        process.join(timeout=30)
+        assert process.exitcode == 0
+    running, most = 0, 0
+    for number, _ in sorted(events, key=lambda event: event[1]):
+        running += 1 if number > 0 else -1
+        most = max(most, running)
+    assert most == at_once
+    assert not list(tmp_path.glob("*.held"))
+
+
+def test_a_killed_fit_gives_its_memory_back(tmp_path):
+    entered = multiprocessing.get_context("fork").Queue()
+    first = start(tmp_path, 1, 100, entered, seconds=60)
+    assert entered.get(timeout=30)[0] == 1
+    second = start(tmp_path, 2, 100, entered, seconds=0)
+    time.sleep(0.3)
+    assert entered.empty()
+    os.kill(first.pid, signal.SIGKILL)
+    first.join(timeout=30)
+    assert entered.get(timeout=30)[0] == 2
+    second.join(timeout=30)
+    assert second.exitcode == 0
+
+
+def test_a_failed_fit_gives_its_memory_back(tmp_path):
+    queue = MemoryQueue(tmp_path, 100)
+    with pytest.raises(KeyError), queue.reserve(100):
+        raise KeyError
+    with queue.reserve(100):
+        assert len(list(tmp_path.glob("*.held"))) == 1
+
+
+def test_every_fit_on_a_gpu_takes_its_turn(tmp_path, monkeypatch):
+    """A GPU is simulated: the device of `turn` alone says "cuda"."""
+    properties = SimpleNamespace(uuid="gpu", total_memory=1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(gpu_queue.tempfile, "gettempdir", lambda: str(tmp_path))
+    turn, asked = gpu_queue.turn, []
+
+    def on_gpu(device, n_bytes):
+        asked.append(n_bytes())
+        return turn(torch.device("cuda"), n_bytes)
+
+    held = []
+
+    class Look:
+        def __call__(self, estimator, X, y):
+            held.append([path.name for path in tmp_path.rglob("*.held")])
+            return 0.5
+
+    monkeypatch.setattr("sklearn_medimb.base.turn", on_gpu)
+    X, y = make_blobs()
+    clf = SoftmaxClassifier(max_epochs=1, early_stopping=True, scoring=Look(), random_state=0)
+    clf.fit(X, y)
+    assert len(asked) == 1
+    assert asked[0] > X.nbytes // 2
+    assert [len(names) for names in held] == [1]
+    assert not list(tmp_path.rglob("*.held"))
+    wide = SoftmaxClassifier(max_epochs=1, batch_size=1024, random_state=0).fit(X, y)
+    assert asked[1] > 4 * asked[0]
+    assert wide.n_iter_ == 1
+
+
+def test_nested_fits_do_not_wait_for_their_own_parent(tmp_path, monkeypatch):
+    properties = SimpleNamespace(uuid="gpu", total_memory=10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(gpu_queue.tempfile, "gettempdir", lambda: str(tmp_path))
+    cuda = torch.device("cuda")
+    with gpu_queue.turn(cuda, lambda: 10), gpu_queue.turn(cuda, lambda: 10):
+        assert len(list(tmp_path.rglob("*.held"))) == 1
+    assert not list(tmp_path.rglob("*.held"))
+
+
+def test_cpu_fits_never_queue(monkeypatch):
+    monkeypatch.setattr(gpu_queue, "MemoryQueue", None)
+    with gpu_queue.turn(torch.device("cpu"), lambda: 1 / 0):
+        pass
+
+
+def test_activations_are_counted():
+    """One image through conv (27 in) and ReLU: input, and output, stay until backward."""
+    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+    trunk = Trunk(backbone, (3, 10, 10), autocast=None)
+    assert trunk.activation_bytes() == 4 * (3 * 10 * 10 + 8 * 8 * 8)
+
+
+def test_a_lock_left_behind_is_no_reservation(tmp_path):
+    left = FileLock(tmp_path / "abc.90.held")
+    left.acquire()
+    queue = MemoryQueue(tmp_path, 100, poll=0.01)
+    assert gpu_queue._held(tmp_path / "abc.90.held") == 90
+    left.release()
+    (tmp_path / "abc.90.held").touch()
+    with queue.reserve(50):
+        assert not (tmp_path / "abc.90.held").exists()
