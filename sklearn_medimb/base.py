@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -26,6 +27,8 @@ from skorch.callbacks import Callback
 from skorch.history import History
 from torch import nn
 
+from sklearn_medimb import distributed
+from sklearn_medimb._docs import DocumentationLink
 from sklearn_medimb.augment import resolve_augmentation
 from sklearn_medimb.backbones import Backbone, make_backbone
 from sklearn_medimb.batches import Preprocessor, n_batches
@@ -35,8 +38,10 @@ from sklearn_medimb.callbacks import (
     SaveCheckpoint,
     SklearnCallbacks,
     StopWhenAsked,
+    resolve_callbacks,
 )
 from sklearn_medimb.checkpoint import Checkpoint, fingerprint, plain
+from sklearn_medimb.gpu_queue import turn
 from sklearn_medimb.images import (
     INPUT_CONSTRAINTS,
     Images,
@@ -126,7 +131,11 @@ class TrainingSet:
 
 
 class BaseImageEstimator(
-    CallbackSupportMixin, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
+    DocumentationLink,
+    CallbackSupportMixin,
+    ClassNamePrefixFeaturesOutMixin,
+    TransformerMixin,
+    BaseEstimator,
 ):
     """Common ground of classifiers and encoders: training, embedding, persistence.
 
@@ -139,9 +148,6 @@ class BaseImageEstimator(
     net_: Net
     image_shape_: tuple[int, ...]
 
-    _doc_link_module = "sklearn_medimb"
-    _doc_link_template = "https://sklearn-medimb.readthedocs.io/{estimator_module}.{estimator_name}"
-
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "backbone": [str, nn.Module, Backbone, type, FrozenEstimator],
         "max_epochs": [StrOptions({"auto"}), Interval(Integral, 1, None, closed="left")],
@@ -150,7 +156,7 @@ class BaseImageEstimator(
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "lr_schedule": [StrOptions(set(SCHEDULES))],
         "augment": [str, None, HasMethods(["draw", "apply"])],
-        "callbacks": [None, list],
+        "callbacks": [None, str, list],
         "checkpoint_dir": [None, str, os.PathLike],
         **INPUT_CONSTRAINTS,
         "device": [str, torch.device],
@@ -222,7 +228,7 @@ class BaseImageEstimator(
     def _check_parameters(self) -> None:
         """Refuse what `_parameter_constraints` cannot express."""
         start = self._start
-        if start is not None and not start.__sklearn_is_fitted__():
+        if start is not None and not start._was_fitted:
             name = type(start).__name__
             raise ValueError(
                 f"backbone={name}(...) is not fitted: fit it first. To pre-train on the images of "
@@ -245,11 +251,12 @@ class BaseImageEstimator(
             fresh = previous is None
             data, groups = self._check_training(X, y, fresh=fresh, **given)
             device = resolve_device(self.device)
+            distributed.join(device)
 
+            labels = data.y, data.weight, groups, data.unlabelled
             checkpoint = None
             if self.checkpoint_dir is not None and not partial:
                 start = {} if fresh else self._network_weights()
-                labels = data.y, data.weight, groups, data.unlabelled
                 token = fingerprint(self, device, start, data.images, *labels)
                 checkpoint = Checkpoint(self.checkpoint_dir, token).open()
             seed = int(check_random_state(self.random_state).randint(2**31 - 1))
@@ -257,15 +264,17 @@ class BaseImageEstimator(
                 seed = checkpoint.seed
             elif previous is not None:  # further training must not repeat the first one's draws
                 seed = _mixed(seed, len(previous.history))
+            seed = distributed.agree(seed, data.images.data.shape, *labels)
             rng = np.random.default_rng(seed)
             generator = torch.Generator(device).manual_seed(seed)
             self.random_seed_ = seed
 
-            with seeded(seed, device):
+            with seeded(seed, device), ExitStack() as memory:
                 train, held = self._training_rows(data, groups, rng, partial)
                 if fresh:
                     self._normalise(train)
                 self.net_ = self._make_net(device, previous)
+                memory.enter_context(turn(device, lambda: self._training_bytes(train)))
                 common = {
                     "preprocess": self._preprocessor(),
                     "views": self._views(),
@@ -286,11 +295,20 @@ class BaseImageEstimator(
                 optimizer = previous.optimizer_state("constant") if partial and previous else None
                 self._train(stages, best, checkpoint, reporter, optimizer)
                 self._set_fitted(self._inference_state(train))
-                if checkpoint is not None and self.net_.complete:
+                if checkpoint is not None and self.net_.complete and distributed.is_main():
                     checkpoint.remove()
                 if reporter is not None:
                     reporter.finish()
         return self
+
+    def _training_bytes(self, train: TrainingSet) -> int:
+        """Memory that training needs at most: images, weights with moments, activations."""
+        module, images = self.net_.module_, train.images
+        resident = len(train.rows) * math.prod(images.image_shape) * images.dtype.itemsize
+        weights = sum(weight.nbytes for weight in module.state_dict().values())
+        n_images = self.batch_size * max(2, len(self._views()))
+        # Backward makes a gradient beside each activation.
+        return resident + 5 * weights + 2 * n_images * module.trunk.activation_bytes()
 
     def _normalise(self, train: TrainingSet) -> None:
         """Set the channel statistics: of the training rows, or those of a fitted start."""
@@ -303,6 +321,11 @@ class BaseImageEstimator(
                 block=inference_block(train.images.image_shape, torch.device("cpu")),
             )
             return
+        if not start.__sklearn_is_fitted__():
+            raise ValueError(
+                f"The weights of the {type(start).__name__} that this estimator began with are not "
+                "in the file it came from: pass the fitted one again as backbone= or pretrain=."
+            )
         theirs, ours = start.image_shape_, self.image_shape_
         if (len(theirs), theirs[0]) != (len(ours), ours[0]):
             raise ValueError(
@@ -321,6 +344,7 @@ class BaseImageEstimator(
         optimizer: dict[str, Any] | None,
     ) -> None:
         """Run the stages, with everything around their epochs."""
+        main = distributed.is_main()
         net, stop = self.net_, StopWhenAsked([cb for cb in (best, reporter) if cb is not None])
         first = 0 if checkpoint is None else checkpoint.stage
         if reporter is not None:
@@ -346,10 +370,10 @@ class BaseImageEstimator(
             callbacks: list[Callback | None] = [
                 scorer,
                 *stage.callbacks,
-                None if checkpoint is None else SaveCheckpoint(checkpoint, scorer),
+                SaveCheckpoint(checkpoint, scorer) if checkpoint is not None and main else None,
                 reporter,
             ]
-            if self.verbose:
+            if self.verbose and main:
                 label = f"{type(self).__name__} {stage.name}".rstrip()
                 callbacks.append(ProgressBar(label, n_left * stage.steps_per_epoch))
             net.run(
@@ -387,9 +411,7 @@ class BaseImageEstimator(
         should training fail.
         """
         dtype, autocast = resolve_precision(self.precision, device, len(self.image_shape_))
-        callbacks = [clone(cb, safe=False) for cb in self.callbacks or []]
-        if odd := [cb for cb in callbacks if not isinstance(cb, Callback)]:
-            raise TypeError(f"callbacks must hold instances of skorch.callbacks.Callback: {odd}.")
+        callbacks = resolve_callbacks(self.callbacks, self)
         if previous is None:
             module = self._network(device, dtype, pretrained)
         else:
@@ -431,7 +453,12 @@ class BaseImageEstimator(
     def _network(self, device: torch.device, dtype: torch.dtype, pretrained: bool) -> nn.Module:
         """Make the method's module around the chosen backbone, on the device."""
         _, autocast = resolve_precision(self.precision, device, len(self.image_shape_))
-        backbone = self.backbone if self._start is None else self._start.backbone_
+        start, backbone = self._start, self.backbone
+        if start is not None and pretrained:
+            backbone = start.backbone_
+        elif start is not None:  # its weights are not wanted, and a file has none
+            module: Any = start._network(device, dtype, pretrained)
+            backbone = module.trunk.backbone
         if hasattr(backbone, "trunk"):
             raise ValueError(
                 f"backbone={type(backbone).__name__} is a whole network of this package: pass the "
@@ -529,7 +556,7 @@ class BaseImageEstimator(
         """Clone; a fitted estimator to begin with stays fitted, and shares what it learned."""
         copied = super().__sklearn_clone__()
         for name, value in self.get_params(deep=False).items():
-            if isinstance(value, BaseImageEstimator) and value.__sklearn_is_fitted__():
+            if isinstance(value, BaseImageEstimator) and value._was_fitted:
                 kept = object.__new__(type(value))
                 kept.__dict__.update(vars(value))  # its parameters can be set; nothing is trained
                 setattr(copied, name, kept)
@@ -537,6 +564,11 @@ class BaseImageEstimator(
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "net_")
+
+    @property
+    def _was_fitted(self) -> bool:
+        """Whether it is fitted, or was, when a file was written that leaves out its weights."""
+        return hasattr(self, "image_shape_")
 
     # Fitted arrays that prediction needs beside the network's weights.
     _inference_arrays: ClassVar[tuple[str, ...]] = ("pixel_mean_", "pixel_std_")

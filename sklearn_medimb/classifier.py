@@ -9,6 +9,8 @@ from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
+import sklearn
+import torch
 from scipy.special import softmax
 from sklearn.base import ClassifierMixin
 from sklearn.metrics import check_scoring, get_scorer_names
@@ -23,15 +25,21 @@ from sklearn_medimb.batches import Batches
 from sklearn_medimb.callbacks import BestEpoch
 from sklearn_medimb.encoder import BaseImageEncoder, resolve_encoder
 from sklearn_medimb.images import Images, wrap_dataset
-from sklearn_medimb.rows import group_codes, resample, validation_split
+from sklearn_medimb.rows import (
+    carries_groups,
+    group_codes,
+    resample,
+    takes_groups,
+    validation_split,
+)
 
 
 class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
     """Common ground of the image classifiers.
 
     A method supplies its network (`_make_network`), its loss (`_make_criterion`), its batches
-    (`_make_batches`) and its class scores (`_scores`); one that trains in several stages lists them
-    (`_stages`).
+    (`_make_batches`) and its class scores (`_score_function`); one that trains in several stages
+    lists them (`_stages`).
     """
 
     classes_: np.ndarray
@@ -67,9 +75,17 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
             )
         ]
 
-    def _scores(self, images: Images) -> np.ndarray:
-        """Log-scale class scores, shape (n, n_classes): their softmax is `predict_proba`."""
+    def _score_function(self, *, in_chunks: bool = True) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Map from normalised images (n, ...) to class scores (n, n_classes), in torch alone.
+
+        Scores are on a log scale: their softmax is `predict_proba`. An exported graph runs it too,
+        for any n: without chunks, whose number would depend on n.
+        """
         raise NotImplementedError
+
+    def _scores(self, images: Images) -> np.ndarray:
+        """Class scores of images, shape (n, n_classes)."""
+        return self._map(images, self._score_function()).cpu().numpy().astype(np.float64)
 
     # ---------------------------------------------------------------- training data
 
@@ -86,7 +102,7 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
     @property
     def _start(self) -> BaseImageEstimator | None:
         start, given = super()._start, self.pretrain
-        fitted = isinstance(given, BaseImageEncoder) and given.__sklearn_is_fitted__()
+        fitted = isinstance(given, BaseImageEncoder) and given._was_fitted
         return given if start is None and fitted else start
 
     def _pretraining(self, train: TrainingSet, **common: Any) -> list[Stage]:
@@ -193,7 +209,10 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
     ) -> tuple[TrainingSet, np.ndarray | None]:
         """Hold out the validation rows, then, and only then, resample the others."""
         train, held = data, None
-        if self._holds_out() and not partial:
+        holds_out = self._holds_out() and not partial
+        if groups is None:
+            self._warn_of_known_groups(data.images, holds_out)
+        if holds_out:
             kept, held = validation_split(data.y, self.validation_fraction, groups, rng)
             weight = None if data.weight is None else data.weight[kept]
             unlabelled = data.unlabelled
@@ -219,6 +238,34 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         if train.weight is not None:  # the scale of weights carries no meaning
             train.weight = train.weight * (len(train.weight) / train.weight.sum())
         return train, held
+
+    def _warn_of_known_groups(self, images: Images, holds_out: bool) -> None:
+        """Warn where groups would have mattered and someone knows them, but `fit` got none.
+
+        They are known where the images carry them, and where the user has asked that they be
+        routed. With routing on no warning is due for the latter: a caller who has them passes them.
+        """
+        risks = []
+        if holds_out:
+            risks.append("be on both sides of the validation split")
+        if self.sampler is not None and takes_groups(self.sampler):
+            risks.append("be mixed with one another")
+        if not risks:
+            return
+        routed = sklearn.get_config()["enable_metadata_routing"]
+        if carries_groups(images):
+            why = "X carries them"
+        elif not routed and self.get_metadata_routing().fit.requests.get("groups"):
+            why = "its set_fit_request asks for them: metadata routing is off"
+        else:
+            return
+        warnings.warn(
+            f"{type(self).__name__}.fit got no groups, although {why}. Images of a patient may "
+            f"{' and '.join(risks)}. Pass fit(X, y, groups=...); through a search, call "
+            "sklearn.set_config(enable_metadata_routing=True) and set_fit_request(groups=True) "
+            "first.",
+            stacklevel=2,
+        )
 
     def _best_epoch(
         self, X: Any, y: Any, held: np.ndarray | None, train: TrainingSet

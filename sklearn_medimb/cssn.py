@@ -803,7 +803,7 @@ class CSSNClassifier(BaseImageClassifier):
 
     def _bank(self) -> torch.Tensor:
         """Pooled patches of the supports, on the device of the network."""
-        return torch.tensor(self.support_patches_, device=self.net_.device)
+        return torch.tensor(self.support_patches_, dtype=self.net_.dtype, device=self.net_.device)
 
     # ---------------------------------------------------------------- comparison
 
@@ -822,7 +822,9 @@ class CSSNClassifier(BaseImageClassifier):
         n_supports, n_patches, _ = self.support_patches_.shape
         return queries.split(max(1, self._chunk_elements // (n_supports * n_patches**2)))
 
-    def _scores(self, images: Images, combined: bool | None = None) -> np.ndarray:
+    def _score_function(
+        self, *, in_chunks: bool = True, combined: bool | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """Log similarity, plus the auxiliary classifier's log-probability where it takes part."""
         module, bank = self.net_.module_, self._bank()
         if combined is None:
@@ -842,12 +844,13 @@ class CSSNClassifier(BaseImageClassifier):
 
         def forward(batch: torch.Tensor) -> torch.Tensor:
             encoded = module.encode(batch)
-            scores = torch.cat([log_similarity(part) for part in self._chunks(encoded.patches)])
+            chunks = self._chunks(encoded.patches) if in_chunks else (encoded.patches,)
+            scores = torch.cat([log_similarity(part) for part in chunks])
             if combined:
                 scores = scores + F.log_softmax(module.classifier(encoded.token), dim=1)
             return scores
 
-        return self._map(images, forward).cpu().numpy().astype(np.float64)
+        return forward
 
     def similarity(self, X: Any) -> np.ndarray:
         """Mean probability of being of one class with each class's supports.
@@ -864,7 +867,8 @@ class CSSNClassifier(BaseImageClassifier):
             largest.
         """
         check_is_fitted(self)
-        return np.exp(self._scores(self._read(X), combined=False))
+        forward = self._score_function(combined=False)
+        return np.exp(self._map(self._read(X), forward).cpu().numpy().astype(np.float64))
 
     def compare(self, XA: Any, XB: Any) -> np.ndarray:
         """Probability that the i-th image of `XA` and the i-th of `XB` are of one class.

@@ -16,7 +16,6 @@ from torch import nn
 from sklearn_medimb import losses
 from sklearn_medimb.base import TrainingSet
 from sklearn_medimb.classifier import BaseImageClassifier
-from sklearn_medimb.images import Images
 from sklearn_medimb.losses import LabelLoss, class_weights
 from sklearn_medimb.net import SoftmaxNetwork, Trunk
 
@@ -119,10 +118,9 @@ class OneStageClassifier(BaseImageClassifier):
         mass = self._class_mass(train)
         return {"class_prior_": mass / mass.sum()}
 
-    def _scores(self, images: Images) -> np.ndarray:
-        module = self.net_.module_
-        mapped = self._map(images, lambda batch: module.head(module.features(batch)))
-        logits = mapped.cpu().numpy().astype(np.float64)
+    def _score_function(self, *, in_chunks: bool = True) -> Callable[[torch.Tensor], torch.Tensor]:
+        module, offset = self.net_.module_, torch.zeros(())
         if self.post_hoc_tau:
-            logits -= self.post_hoc_tau * np.log(self.class_prior_)
-        return logits
+            offset = torch.as_tensor(self.post_hoc_tau * np.log(self.class_prior_))
+        offset = offset.to(self.net_.dtype).to(self.net_.device)
+        return lambda batch: module.head(module.features(batch)) - offset

@@ -54,6 +54,27 @@ def group_codes(groups: Any, y: np.ndarray) -> np.ndarray:
         raise ValueError(f"groups must hold numbers or strings, not both: {error}") from error
 
 
+def carries_groups(images: Images) -> bool:
+    """Whether a lazy container, or the data set in it, has `groups`: one entry for each of its own.
+
+    They are only noticed, not used: a container that a split has cut may still carry all of them.
+    """
+    data = images.data
+    owners = (data, getattr(data, "dataset", None)) if images.lazy else ()
+    for owner in owners:
+        groups: Any = getattr(owner, "groups", None)
+        if owner is not None and hasattr(groups, "__len__") and len(groups) == len(owner):
+            return True
+    return False
+
+
+def takes_groups(sampler: Any) -> bool:
+    """Whether a sampler sees images, and minds whose they are."""
+    return (
+        hasattr(sampler, "data_format") and "groups" in signature(sampler.fit_resample).parameters
+    )
+
+
 def validation_split(
     y: np.ndarray,
     fraction: float,
@@ -214,8 +235,7 @@ def resample(
             "arrive: pass that sampler alone."
         )
     if "data_format" in params:
-        takes_groups = "groups" in signature(sampler.fit_resample).parameters
-        metadata = {} if groups is None or not takes_groups else {"groups": groups}
+        metadata = {} if groups is None or not takes_groups(sampler) else {"groups": groups}
         images, labels = _resample_images(sampler, images, rows, labels, metadata)
     elif images.lazy:
         raise ValueError(

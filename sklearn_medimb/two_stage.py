@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
@@ -19,7 +22,7 @@ from sklearn_medimb.classifier import BaseImageClassifier
 from sklearn_medimb.images import Images
 from sklearn_medimb.losses import LabelLoss, class_weights
 from sklearn_medimb.net import Output, SoftmaxNetwork, Trunk
-from sklearn_medimb.rebalance import RebalancedHead, resolve_head
+from sklearn_medimb.rebalance import HEADS, RebalancedHead, resolve_head
 from sklearn_medimb.runtime import one_thread_in_workers
 
 STAGE_ONE, STAGE_TWO = "stage one", "stage two"
@@ -194,6 +197,12 @@ class TwoStageClassifier(BaseImageClassifier):
     def _scores(self, images: Images) -> np.ndarray:
         return head_logits(self.head_, self._features(images))
 
+    def _score_function(self, *, in_chunks: bool = True) -> Callable[[torch.Tensor], torch.Tensor]:
+        """For exported graphs: `_scores` asks the head itself, whatever it is, in float64."""
+        module = self.net_.module_
+        logits = torch_head(self.head_, self.net_.dtype, self.net_.device)
+        return lambda batch: logits(module.features(batch))
+
     # ---------------------------------------------------------------- persistence
 
     @property
@@ -228,6 +237,26 @@ def _of_shape(new: np.ndarray, old: np.ndarray) -> np.ndarray:
             f"{old.shape}."
         )
     return new
+
+
+def torch_head(
+    head: Any, dtype: torch.dtype, device: torch.device | str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`head_logits` as a function of tensors, up to a constant per row; for linear heads only."""
+    if isinstance(head, RebalancedHead):
+        return head.torch_logits(dtype, device)
+    one_vs_rest = getattr(head, "solver", "") == "liblinear" and len(head.classes_) > 2
+    if not isinstance(head, LogisticRegression) or one_vs_rest:
+        raise ValueError(
+            f"The head {head!r} cannot become part of a graph: choose one of {list(HEADS)} or "
+            'LogisticRegression(), for instance by refit_head(X, y, rebalance="crt").'
+        )
+    weight, bias = (
+        torch.tensor(array, dtype=dtype, device=device) for array in (head.coef_, head.intercept_)
+    )
+    if len(head.classes_) == 2:  # one vector, for the log-odds
+        weight, bias = (torch.cat([-part, part]) / 2 for part in (weight, bias))
+    return partial(F.linear, weight=weight, bias=bias)
 
 
 def head_logits(head: Any, features: np.ndarray) -> np.ndarray:

@@ -184,7 +184,7 @@ def _own_params(params: Mapping[str, Any] | None) -> dict[str, Any]:
     if params is not None and not isinstance(params, Mapping):
         raise ValueError(f"params must be a mapping of arguments or None, got {params!r}.")
     own = dict(params or {})
-    if own.get("pretrained"):
+    if own.get("pretrained") or own.get("checkpoint_path"):
         raise ValueError("params: nothing is downloaded; give a local file as weights instead.")
     return own
 

@@ -324,7 +324,7 @@ class _ViT(nn.Module):
                 f"backbone was built for images of {self.spatial} pixels, got {tuple(x.shape[2:])}."
             )
         x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
         return self.norm(self.blocks(self.drop(x)))
 
 

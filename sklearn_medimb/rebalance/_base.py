@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from scipy.special import log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context
 from sklearn.exceptions import ConvergenceWarning
@@ -15,6 +17,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from sklearn_medimb._docs import DocumentationLink
 from sklearn_medimb.losses import class_weights
 from sklearn_medimb.runtime import one_thread_in_workers
 
@@ -40,11 +43,11 @@ class Rows(NamedTuple):
 class Linear(NamedTuple):
     """A linear head: class vectors (K, d), offsets (K,), and the class shares behind it (K,)."""
 
-    coef: np.ndarray
-    intercept: np.ndarray
-    prior: np.ndarray | None = None
+    coef: Any
+    intercept: Any
+    prior: Any = None
 
-    def __call__(self, X: np.ndarray) -> np.ndarray:
+    def __call__(self, X: Any) -> Any:
         """Class scores, shape (n, K)."""
         return X @ self.coef.T + self.intercept
 
@@ -97,7 +100,7 @@ def softmax_regression(rows: Rows, alpha: float) -> tuple[Linear, int]:
     return scale.undo(Linear(coef, intercept)), int(model.n_iter_.max())
 
 
-class RebalancedHead(ClassifierMixin, BaseEstimator):
+class RebalancedHead(DocumentationLink, ClassifierMixin, BaseEstimator):
     """Common ground of the heads: validation, decision, probabilities."""
 
     coef_: np.ndarray
@@ -215,8 +218,31 @@ class RebalancedHead(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         return self._logits(validate_data(self, X, reset=False, dtype=np.float64))
 
-    def _logits(self, X: np.ndarray) -> np.ndarray:
-        return Linear(self.coef_, self.intercept_)(X)
+    def _logits(self, X: Any, head: Linear | None = None) -> Any:
+        """Logits of validated features, of NumPy or torch as `head` is."""
+        return (head or Linear(self.coef_, self.intercept_))(X)
+
+    def torch_logits(
+        self, dtype: torch.dtype, device: torch.device | str
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """`logits` as a function of tensors, for networks that end in this head.
+
+        Parameters
+        ----------
+        dtype : torch.dtype
+            Of the features and of the arithmetic.
+        device : torch.device or str
+            Where the features are.
+
+        Returns
+        -------
+        logits : callable
+            Features (n, n_features) to logits (n, n_classes); nothing is validated.
+        """
+        check_is_fitted(self)
+        arrays = (self.coef_, self.intercept_)
+        head = Linear(*(torch.tensor(array, dtype=dtype, device=device) for array in arrays))
+        return lambda features: self._logits(features, head)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Class scores on a log scale.

@@ -180,8 +180,8 @@ class NearestClassMean(RebalancedHead):
         means = members.T @ rows.X / rows.prior[:, np.newaxis]
         return Linear(_unit(means) / self.temperature, np.zeros(rows.n_classes))
 
-    def _logits(self, X: np.ndarray) -> np.ndarray:
-        return super()._logits(_unit(X))
+    def _logits(self, X: Any, head: Linear | None = None) -> Any:
+        return super()._logits(_unit(X), head)
 
 
 @documented
@@ -255,7 +255,7 @@ class BalancedSoftmax(RebalancedHead):
         return Linear(head.coef, head.intercept + np.log(cost / rows.prior))
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Vectors of length 1; zero stays zero."""
-    norm = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(norm > 0, norm, 1)
+def _unit(vectors: Any) -> Any:
+    """Vectors of length 1, of NumPy or torch; zero stays zero."""
+    norm = (vectors * vectors).sum(axis=1, keepdims=True) ** 0.5
+    return vectors / (norm + (norm == 0))

@@ -1,0 +1,143 @@
+"""Predictions without this package: classifiers as ONNX graphs.
+
+>>> from sklearn_medimb.onnx import export_onnx
+>>> export_onnx(classifier, "classifier.onnx")  # doctest: +SKIP
+>>> session = onnxruntime.InferenceSession("classifier.onnx")  # doctest: +SKIP
+>>> (proba,) = session.run(None, {"images": X.astype("float32")})  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+
+import sklearn_medimb
+from sklearn_medimb.batches import Preprocessor
+from sklearn_medimb.classifier import BaseImageClassifier
+
+
+def export_onnx(classifier: Any, path: str | os.PathLike[str]) -> None:
+    """Write what ``predict_proba`` computes as an ONNX graph.
+
+    The graph has one input and one output:
+
+    - "images", float32 of shape (n, C, *spatial), or (n, d) for vectors, any n: pixel values on
+      the scale of the training images, not normalised. Of a classifier fitted to uint8 images they
+      count from 0 to 255. Pairs (``reference="paired"`` of CSSN) lie in the channels, (n, 2 C,
+      *spatial). Flattened images, and those with the channels last, are to be brought to that
+      shape.
+    - "probabilities", float32 of shape (n, n_classes), in the order of ``classes_``.
+
+    Its metadata hold JSON texts: "classes", "image_shape" (C, *spatial), "pixels" ("0 to 255" or
+    "as in training"), "estimator" and "sklearn_medimb", the version.
+
+    Parameters
+    ----------
+    classifier : classifier of this package
+        Fitted. A head of stage two must be one of :mod:`sklearn_medimb.rebalance` or a
+        ``LogisticRegression``.
+    path : str or path-like
+        File to write; an older one is replaced when the new one is complete.
+
+    Raises
+    ------
+    TypeError
+        If it is no image classifier.
+    sklearn.exceptions.NotFittedError
+        If it is not fitted.
+    ValueError
+        If its head cannot become part of a graph, or its backbone only for one number of images.
+    ImportError
+        If onnx or onnxscript is not installed.
+
+    See Also
+    --------
+    sklearn_medimb.persistence.save : A file from which the estimator itself comes back.
+
+    Notes
+    -----
+    The graph computes in float32. Where ``predict_proba`` runs the backbone in bfloat16 the two
+    agree to about two digits, else to five or more. The support bank of CSSN is part of the graph.
+    """
+    try:
+        import onnx
+        import onnxscript  # noqa: F401  (torch's exporter is written in it)
+    except ImportError as error:
+        raise ImportError(
+            'ONNX files need the packages onnx and onnxscript: pip install "sklearn_medimb[onnx]".'
+        ) from error
+    if not isinstance(classifier, BaseImageClassifier):
+        raise TypeError(f"{type(classifier).__name__} is no image classifier of sklearn_medimb.")
+    check_is_fitted(classifier)
+    graph = _Graph(_on_cpu(classifier)).eval()
+    blank = torch.zeros(2, *classifier.image_shape_)
+    with warnings.catch_warnings():  # of torch to its own developers
+        warnings.simplefilter("ignore")
+        program: Any = torch.onnx.export(
+            graph,
+            (blank,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes={"images": {0: torch.export.Dim("n")}},
+            verbose=False,
+        )
+    model = program.model_proto
+    if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:
+        raise ValueError(
+            "The backbone makes a graph for one number of images only: where it takes len(x), it "
+            "must take x.shape[0]."
+        )
+    facts = {
+        "classes": classifier.classes_.tolist(),
+        "image_shape": list(classifier.image_shape_),
+        "pixels": "0 to 255" if classifier.pixel_range_ == "uint8" else "as in training",
+        "estimator": type(classifier).__name__,
+        "sklearn_medimb": sklearn_medimb.__version__,
+    }
+    onnx.helper.set_model_props(model, {name: json.dumps(fact) for name, fact in facts.items()})
+    onnx.checker.check_model(model)
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        onnx.save(model, draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+class _Graph(nn.Module):
+    """From pixels to class probabilities."""
+
+    def __init__(self, classifier: Any) -> None:
+        super().__init__()
+        net = classifier.net_
+        self.network = net.module_  # so that its weights belong to the graph
+        self.prepare = Preprocessor(
+            classifier.pixel_mean_,
+            classifier.pixel_std_,
+            dtype=net.dtype,
+            device=torch.device("cpu"),
+        )
+        self.divisor = 255.0 if classifier.pixel_range_ == "uint8" else 1.0
+        self.scores = classifier._score_function(in_chunks=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Probabilities (n, n_classes) of images (n, C, *spatial)."""
+        images = images.to(self.prepare.dtype) / self.divisor
+        return self.scores(self.prepare.normalise(images)).softmax(dim=1).float()
+
+
+def _on_cpu(classifier: Any) -> Any:
+    """Copy of a fitted classifier on the CPU, uncompiled, in float32."""
+    state = classifier.__getstate__()
+    copied = object.__new__(type(classifier))
+    copied.__setstate__({**state, "device": "cpu", "compile": False, "precision": "float32"})
+    return copied
