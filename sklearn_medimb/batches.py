@@ -388,7 +388,7 @@ class Batches:
     def _resident_copy(self) -> torch.Tensor | None:
         """All training rows on the accelerator, in their stored dtype, where they fit."""
         device = self.preprocess.device
-        if device.type != "cuda" or self.images.lazy:
+        if device.type != "cuda" or not self.images.in_blocks:
             return None
         n_bytes = (
             len(self.rows) * int(np.prod(self.images.image_shape)) * self.images.dtype.itemsize

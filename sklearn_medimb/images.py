@@ -11,7 +11,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -198,6 +201,7 @@ class Images:
         self.layout = layout
         self.dtype = dtype
         self.lazy = not isinstance(data, np.ndarray)
+        self.in_blocks = isinstance(data, (np.ndarray, MappedImages))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -209,10 +213,12 @@ class Images:
 
     def rows(self, rows: np.ndarray) -> torch.Tensor:
         """Read some rows: a CPU tensor ``(n, C, *spatial)`` in the stored dtype."""
-        if not self.lazy:
+        if self.in_blocks:
             # A block copy: NumPy's take is faster here than torch's fancy indexing, and the copy is
             # writable even where the caller's array is a read-only memory map.
             block = self.data.take(rows, axis=0)
+            if self.lazy:
+                block = _cast(block, self.dtype, names=rows)
         else:
             images = [self._announced(_one_image(self.data, int(row)), row) for row in rows]
             block = _cast(np.stack(images), self.dtype, names=rows)
@@ -267,7 +273,39 @@ class ExtendedImages:
         return self.data[int(rows)] if rows < n else self.extra[rows - n]
 
 
-class DatasetImages:
+class _ImageRows:
+    """Some rows of a source of images, in some order."""
+
+    rows: np.ndarray
+    dtype: np.dtype
+    _image_shape: tuple[int, ...]
+
+    def _read(self, row: int) -> np.ndarray:
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole, as if it were an array."""
+        return (len(self.rows), *self._image_shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the whole."""
+        return len(self.shape)
+
+    def __getitem__(self, key: Any) -> Any:
+        rows = self.rows[_row_key(key)]
+        if np.ndim(rows):
+            subset = copy(self)
+            subset.rows = rows
+            return subset
+        return self._read(int(rows))
+
+
+class DatasetImages(_ImageRows):
     """The images of a torch data set, read on demand: an ``X`` for every estimator.
 
     An item is an image (array, tensor, PIL image), a tuple or list that begins with one, or a
@@ -326,26 +364,8 @@ class DatasetImages:
         self.dtype = first.dtype
         self._image_shape = first.shape
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the whole, as if it were an array."""
-        return (len(self.rows), *self._image_shape)
-
-    @property
-    def ndim(self) -> int:
-        """Number of axes of the whole."""
-        return len(self.shape)
-
-    def __getitem__(self, key: Any) -> Any:
-        rows = self.rows[_row_key(key)]
-        if np.ndim(rows):
-            subset = copy(self)
-            subset.rows = rows
-            return subset
-        item = self.dataset[int(rows)]
+    def _read(self, row: int) -> np.ndarray:
+        item = self.dataset[row]
         if isinstance(item, Mapping):
             item = item.get("image")
         elif isinstance(item, (tuple, list)) and len(item):
@@ -356,6 +376,88 @@ class DatasetImages:
                 f'"image"; the place of the image holds {type(item).__name__}'
             )
         return np.asarray(_from_torch(item))
+
+
+class MappedImages(_ImageRows):
+    """The images of a ``.npy`` file, left on disk and read batch by batch: an ``X`` for every tool.
+
+    A selection of rows, as cross-validation makes it, copies nothing, and what travels to another
+    process is the path: all workers of a search share the pages of one file. Machines of a cluster
+    need the file at the same place.
+
+    ``X[i]`` reads an image; a slice, mask or index array gives a further container.
+
+    Parameters
+    ----------
+    path : path-like
+        File that ``numpy.save`` wrote, of an array of n images: at least three axes.
+
+    Attributes
+    ----------
+    rows : ndarray of int
+        The rows of the file that are the images, in this order.
+    dtype : numpy.dtype
+        That of the file.
+
+    Raises
+    ------
+    ValueError
+        If the file holds no array of images.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib, numpy as np
+    >>> from sklearn_medimb.datasets import MappedImages
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "images.npy"
+    >>> np.save(path, np.zeros((5, 3, 8, 8), dtype=np.uint8))
+    >>> X = MappedImages(path)
+    >>> X.shape, X[[0, 2]].shape
+    ((5, 3, 8, 8), (2, 3, 8, 8))
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        try:
+            array = self._array
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{str(self.path)!r} is no .npy file of images: {error}") from error
+        if array.ndim < 3 or not len(array):
+            raise ValueError(
+                f"{str(self.path)!r} holds an array of shape {array.shape}, not images: (n, H, W), "
+                "(n, C, H, W), ..."
+            )
+        self.rows = np.arange(len(array))
+        self.dtype = array.dtype
+        self._image_shape = array.shape[1:]
+
+    @cached_property
+    def _array(self) -> np.ndarray:
+        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_array"}
+
+    def take(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
+        """Read several images at once.
+
+        Parameters
+        ----------
+        rows : ndarray of int
+            Which of the images.
+        axis : {0}
+            As in NumPy.
+
+        Returns
+        -------
+        images : ndarray of shape (len(rows), ...)
+            A copy, in memory.
+        """
+        if axis != 0:
+            raise ValueError(f"axis={axis}: images are taken along axis 0.")
+        return np.asarray(self._array.take(self.rows[rows], axis=0))
+
+    def _read(self, row: int) -> np.ndarray:
+        return np.asarray(self._array[row])
 
 
 def wrap_dataset(X: Any) -> Any:
@@ -519,15 +621,14 @@ def check_pixel_range(estimator: Any, images: Images, *, reset: bool) -> None:
     """Refuse images that are 255 times brighter or darker than those of ``fit``.
 
     uint8 is divided by 255, floats are taken as they are: one may follow the other only where the
-    floats are on the scale [0, 1]. `pixel_range_` is "uint8", the largest float, or None where it
+    floats are on the scale [0, 1]. `pixel_range_` is "uint8", the largest float, or None where that
     does not matter (feature vectors) or is unknown (floats in a lazy container).
     """
     pixels: str | float | None = None
-    if len(images.image_shape) > 1:
-        if images.dtype == np.uint8:
-            pixels = "uint8"
-        elif not images.lazy:
-            pixels = float(images.data.max())
+    if images.dtype == np.uint8:
+        pixels = "uint8"
+    elif len(images.image_shape) > 1 and not images.lazy:
+        pixels = float(images.data.max())
     if reset:
         estimator.pixel_range_ = pixels
         return
