@@ -1,8 +1,16 @@
-"""Text of the constructor parameters and attributes that classifiers and encoders share."""
+"""Text of the parameters and attributes that estimators share, and where their pages are."""
 
 from __future__ import annotations
 
 from typing import TypeVar
+
+
+class DocumentationLink:
+    """Where the HTML representation of an estimator links to."""
+
+    _doc_link_module = "sklearn_medimb"
+    _doc_link_template = "https://sklearn-medimb.readthedocs.io/{estimator_module}.{estimator_name}"
+
 
 _BACKBONE = """\
 backbone : str, Backbone, nn.Module or class, default="auto"
@@ -64,8 +72,9 @@ n_iter_no_change : int, default=10
 scoring : str or callable, default="balanced_accuracy"
         scikit-learn scorer for early stopping.""",
     "callbacks": """\
-callbacks : list of skorch callbacks or None, default=None
-        Cloned before use.""",
+callbacks : str, list or None, default=None
+        skorch callbacks, cloned before use, and names: "tensorboard" writes each fit below
+        ``runs/``, "mlflow" logs it as a run of the tracking server that is set.""",
     "checkpoint_dir": """\
 checkpoint_dir : path-like or None, default=None
         Write the state after each epoch. After a crash, ``fit`` with the same parameters and data

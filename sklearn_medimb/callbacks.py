@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 import sys
+import uuid
 from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
-from skorch.callbacks import Callback
+from sklearn.base import clone
+from skorch.callbacks import Callback, MlflowLogger, TensorBoard
 
 from sklearn_medimb.checkpoint import Checkpoint
+from sklearn_medimb.distributed import is_main
 
 
 class ProgressBar(Callback):
@@ -43,6 +48,100 @@ class ProgressBar(Callback):
         """Close the bar, also when training failed."""
         if hasattr(self, "bar_"):
             self.bar_.close()
+
+
+class RunLogger(Callback):
+    """One of skorch's loggers by name, opened when training begins: each fit is a run of its own.
+
+    Parameters
+    ----------
+    name : {"tensorboard", "mlflow"}
+        TensorBoard writes below ``runs/`` in the working directory; MLflow to the tracking server
+        and experiment that are set, with the estimator's parameters.
+    estimator : estimator
+        What is trained.
+    """
+
+    may_stop = False
+
+    def __init__(self, name: str, estimator: Any) -> None:
+        self.name = name
+        self.estimator = estimator
+
+    def on_train_begin(self, net: Any, **kwargs: Any) -> None:
+        """Open the run; later courses of the same fit go on with it."""
+        if not hasattr(self, "logger_"):
+            logger = LOGGERS[self.name](self.estimator)
+            logger.set_params(keys_ignored="stage")  # a text
+            self.logger_ = logger.initialize()
+        self.logger_.on_train_begin(net, **kwargs)
+
+    def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
+        """Log the numbers of the epoch."""
+        self.logger_.on_epoch_end(net, **kwargs)
+
+    def on_train_end(self, net: Any, **kwargs: Any) -> None:
+        """Write everything out."""
+        self.logger_.on_train_end(net, **kwargs)
+
+
+def _tensorboard(estimator: Any) -> Callback:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError('callbacks="tensorboard" needs: pip install tensorboard') from error
+    now = datetime.now().astimezone()
+    name = f"{type(estimator).__name__}-{now:%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
+    return TensorBoard(SummaryWriter(str(Path("runs") / name)))
+
+
+def _mlflow(estimator: Any) -> Callback:
+    try:
+        import mlflow
+    except ImportError as error:
+        raise ImportError('callbacks="mlflow" needs: pip install mlflow') from error
+    name = type(estimator).__name__
+    run = mlflow.start_run(run_name=name, nested=mlflow.active_run() is not None)
+    mlflow.log_params({k: str(v)[:500] for k, v in estimator.get_params(deep=False).items()})
+    mlflow.end_run("RUNNING")  # no longer the one that the caller's own calls go to
+    return MlflowLogger(run, create_artifact=False)
+
+
+LOGGERS: dict[str, Callable[[Any], Callback]] = {"tensorboard": _tensorboard, "mlflow": _mlflow}
+
+
+def resolve_callbacks(given: str | list[Any] | None, estimator: Any) -> list[Callback]:
+    """Turn ``callbacks=`` into fresh callbacks for one fit.
+
+    Parameters
+    ----------
+    given : str, list of str and callbacks, or None
+        Names are those of `LOGGERS`; callbacks are cloned.
+    estimator : estimator
+        What is about to be trained.
+
+    Raises
+    ------
+    ValueError
+        If a name is not known.
+    TypeError
+        If something else is no callback of skorch.
+    """
+    made: list[Callback] = []
+    for item in [given] if isinstance(given, str) else given or []:
+        if isinstance(item, str):
+            if item not in LOGGERS:
+                raise ValueError(f"callbacks={item!r} must be one of {sorted(LOGGERS)}.")
+            if is_main():  # one of several processes writes
+                made.append(RunLogger(item, estimator))
+            continue
+        callback = clone(item, safe=False)
+        if not isinstance(callback, Callback):
+            raise TypeError(
+                f"callbacks must hold names or instances of skorch.callbacks.Callback: {item!r}."
+            )
+        made.append(callback)
+    return made
 
 
 class BestEpoch(Callback):
