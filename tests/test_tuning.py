@@ -6,8 +6,12 @@ import copy
 import math
 import os
 import pickle
+import shutil
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -438,6 +442,7 @@ def test_optuna_search_cv_alone_and_through_a_pipeline(vectors):
 STORAGES = {
     "sqlite": lambda folder: f"sqlite:///{folder / 'study.db'}",
     "journal": lambda folder: JournalStorage(JournalFileBackend(str(folder / "study.log"))),
+    "postgresql": lambda folder: (folder / "url").read_text(),
 }
 
 N_EACH = 5
@@ -479,10 +484,49 @@ def open_study(kind, folder):
     )  # fmt: skip
 
 
+@contextmanager
+def postgresql_server():
+    """A PostgreSQL server of our own, behind a socket in a temporary folder; gives its URL."""
+    pytest.importorskip("psycopg2", reason="needs a driver: pip install psycopg2-binary")
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if os.name == "posix" else []
+    where = os.pathsep.join([*map(str, reversed(found)), os.environ.get("PATH", "")])
+    initdb, pg_ctl = shutil.which("initdb", path=where), shutil.which("pg_ctl", path=where)
+    if initdb is None or pg_ctl is None:
+        pytest.skip("needs PostgreSQL's initdb and pg_ctl")
+    with tempfile.TemporaryDirectory() as folder:
+        as_user = {}
+        if os.getuid() == 0:  # PostgreSQL refuses to run as root
+            as_user = {"user": "nobody", "cwd": "/"}
+            shutil.chown(folder, "nobody")
+        data = f"{folder}/data"
+
+        def run(*command):
+            done = subprocess.run(command, capture_output=True, text=True, **as_user)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+        run(initdb, "-D", data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync")
+        options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
+        run(pg_ctl, "-D", data, "-w", "-l", f"{folder}/log", "-o", options, "start")
+        try:
+            yield f"postgresql+psycopg2://postgres@/postgres?host={folder}"
+        finally:
+            run(pg_ctl, "-D", data, "-m", "immediate", "stop")
+
+
+@pytest.fixture
+def shared_folder(kind, tmp_path):
+    if kind != "postgresql":
+        yield tmp_path
+        return
+    with postgresql_server() as url:
+        (tmp_path / "url").write_text(url)
+        yield tmp_path
+
+
 @pytest.mark.parametrize("kind", STORAGES)
-def test_two_processes_share_a_study_and_one_killed_loses_nothing(kind, tmp_path):
-    study = open_study(kind, tmp_path)
-    command = [sys.executable, "-W", "ignore", "-c", WORKER, kind, tmp_path]
+def test_two_processes_share_a_study_and_one_killed_loses_nothing(kind, shared_folder):
+    study = open_study(kind, shared_folder)
+    command = [sys.executable, "-W", "ignore", "-c", WORKER, kind, shared_folder]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
         try:
             assert worker.stdout.readline() == "begins\n"
@@ -499,13 +543,13 @@ def test_two_processes_share_a_study_and_one_killed_loses_nothing(kind, tmp_path
     assert processes.count(worker.pid) == len(finished) - N_EACH >= N_EACH
     assert len({trial.params["lr"] for trial in finished}) == len(finished)
 
-    resumed = open_study(kind, tmp_path)
+    resumed = open_study(kind, shared_folder)
     (interrupted,) = resumed.get_trials(states=[TrialState.RUNNING])
     resumed.tell(interrupted.number, state=TrialState.FAIL)
     resumed.enqueue_trial(interrupted.params)
     resumed.optimize(objective, callbacks=[MaxTrialsCallback(len(finished) + 3)])
 
-    after = open_study(kind, tmp_path).trials
+    after = open_study(kind, shared_folder).trials
     assert [trial.number for trial in after] == list(range(len(shared) + 3))
     complete = [trial for trial in after if trial.state is TrialState.COMPLETE]
     assert [trial for trial in complete if trial.number < len(shared)] == finished
