@@ -30,6 +30,8 @@ PRINTED = {
     "pretraining": ["images have a label", "AMIMV + head", "SimCLR + head", "CSSN from AMIMV"],
     "token_mixup": ["tail recall", "balanced batches", "SPMix + GPaCo"],
     "spmix_gallery": ["share of the base: 0.5", "to 0.80"],
+    "deployment": ["predictions after load equal: True", "is refused", "same classes as here: 100%"],
+    "many_machines": ["best of 4", "balanced accuracy"],
     "patient_groups": [
         "folds that cut patients", "validation split of whole patients",
         "nested search, groups routed", "new patients",

@@ -1,0 +1,66 @@
+"""One script, from one core to several machines.
+
+Alone, it searches in this process. With ``--dask`` the search runs on a Dask cluster: two workers
+on this machine, or those of a scheduler; the images stay in a file that the workers share, so that
+what travels with a task is a path. Under ``torchrun`` several processes train one network, each
+encoding its share of every batch, on a GPU of its own where there are GPUs::
+
+    python examples/many_machines.py
+    python examples/many_machines.py --dask
+    python examples/many_machines.py --dask tcp://scheduler:8786
+    torchrun --nproc-per-node 2 examples/many_machines.py --fit
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import joblib
+import numpy as np
+from sklearn.model_selection import GridSearchCV
+
+from sklearn_medimb import SoftmaxClassifier
+from sklearn_medimb.backbones import ConvNet
+from sklearn_medimb.datasets import MappedImages, make_lesions
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dask", nargs="?", const="local", help="address of a scheduler")
+    parser.add_argument("--fit", action="store_true", help="one fit instead of a search")
+    args = parser.parse_args()
+
+    data = make_lesions([120, 60, 40], image_size=32, difficulty=0.0, random_state=0)
+    clf = SoftmaxClassifier(ConvNet((16, 32)), max_epochs=15, random_state=0)
+    if args.fit:
+        clf.fit(data.images, data.target)
+        rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        print(f"process {rank} of {size}: last loss {clf.history_[-1]['train_loss']:.6f}")
+        return
+
+    grid = {"lr": [1e-3, 3e-3], "loss": ["cross_entropy", "logit_adjusted"]}
+    search = GridSearchCV(clf, grid, cv=3, scoring="balanced_accuracy")
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        np.save(folder / "images.npy", data.images)
+        if args.dask:
+            from distributed import Client
+
+            local = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
+            client = Client(**local) if args.dask == "local" else Client(args.dask)
+            stack.enter_context(client)
+            stack.enter_context(joblib.parallel_config("dask"))
+        start = time.perf_counter()
+        search.fit(MappedImages(folder / "images.npy"), data.target)
+    took = time.perf_counter() - start
+    print(f"best of {len(search.cv_results_['params'])}: {search.best_params_}")
+    print(f"balanced accuracy {search.best_score_:.3f}, {took:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
