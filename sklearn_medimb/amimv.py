@@ -84,7 +84,7 @@ def thresholded_contrastive(
     kept = ((cosine - 1) / temperature).exp()  # over exp(1 / T), which cancels
     if thresholds is not None:
         low, high = thresholds
-        strength = cosine.abs()
+        strength = cosine.abs().clamp(max=1)  # cosines round above it
         kept = kept * ((strength >= low) & (strength <= high))
     positive = kept.diagonal(n // 2).repeat(2)  # S is symmetric
     if exact_mimv:
@@ -201,7 +201,8 @@ class AMIMVEncoder(BaseImageEncoder):
     {encoder_attributes}
 
     n_skipped_steps_ : int
-        Steps in which the thresholds left no positive pair, so that nothing was learned.
+        Steps in which the thresholds left no positive pair: the loss had no gradient, and only
+        momentum and weight decay moved the weights.
 
     See Also
     --------

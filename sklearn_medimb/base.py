@@ -274,7 +274,8 @@ class BaseImageEstimator(
                 if fresh:
                     self._normalise(train)
                 self.net_ = self._make_net(device, previous)
-                memory.enter_context(turn(device, lambda: self._training_bytes(train)))
+                if distributed.world_size() == 1:  # a launcher has given the others their GPUs
+                    memory.enter_context(turn(device, lambda: self._training_bytes(train)))
                 common = {
                     "preprocess": self._preprocessor(),
                     "views": self._views(),

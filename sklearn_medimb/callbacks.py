@@ -14,7 +14,7 @@ from sklearn.base import clone
 from skorch.callbacks import Callback, MlflowLogger, TensorBoard
 
 from sklearn_medimb.checkpoint import Checkpoint
-from sklearn_medimb.distributed import is_main
+from sklearn_medimb.distributed import is_main, of_main
 
 
 class ProgressBar(Callback):
@@ -174,7 +174,7 @@ class BestEpoch(Callback):
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
         """Score, record, remember."""
-        score = self.score()
+        score = of_main(self.score())
         net.history.record("valid_score", score)
         self.n_stale = 0 if score > self.best_score else self.n_stale + 1
         if score >= self.best_score:

@@ -463,7 +463,7 @@ class CSSNClassifier(BaseImageClassifier):
     nothing that we could measure; `published` has it as it was. On real images CSSN was ahead of
     plain cross-entropy and level with the same network under oversampling, class weights or logit
     adjustment: compare them (README). Label-free pre-training on the same images (`pretrain`) did
-    not help either: the same time is better spent on `max_epochs`.
+    not help either: with time to spare, raise `max_epochs`.
     Probabilities are shares of similarity, not calibrated. There is no ``sample_weight`` and no
     ``class_weight``: batches and supports are balanced by class. There is no ``partial_fit``: the
     support bank needs all classes' images at once; ``warm_start`` goes on from present weights.

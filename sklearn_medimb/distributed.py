@@ -88,6 +88,15 @@ def agree(seed: int, *data: np.ndarray | None) -> int:
     return seen[0][0]
 
 
+def of_main(number: float) -> float:
+    """The first process's value of a number on which a decision rests, lest they part ways."""
+    if world_size() == 1:
+        return number
+    values: list[Any] = [number]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 class _Gather(torch.autograd.Function):
     """Rows of all processes, in order of rank.
 

@@ -402,7 +402,7 @@ class Net(NeuralNet):
         distributed.average_buffers(self.module_)
         distributed.average_buffers(self.criterion_)
         for name, total in totals.items():
-            self.history.record(f"{prefix}_{name}", float(total) / count)
+            self.history.record(f"{prefix}_{name}", distributed.of_main(float(total) / count))
         loss = self.history[-1, f"{prefix}_loss"]
         if not math.isfinite(loss):
             raise ValueError(

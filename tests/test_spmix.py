@@ -1295,12 +1295,23 @@ def test_a_resumed_fit_equals_an_undisturbed_one(params, blobs, tmp_path):
 
 
 def test_warm_start_goes_on_with_mixing(blobs):
+    """With the weights, the projector, and the keys in the queue."""
     X, y = blobs
-    clf = small(**CONTRAST, warm_start=True, key_momentum=0.9).fit(X, y)
-    first = clf.history_[-1]["train_loss"]
+    starts = []
+
+    class Look(Callback):
+        def on_train_begin(self, net, **kwargs):
+            starts.append(copy.deepcopy((net.criterion_.state_dict(), net.module_.state_dict())))
+
+    clf = small(**CONTRAST, warm_start=True, key_momentum=0.9, callbacks=[Look()]).fit(X, y)
+    learned, weights = copy.deepcopy((clf.net_.criterion_.state_dict(), clf._network_weights()))
     clf.fit(X, y)
     assert clf.n_iter_ == 4
-    assert clf.history_[-1]["train_loss"] < first
+    assert starts[1][0]["queue._extra_state"] == learned["queue._extra_state"] != {"n_seen": 0}
+    for name in ("queue.keys", "projector.0.weight", "predictor.0.weight"):
+        torch.testing.assert_close(starts[1][0][name], learned[name], rtol=0, atol=1e-6)
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(starts[1][1][name].numpy(), weight)
 
 
 @pytest.mark.parametrize(
