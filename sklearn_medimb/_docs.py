@@ -26,7 +26,9 @@ pretrain : str, encoder or None, default=None
         Label-free training of the backbone before the rest, on the same images: "amimv", "simclr",
         "moco", "byol", "simsiam", "barlow_twins", "vicreg", or an :class:`AMIMVEncoder` or
         :class:`SSLEncoder`, which lends its parameters (but for backbone, device and input); a
-        fitted one is the start, as in `backbone`. Only a first ``fit`` pre-trains."""
+        fitted one is the start, as in `backbone`. Only a first ``fit`` pre-trains. It takes as long
+        as the encoder's own `max_epochs` says, by default about 600 steps, often more than all the
+        rest: ``pretrain=SSLEncoder("simclr", max_epochs=20)`` is shorter."""
 
 _PRETRAIN_AMIMV = """\
 pretrain : str, encoder or None, default="amimv"

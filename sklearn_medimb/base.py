@@ -40,7 +40,7 @@ from sklearn_medimb.callbacks import (
     StopWhenAsked,
     resolve_callbacks,
 )
-from sklearn_medimb.checkpoint import Checkpoint, fingerprint, plain
+from sklearn_medimb.checkpoint import Checkpoint, data_digest, fingerprint, plain
 from sklearn_medimb.gpu_queue import turn
 from sklearn_medimb.images import (
     INPUT_CONSTRAINTS,
@@ -52,6 +52,7 @@ from sklearn_medimb.images import (
 from sklearn_medimb.net import SCHEDULES, Net, Trunk
 from sklearn_medimb.runtime import (
     inference_block,
+    is_out_of_memory,
     one_thread_in_workers,
     resolve_device,
     resolve_precision,
@@ -264,7 +265,8 @@ class BaseImageEstimator(
                 seed = checkpoint.seed
             elif previous is not None:  # further training must not repeat the first one's draws
                 seed = _mixed(seed, len(previous.history))
-            seed = distributed.agree(seed, data.images.data.shape, *labels)
+            if distributed.world_size() > 1:
+                seed = distributed.agree(seed, data_digest(data.images, *labels))
             rng = np.random.default_rng(seed)
             generator = torch.Generator(device).manual_seed(seed)
             self.random_seed_ = seed
@@ -296,7 +298,7 @@ class BaseImageEstimator(
                 optimizer = previous.optimizer_state("constant") if partial and previous else None
                 self._train(stages, best, checkpoint, reporter, optimizer)
                 self._set_fitted(self._inference_state(train))
-                if checkpoint is not None and self.net_.complete and distributed.is_main():
+                if checkpoint is not None and self.net_.complete:
                     checkpoint.remove()
                 if reporter is not None:
                     reporter.finish()
@@ -357,6 +359,8 @@ class BaseImageEstimator(
             start_from: Any = getattr(stage.criterion, "start_from", None)
             if start_from is not None:
                 start_from(net.module_)
+            distributed.share_weights(net.module_)
+            distributed.share_weights(net.criterion_)
             n_steps = stage.n_epochs * stage.steps_per_epoch
             net.start_schedule(stage.lr_schedule, n_steps, stage.lr, stage.optimizer)
             if optimizer is not None:
@@ -517,11 +521,17 @@ class BaseImageEstimator(
             # Matrix products of other sizes round otherwise: with whole blocks only, the result
             # for one row of vectors does not depend on the rows beside it.
             rows = np.pad(rows, (0, -n % block), mode="edge")
+        parts: list[torch.Tensor] = []
+        done = 0
         with torch.inference_mode(), one_thread_in_workers():
-            parts = [
-                forward(prepare(images.rows(rows[start : start + block])))
-                for start in range(0, len(rows), block)
-            ]
+            while done < len(rows):
+                try:
+                    parts.append(forward(prepare(images.rows(rows[done : done + block]))))
+                    done += block
+                except RuntimeError as error:
+                    if not is_out_of_memory(error) or block == 1:
+                        raise
+                    block //= 2
         return torch.cat(parts)[:n]
 
     def transform(self, X: Any) -> np.ndarray:

@@ -84,6 +84,14 @@ class RunLogger(Callback):
         """Write everything out."""
         self.logger_.on_train_end(net, **kwargs)
 
+    def fail(self) -> None:
+        """End the run of a fit that raised."""
+        logger = getattr(self, "logger_", None)
+        if isinstance(logger, MlflowLogger):
+            logger.client_.set_terminated(logger.run_.info.run_id, "FAILED")
+        elif logger is not None:
+            logger.writer.close()
+
 
 def _tensorboard(estimator: Any) -> Callback:
     try:

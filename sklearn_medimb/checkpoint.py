@@ -14,6 +14,7 @@ import torch
 from skorch.callbacks import Callback
 from skorch.history import History
 
+from sklearn_medimb.distributed import by_main
 from sklearn_medimb.images import Images
 
 FORMAT = 2
@@ -29,8 +30,7 @@ def fingerprint(
     """Digest of what a fit depends on: class, parameters, device, start weights, training data.
 
     Parameters that do not change the result (`verbose`, `checkpoint_dir`, ``callbacks``) are left
-    out; so is the seed where it is unset: the checkpoint itself carries it. Of large arrays and
-    lazy containers an even selection of rows is read.
+    out; so is the seed where it is unset: the checkpoint itself carries it.
 
     Parameters
     ----------
@@ -53,9 +53,29 @@ def fingerprint(
             digest.update(f"{name}={_describe(value)};".encode())
     for name, array in start.items():
         digest.update(name.encode() + array.tobytes())
+    digest.update(data_digest(images, *labels).encode())
+    return digest.hexdigest()
+
+
+def data_digest(images: Images, *labels: np.ndarray | None) -> str:
+    """Digest of training data.
+
+    Of large arrays and lazy containers an even selection of rows is read; which rows of its source
+    a container holds counts too.
+
+    Parameters
+    ----------
+    images : Images
+        Training images.
+    *labels : ndarray or None
+        Classes, weights and groups of the rows.
+    """
+    digest = hashlib.blake2b(digest_size=16)
     digest.update(repr((images.data.shape, images.layout, images.dtype)).encode())
+    if images.lazy:
+        digest.update(np.asarray(getattr(images.data, "rows", ())).tobytes())
     row_bytes = int(np.prod(images.image_shape)) * images.dtype.itemsize
-    n_rows = 16 if images.lazy else max(1, 2**26 // row_bytes)
+    n_rows = max(1, 2**26 // row_bytes) if images.in_blocks else 16
     rows = np.unique(np.linspace(0, len(images) - 1, n_rows).astype(int))
     for part in np.array_split(rows, -(-len(rows) // 256)):
         digest.update(images.rows(part).contiguous().numpy().tobytes())
@@ -105,11 +125,17 @@ class Checkpoint(Callback):
     def open(self) -> Checkpoint:
         """Make the directory, and read what an interrupted fit left there.
 
+        Of several processes that train together the first one does both, and tells the others.
+
         Raises
         ------
         ValueError
             If the file is damaged or was written by another fit.
         """
+        self.state = by_main(self._read)
+        return self
+
+    def _read(self) -> dict[str, Any] | None:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -119,7 +145,7 @@ class Checkpoint(Callback):
         for draft in self.directory.glob(f"{self.token}.*.tmp"):  # left by a crash while writing
             draft.unlink(missing_ok=True)
         if not self.path.exists():
-            return self
+            return None
         advice = f"Delete {str(self.path)!r}, or set checkpoint_dir to another directory."
         digest, _, content = self.path.read_bytes().partition(b"\n")
         if hashlib.blake2b(content).hexdigest().encode() != digest:
@@ -130,8 +156,7 @@ class Checkpoint(Callback):
                 "The checkpoint belongs to another fit (other data, parameters or version). "
                 f"{advice}"
             )
-        self.state = state
-        return self
+        return state
 
     @property
     def seed(self) -> int | None:
@@ -209,8 +234,8 @@ class Checkpoint(Callback):
         draft.replace(self.path)
 
     def remove(self) -> None:
-        """Forget the fit: it is finished."""
-        self.path.unlink(missing_ok=True)
+        """Forget the fit: it is finished, in every process."""
+        by_main(lambda: self.path.unlink(missing_ok=True))
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -132,6 +132,12 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         check_consistent_length(images.data, y)
         unlabelled = self._unlabelled(y)
         labelled = np.ones(len(y), dtype=bool) if unlabelled is None else ~unlabelled
+        if unlabelled is None and y.dtype.kind == "i" and -1 in y and len(np.unique(y)) > 2:
+            warnings.warn(
+                f"{type(self).__name__} takes y = -1 for a class. Where it means that an image has "
+                "no label, use AMIMVClassifier, or leave these rows out.",
+                stacklevel=2,
+            )
         try:
             if y.dtype.kind in "fO":
                 assert_all_finite(y[labelled], input_name="y")
@@ -243,7 +249,7 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         """Warn where groups would have mattered and someone knows them, but `fit` got none.
 
         They are known where the images carry them, and where the user has asked that they be
-        routed. With routing on no warning is due for the latter: a caller who has them passes them.
+        routed: then the caller forgot them, or routing is off.
         """
         risks = []
         if holds_out:
@@ -252,11 +258,13 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
             risks.append("be mixed with one another")
         if not risks:
             return
-        routed = sklearn.get_config()["enable_metadata_routing"]
         if carries_groups(images):
             why = "X carries them"
-        elif not routed and self.get_metadata_routing().fit.requests.get("groups"):
-            why = "its set_fit_request asks for them: metadata routing is off"
+        elif self.get_metadata_routing().fit.requests.get("groups"):
+            routed = sklearn.get_config()["enable_metadata_routing"]
+            why = "its set_fit_request asks for them" + (
+                "" if routed else ": metadata routing is off"
+            )
         else:
             return
         warnings.warn(

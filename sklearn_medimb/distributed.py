@@ -10,13 +10,11 @@ pairs between them.
 from __future__ import annotations
 
 import atexit
-import hashlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,6 +23,8 @@ from torch import Tensor, nn
 def launched() -> bool:
     """Whether a launcher such as ``torchrun`` started this process as one of several."""
     if multiprocessing.parent_process() is not None:  # a worker of joblib inherits the variables
+        return False
+    if os.environ.get("SKLEARN_MEDIMB_DISTRIBUTED") == "0":  # each process trains on its own
         return False
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
@@ -36,7 +36,7 @@ def local_rank() -> int:
 
 def world_size() -> int:
     """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and launched() else 1
 
 
 def is_main() -> bool:
@@ -49,7 +49,7 @@ def join(device: torch.device) -> None:
     if launched() and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group()  # gloo for the CPU, and nccl where there are GPUs
         atexit.register(_leave)
 
 
@@ -58,43 +58,59 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def agree(seed: int, *data: np.ndarray | None) -> int:
+def agree(seed: int, digest: str) -> int:
     """Seed of the first process, after a check that all were given the same data.
 
     Parameters
     ----------
     seed : int
         Seed that this process would take.
-    *data : ndarray or None
-        What must be equal everywhere: shapes, labels, weights, groups.
+    digest : str
+        Of what must be equal everywhere.
 
     Raises
     ------
     ValueError
         If the processes hold different data.
     """
-    if world_size() == 1:
-        return seed
-    digest = hashlib.blake2b()
-    for values in data:
-        digest.update(b"-" if values is None else repr(np.asarray(values).tolist()).encode())
     seen: list[Any] = [None] * world_size()
-    dist.all_gather_object(seen, (seed, digest.hexdigest()))
+    dist.all_gather_object(seen, (seed, digest))
     if len({theirs for _, theirs in seen}) > 1:
         raise ValueError(
             "The processes of this training were given different X or y: pass the whole training "
-            "set in each; every process takes its own share of each batch."
+            "set in each; every process takes its own share of each batch. To train apart, set the "
+            "environment variable SKLEARN_MEDIMB_DISTRIBUTED=0."
         )
     return seen[0][0]
 
 
+def by_main(function: Callable[[], Any]) -> Any:
+    """What the first process gets from a call, or the exception it raises, in all of them."""
+    if world_size() == 1:
+        return function()
+    answer: list[Any] = [None, None]
+    if is_main():
+        try:
+            answer[0] = function()
+        except Exception as error:  # the others wait for an answer
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
 def of_main(number: float) -> float:
     """The first process's value of a number on which a decision rests, lest they part ways."""
-    if world_size() == 1:
-        return number
-    values: list[Any] = [number]
-    dist.broadcast_object_list(values)
-    return values[0]
+    return by_main(lambda: number)
+
+
+@torch.no_grad()
+def share_weights(module: nn.Module) -> None:
+    """Begin with the first process's weights: those of a module from outside came unseeded."""
+    if world_size() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.data, 0)
 
 
 class _Gather(torch.autograd.Function):

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout  # installed with torch
+from filelock import FileLock, Timeout
 
 # Beside what is counted: the CUDA context of a process, and the libraries' workspace.
 OVERHEAD = 2**30
@@ -25,8 +25,9 @@ _waited: ContextVar[bool] = ContextVar("_waited", default=False)
 class MemoryQueue:
     """Reservations of one device's memory, kept as locked files that any process can see.
 
-    A process that dies, even by SIGKILL, loses its locks and with them its reservations. One that
-    needs more than there is waits until it is alone, and then tries.
+    Who comes first is served first. A process that dies, even by SIGKILL, loses its locks and with
+    them its place or its memory. One that needs more than there is waits until it is alone, and
+    then tries.
 
     Parameters
     ----------
@@ -47,41 +48,59 @@ class MemoryQueue:
     def reserve(self, n_bytes: int) -> Iterator[None]:
         """Hold `n_bytes` inside the block; wait for them first."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        own = FileLock(self.folder / f"{uuid.uuid4().hex}.{n_bytes}.held")
-        while not self._admit(own, n_bytes):
-            time.sleep(self.poll)
-        try:
+        name = f"{time.time_ns():020d}-{uuid.uuid4().hex}.{n_bytes}"
+        place, memory = (FileLock(self.folder / f"{name}.{kind}") for kind in ("waits", "held"))
+        with _kept(place):
+            while not self._admit(place, memory, n_bytes):
+                time.sleep(self.poll)
+        with _kept(memory):
             yield
-        finally:
-            own.release()
-            Path(own.lock_file).unlink(missing_ok=True)
 
-    def _admit(self, own: FileLock, n_bytes: int) -> bool:
+    def _admit(self, place: FileLock, memory: FileLock, n_bytes: int) -> bool:
+        """Take the memory, if it is there and nobody waits longer."""
         with FileLock(self.folder / "queue.lock"):
-            taken = [size for path in self.folder.glob("*.held") if (size := _held(path))]
-            if taken and sum(taken) + n_bytes > self.capacity:
+            for path in sorted(self.folder.glob("*.waits")):
+                if path == Path(place.lock_file):
+                    break
+                if _is_alive(path):
+                    return False
+            held = [path for path in self.folder.glob("*.held") if _is_alive(path)]
+            taken = sum(int(path.suffixes[-2][1:]) for path in held)
+            if held and taken + n_bytes > self.capacity:
                 return False
-            own.acquire(timeout=0)
+            memory.acquire(timeout=0)
             return True
 
 
-def _held(path: Path) -> int:
-    """Bytes of a reservation; 0, and the file removed, where its process is gone."""
+@contextmanager
+def _kept(lock: FileLock) -> Iterator[None]:
+    """Hold a lock inside the block, and leave no file behind."""
+    try:
+        lock.acquire(timeout=0)  # a second time, for one that is held
+        yield
+    finally:
+        lock.release(force=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def _is_alive(path: Path) -> bool:
+    """Whether a process still holds this lock; the file of one that is gone is removed."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        return int(path.suffixes[-2][1:])
+        return True
     lock.release()
     path.unlink(missing_ok=True)
-    return 0
+    return False
 
 
 @contextmanager
 def turn(device: torch.device, n_bytes: Callable[[], int]) -> Iterator[None]:
     """Wait until a GPU has memory to spare, and hold it inside the block.
 
-    Nothing happens on other devices, and for a fit inside another one.
+    Nothing happens on other devices, and for a fit inside another one. The queue is that of one
+    user on one machine (and of one TMPDIR).
 
     Parameters
     ----------
@@ -94,12 +113,15 @@ def turn(device: torch.device, n_bytes: Callable[[], int]) -> Iterator[None]:
         yield
         return
     properties = torch.cuda.get_device_properties(device)
-    user = getattr(os, "getuid", int)()
+    user = os.getuid() if hasattr(os, "getuid") else 0
     folder = Path(tempfile.gettempdir()) / f"sklearn_medimb-{user}" / str(properties.uuid)
     queue = MemoryQueue(folder, int(SHARE * properties.total_memory))
     token = _waited.set(True)
     try:
         with queue.reserve(n_bytes() + OVERHEAD):
-            yield
+            try:
+                yield
+            finally:
+                torch.cuda.empty_cache()  # before the next one counts on it
     finally:
         _waited.reset(token)

@@ -381,9 +381,9 @@ class DatasetImages(_ImageRows):
 class MappedImages(_ImageRows):
     """The images of a ``.npy`` file, left on disk and read batch by batch: an ``X`` for every tool.
 
-    A selection of rows, as cross-validation makes it, copies nothing, and what travels to another
-    process is the path: all workers of a search share the pages of one file. Machines of a cluster
-    need the file at the same place.
+    A selection of rows, as cross-validation makes it, copies no image, and what travels to another
+    process is the path and the row numbers: all workers of a search share the pages of one file.
+    Machines of a cluster need the file at the same place.
 
     ``X[i]`` reads an image; a slice, mask or index array gives a further container.
 
@@ -421,6 +421,11 @@ class MappedImages(_ImageRows):
             array = self._array
         except (ValueError, EOFError) as error:
             raise ValueError(f"{str(self.path)!r} is no .npy file of images: {error}") from error
+        if not isinstance(array, np.ndarray):
+            raise ValueError(
+                f"{str(self.path)!r} is an archive: numpy.save the array of images in it to a "
+                ".npy file."
+            )
         if array.ndim < 3 or not len(array):
             raise ValueError(
                 f"{str(self.path)!r} holds an array of shape {array.shape}, not images: (n, H, W), "
@@ -433,6 +438,9 @@ class MappedImages(_ImageRows):
     @cached_property
     def _array(self) -> np.ndarray:
         return np.load(self.path, mmap_mode="r", allow_pickle=False)
+
+    def __repr__(self) -> str:
+        return f"MappedImages({str(self.path)!r}, shape={self.shape}, dtype={self.dtype})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_array"}

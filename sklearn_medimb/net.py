@@ -86,21 +86,23 @@ class Trunk(nn.Module):
     def activation_bytes(self) -> int:
         """Memory that one image takes until the backward pass."""
         weights = {parameter.data_ptr() for parameter in self.parameters()}
-        n_bytes = 0
+        kept: dict[int, torch.Tensor] = {}  # a tensor that two layers keep is there once
 
-        def count(saved: torch.Tensor) -> torch.Tensor:
-            nonlocal n_bytes
+        def keep(saved: torch.Tensor) -> torch.Tensor:
             if saved.data_ptr() not in weights:
-                n_bytes += saved.numel() * saved.element_size()
+                kept[saved.data_ptr()] = saved
             return saved
 
         training = self.training
         like = next(self.parameters(), torch.empty(0))
         image = torch.zeros(1, *self.input_shape, dtype=like.dtype, device=like.device)
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda saved: saved):
-            self.eval()(image)
-        self.train(training)
-        return n_bytes
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+                output = self.eval()(image)
+        finally:
+            self.train(training)
+        del output
+        return sum(saved.nbytes for saved in kept.values())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Encode a batch of normalised images."""
@@ -137,14 +139,55 @@ def _first_and_second_pass(backbone: nn.Module) -> tuple[Any, Any]:
 def _without_momentum(backbone: nn.Module) -> Iterator[None]:
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     norms = [module for module in backbone.modules() if isinstance(module, kinds)]
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = norm.num_batches_tracked.clone()
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for norm, (momentum, n_batches) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, n_batches
+
+
+class _State:
+    """What a forward pass changes: running statistics, queues, counters, random numbers.
+
+    Parameters
+    ----------
+    *modules : nn.Module
+        Network and criterion.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        parts = [part for module in modules for part in module.modules()]
+        self.buffers = [buffer for module in modules for buffer in module.buffers()]
+        self.copies = [buffer.clone() for buffer in self.buffers]
+        plain = nn.Module.get_extra_state
+        self.counting = [part for part in parts if type(part).get_extra_state is not plain]
+        self.device = next((b.device for b in self.buffers), torch.device("cpu"))
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Keep it as it is before a step."""
+        for copied, buffer in zip(self.copies, self.buffers, strict=True):
+            copied.copy_(buffer)
+        self.counters = [part.get_extra_state() for part in self.counting]
+        self.random = torch.get_rng_state()
+        if self.device.type == "cuda":
+            self.random_cuda = torch.cuda.get_rng_state(self.device)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put it back after a step that failed."""
+        for copied, buffer in zip(self.copies, self.buffers, strict=True):
+            buffer.data.copy_(copied)
+        for part, counter in zip(self.counting, self.counters, strict=True):
+            part.set_extra_state(counter)
+        torch.set_rng_state(self.random)
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.random_cuda, self.device)
 
 
 class Output(NamedTuple):
@@ -281,7 +324,7 @@ class Net(NeuralNet):
         """Compile the backbone, in place: the names of the weights stay as they are."""
         trunk = getattr(module, "trunk", None)
         if self.compile and trunk is not None:
-            trunk.compile()
+            trunk.backbone.compile()
         return module
 
     def optimizer_state(self, schedule: str) -> dict[str, Any] | None:
@@ -325,6 +368,10 @@ class Net(NeuralNet):
         self.max_epochs, self.stopped_by_callback = n_epochs, False
         try:
             self.partial_fit(batches)
+        except BaseException:
+            for _, user in users:
+                getattr(user, "fail", lambda: None)()
+            raise
         finally:
             self.callbacks_ = own
             for callback in callbacks:
@@ -344,7 +391,7 @@ class Net(NeuralNet):
         distributed.average_gradients(p for _, p in self.get_all_learnable_params())
         return step
 
-    def _within_memory(self, step_fn: Any, batch: Any, **fit_params: Any) -> Any:
+    def _within_memory(self, step_fn: Any, batch: Any, state: _State, **fit_params: Any) -> Any:
         """Take a step; where memory runs out, take it again with half as many images at a time."""
         while True:
             try:
@@ -354,11 +401,20 @@ class Net(NeuralNet):
                     raise
             # Only now, outside of the handler, nothing refers to the tensors of the failed step.
             self.optimizer_.zero_grad(set_to_none=True)
+            moments = self.optimizer_.state
+            most = max((len(own) for own in moments.values()), default=0)
+            for weight in [weight for weight, own in moments.items() if len(own) < most]:
+                del moments[weight]  # memory ran out while they were made
+            state.restore()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
     def _halve_parts(self, n_images: int) -> bool:
-        """Let backbones see fewer images at a time; False where that is not possible."""
+        """Let backbones see fewer images at a time; False where that is not possible.
+
+        It is not where the images of a batch mix inside the network, and not where several
+        processes train together: the others would go on.
+        """
         trunks = [
             module
             for whole in (self.module_, self.criterion_)
@@ -390,9 +446,11 @@ class Net(NeuralNet):
             self.history.record("stage", self.stage)
         totals: dict[str, Any] = {}
         count = 0
+        state = _State(self.module_, self.criterion_)
         for batch in iterator:
             self.notify("on_batch_begin", batch=batch, training=training)
-            step = self._within_memory(step_fn, batch, **fit_params)
+            state.remember()
+            step = self._within_memory(step_fn, batch, state, **fit_params)
             self.scheduler.step()
             terms = {"loss": step["loss"], **getattr(self.criterion_, "terms", {})}
             for name, value in terms.items():

@@ -130,7 +130,8 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
     numpy_io = _safetensors().numpy
     if not isinstance(estimator, BaseEstimator) or type(estimator) not in _names():
         raise ValueError(
-            f"{type(estimator).__name__} is no estimator of sklearn_medimb: use pickle or joblib."
+            f"{type(estimator).__name__} is no estimator of sklearn_medimb: save the one inside "
+            "(best_estimator_, a step of a pipeline), or use pickle or joblib."
         )
     check_is_fitted(estimator)
     writer = _Writer()
@@ -142,6 +143,8 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
     }
     stamp["digest"] = _digest(stamp, writer.tensors)
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{str(path.parent)!r}, for {path.name!r}, is no directory.")
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         numpy_io.save_file(writer.tensors, draft, metadata=stamp)
@@ -313,6 +316,7 @@ class _Writer:
         """An estimator: of what it learned everything, the architecture, or nothing."""
         params = value.get_params(deep=False)
         state = {k: v for k, v in value.__getstate__().items() if k not in params}
+        state.pop("_skl_callbacks", None)  # they watch fits
         if wanted == "architecture":
             state = {name: state[name] for name in _ARCHITECTURE if name in state}
         inside = f"{place}__" if place else ""

@@ -1010,3 +1010,11 @@ def test_few_labels_suffice_where_the_backbone_sees_the_classes(data):
         pretrain=pretrain, fine_tune=True, max_epochs=10, lr=1e-2, augment=augment
     ).fit(X, few)  # fmt: skip
     assert clf.score(X_test, y_test) > 0.8
+
+
+def test_other_classifiers_warn_of_labels_that_look_missing():
+    X, y = make_blobs()
+    some = np.where(np.arange(len(y)) % 2, y, -1)
+    with pytest.warns(UserWarning, match="takes y = -1 for a class"):
+        SoftmaxClassifier(max_epochs=1, random_state=0).fit(X, some)
+    SoftmaxClassifier(max_epochs=1, random_state=0).fit(X, np.where(y > 0, 1, -1))  # two classes

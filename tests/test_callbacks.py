@@ -7,6 +7,7 @@ import pickle
 import pytest
 from sklearn.base import clone
 from sklearn.model_selection import cross_val_score
+from skorch.callbacks import Callback
 
 from sklearn_medimb import CSSNClassifier, LMDClassifier, SoftmaxClassifier
 
@@ -70,6 +71,28 @@ def test_mlflow_gets_parameters_and_every_epoch(tiny, tmp_path, monkeypatch):
         assert [metric.value for metric in sorted(logged, key=lambda m: m.step)] == pytest.approx(
             [row["train_loss"] for row in clf.history_]
         )
+    finally:
+        mlflow.set_tracking_uri(None)
+
+
+def test_a_fit_that_fails_ends_its_run(tiny, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri(tmp_path.as_uri())
+    mlflow.set_experiment("lesions")
+
+    class Fails(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            raise RuntimeError("pruned")
+
+    try:
+        X, y = make_blobs()
+        with pytest.raises(RuntimeError, match="pruned"):
+            SoftmaxClassifier(**tiny, callbacks=["mlflow", Fails()]).fit(X, y)
+        client = mlflow.MlflowClient()
+        (experiment,) = client.search_experiments(filter_string="name = 'lesions'")
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert run.info.status == "FAILED"
     finally:
         mlflow.set_tracking_uri(None)
 

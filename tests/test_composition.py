@@ -611,7 +611,7 @@ def scoring_monitor(subject: Subject) -> None:
     assert last["spread"] == pytest.approx(_spread(part, subject.X, subject.y))
 
 
-class Path:
+class TaskPaths:
     """A callback that hands itself down, as scikit-learn's progress bar does."""
 
     max_propagation_depth = None
@@ -639,7 +639,7 @@ def callback_of_a_search(subject: Subject) -> None:
     """A callback that is given to a search reaches every epoch below it."""
     if ScoringMonitor is None:
         pytest.skip("scikit-learn has no callbacks before 1.9.")
-    path = Path()
+    path = TaskPaths()
     search = GridSearchCV(subject.model(), subject.grid, **SEARCH).set_callbacks(path)
     search.fit(subject.X, subject.y)
     n_epochs = subject.part(search.best_estimator_).n_iter_

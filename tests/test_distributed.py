@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from sklearn_medimb import AMIMVEncoder, CSSNClassifier, SoftmaxClassifier, SPMixClassifier
+from sklearn_medimb import (
+    AMIMVClassifier,
+    AMIMVEncoder,
+    CSSNClassifier,
+    LMDClassifier,
+    MetricTwoStageClassifier,
+    SoftmaxClassifier,
+    SPMixClassifier,
+    SSLEncoder,
+)
 from sklearn_medimb.backbones import ViT
 
 from .conftest import make_blobs
@@ -26,8 +37,19 @@ COMMON = {
 }
 
 
-def estimators():
+def estimators(folder):
+    unseeded = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.ReLU())
+    if os.environ.get("RANK") == "0":
+        torch.save(unseeded.state_dict(), folder / "unseeded.pt")
+    elif "RANK" not in os.environ:  # alone, afterwards: what the first process had
+        unseeded.load_state_dict(torch.load(folder / "unseeded.pt"))
     return {
+        "own network": SoftmaxClassifier(**{**COMMON, "backbone": unseeded}),
+        "checkpoint": SoftmaxClassifier(checkpoint_dir=folder / "checkpoints", **COMMON),
+        "the same": SoftmaxClassifier(checkpoint_dir=folder / "checkpoints", **COMMON),
+        "two stages": MetricTwoStageClassifier(rebalance="crt", **COMMON),
+        "relations": LMDClassifier(n_rounds=1, **COMMON),
+        "label-free": AMIMVClassifier(pretrain=SSLEncoder("moco", max_epochs=1), **COMMON),
         "network": SoftmaxClassifier(**COMMON),
         "pairs": CSSNClassifier(**COMMON),
         "mixing": SPMixClassifier(**COMMON),
@@ -37,11 +59,11 @@ def estimators():
     }
 
 
-def train():
+def train(folder):
     """Losses and weights of each estimator; run by every process."""
     X, y = make_blobs()
     results = {}
-    for name, estimator in estimators().items():
+    for name, estimator in estimators(folder).items():
         estimator.fit(X, y)
         results[name] = {
             "losses": [row["train_loss"] for row in estimator.history_],
@@ -56,12 +78,19 @@ def launch(code, folder, n_processes=2):
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, f"--nproc-per-node={n_processes}", str(script)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, env=env, start_new_session=True, **pipes)
+    try:
+        _, errors = process.communicate(timeout=240)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # also what a launcher that hangs has started
+    return process.returncode, errors
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
     """Also over pairs of images that lie in different shares, and with a momentum teacher."""
-    done = launch(
+    code, errors = launch(
         f"""
 import json, os, pathlib
 import torch.distributed as dist
@@ -73,7 +102,7 @@ share_out = sklearn_medimb.distributed.share_out
 sklearn_medimb.distributed.share_out = lambda encode, images: share_out(
     lambda own: (sizes.append((len(own), len(images))), encode(own))[1], images
 )
-results = train()
+results = train(pathlib.Path({str(tmp_path)!r}))
 assert dist.get_world_size() == 2
 results["sizes"] = sorted(set(sizes))
 path = pathlib.Path({str(tmp_path)!r}) / f"{{os.environ['RANK']}}.json"
@@ -81,11 +110,12 @@ path.write_text(json.dumps(results))
 """,
         tmp_path,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert code == 0, errors[-3000:]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert [8, 15] in first["sizes"]
-    alone = train()
+    assert not list((tmp_path / "checkpoints").iterdir())
+    alone = train(tmp_path)
     for name, result in alone.items():
         for what, values in result.items():
             # A bias before batch normalisation has no gradient but rounding.
@@ -94,29 +124,37 @@ path.write_text(json.dumps(results))
             )
 
 
-def test_processes_with_different_data_are_told(tmp_path):
-    done = launch(
+def test_processes_with_different_data_are_told_and_may_train_apart(tmp_path):
+    """Also where only the pixels differ."""
+    code, errors = launch(
         """
 import os
+import pytest
 from sklearn_medimb import SoftmaxClassifier
 from tests.conftest import make_blobs
 
 X, y = make_blobs()
-own = slice(int(os.environ["RANK"]), None, 2)
-SoftmaxClassifier(max_epochs=1).fit(X[own], y[own])
+rank = int(os.environ["RANK"])
+clf = SoftmaxClassifier(max_epochs=1)
+for images, labels in ((X[rank::2], y[rank::2]), (255 - X if rank else X, y)):
+    with pytest.raises(ValueError, match="pass the whole training set in each"):
+        clf.fit(images, labels)
+os.environ["SKLEARN_MEDIMB_DISTRIBUTED"] = "0"
+if rank:
+    clf.fit(X[rank::2], y[rank::2])
 """,
         tmp_path,
     )
-    assert done.returncode
-    assert "pass the whole training set in each" in done.stderr
+    assert code == 0, errors[-3000:]
 
 
 class Hungry(torch.nn.Module):
     """A backbone without room for the activations of more than `room` images."""
 
-    def __init__(self, room):
+    def __init__(self, room, when="forward"):
         super().__init__()
         self.room = room
+        self.when = when
         self.layer = torch.nn.Conv2d(3, 8, 3, stride=2)
         self.norm = torch.nn.GroupNorm(2, 8)
         self.seen = []
@@ -124,18 +162,36 @@ class Hungry(torch.nn.Module):
     def forward(self, images):
         if self.training:
             self.seen.append(len(images))
-        if torch.is_grad_enabled() and len(images) > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return self.norm(self.layer(images)).relu()
+        too_many = torch.is_grad_enabled() and len(images) > self.room
+        if too_many and self.when == "forward":
+            run_out()
+        features = self.norm(self.layer(images)).relu()
+        if too_many and self.when == "backward":
+            features.register_hook(run_out)
+        return features
 
 
-@pytest.mark.parametrize("Classifier", [SoftmaxClassifier, CSSNClassifier])
-def test_out_of_memory_halves_what_the_backbone_sees(Classifier):
-    """Also losses over pairs of images stay those of the whole batch."""
+def run_out(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("Classifier", "params"),
+    [
+        (SoftmaxClassifier, {}),
+        (CSSNClassifier, {}),
+        (SPMixClassifier, {"level": "image", "contrast": "gpaco", "key_momentum": 0.9}),
+    ],
+    ids=["network", "pairs", "queue"],
+)
+def test_out_of_memory_halves_what_the_backbone_sees(Classifier, params, when):
+    """Losses over pairs of images stay those of the whole batch; nothing is queued twice."""
     X, y = make_blobs()
     common = {"max_epochs": 2, "batch_size": 32, "precision": "float64", "random_state": 0}
+    common |= params
     torch.manual_seed(0)
-    plenty, scarce = Hungry(10**6), Hungry(7)
+    plenty, scarce = Hungry(10**6), Hungry(7, when)
     scarce.load_state_dict(plenty.state_dict())
     plain = Classifier(plenty, **common).fit(X, y)
     with pytest.warns(UserWarning, match="Memory ran out in a training step") as caught:
@@ -143,7 +199,8 @@ def test_out_of_memory_halves_what_the_backbone_sees(Classifier):
     assert len([w for w in caught if "Memory ran out" in str(w.message)]) == 1
     sizes = frugal.net_.module_.trunk.backbone.seen
     assert max(sizes) > 7
-    assert max(sizes[len(sizes) // 2 :]) <= 7  # it stays with what it found
+    if "key_momentum" not in params:  # what has no gradient needs no parts
+        assert max(sizes[len(sizes) // 2 :]) <= 7  # it stays with what it found
     assert [row["train_loss"] for row in frugal.history_] == pytest.approx(
         [row["train_loss"] for row in plain.history_], rel=1e-9
     )
@@ -173,6 +230,45 @@ def test_running_statistics_move_once_per_part():
             torch.testing.assert_close(parts.state_dict()[name], value)
     for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_memory_may_run_out_while_the_optimiser_makes_its_moments(monkeypatch):
+    X, y = make_blobs()
+    common = {"max_epochs": 2, "augment": None, "random_state": 0}
+    plain = SoftmaxClassifier(**common).fit(X, y)
+    zeros_like, calls = torch.zeros_like, []
+
+    def scarce(*args, **kwargs):
+        calls.append(args)
+        return run_out() if len(calls) == 4 else zeros_like(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros_like", scarce)
+    with pytest.warns(UserWarning, match="Memory ran out"):
+        frugal = SoftmaxClassifier(**common).fit(X, y)
+    assert frugal.history_[0]["train_loss"] == pytest.approx(plain.history_[0]["train_loss"], 0.05)
+
+
+def test_memory_may_run_out_in_a_compiled_network(monkeypatch):
+    compiled = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda module: compiled(module, backend="aot_eager")
+    )
+    X, y = make_blobs()
+    params = {"compile": True, "max_epochs": 1, "batch_size": 32, "random_state": 0}
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="Memory ran out"):
+        SoftmaxClassifier(Hungry(7, "backward"), **params).fit(X, y)
+
+
+def test_prediction_goes_on_in_smaller_blocks(monkeypatch):
+    X, y = make_blobs()
+    clf = SoftmaxClassifier(max_epochs=1, random_state=0).fit(X, y)
+    expected = clf.predict_proba(X)
+    forward = clf.net_.module_.trunk.backbone.forward
+    clf.net_.module_.trunk.backbone.forward = lambda images: (
+        run_out() if len(images) > 9 else forward(images)
+    )
+    np.testing.assert_allclose(clf.predict_proba(X), expected, atol=1e-6)
 
 
 def test_out_of_memory_with_a_single_image_is_an_error():

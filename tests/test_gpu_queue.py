@@ -21,17 +21,22 @@ from .conftest import make_blobs
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
-def fit(folder, number, n_bytes, entered, seconds):
-    """Stand-in for a fit: notes who else is there."""
+fork = multiprocessing.get_context("fork")
+
+
+def fit(folder, number, n_bytes, entered, together, seconds):
+    """Stand-in for a fit: notes when it is there, and waits for company if there should be some."""
+    entered.put((0, number))  # it is about to ask
     with MemoryQueue(folder, 100, poll=0.01).reserve(n_bytes):
-        entered.put((number, time.monotonic()))
+        entered.put((time.monotonic(), number))
+        if together is not None:
+            together.wait(timeout=30)
         time.sleep(seconds)
-        entered.put((-number, time.monotonic()))
+        entered.put((time.monotonic(), -number))
 
 
-def start(folder, number, n_bytes, entered, seconds=0.3):
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=fit, args=(folder, number, n_bytes, entered, seconds))
+def start(folder, number, n_bytes, entered, together=None, seconds=0.1):
+    process = fork.Process(target=fit, args=(folder, number, n_bytes, entered, together, seconds))
     process.start()
     return process
 
@@ -40,14 +45,15 @@ def start(folder, number, n_bytes, entered, seconds=0.3):
     ("n_bytes", "at_once"), [(40, 2), (60, 1), (1000, 1)], ids=["half", "most", "too much"]
 )
 def test_as_many_fits_at_once_as_memory_holds(tmp_path, n_bytes, at_once):
-    entered = multiprocessing.get_context("fork").Queue()
-    processes = [start(tmp_path, number, n_bytes, entered) for number in (1, 2, 3, 4)]
-    events = [entered.get(timeout=30) for _ in range(8)]
+    entered = fork.Queue()
+    together = fork.Barrier(2) if at_once == 2 else None  # else nobody would ever leave
+    processes = [start(tmp_path, n, n_bytes, entered, together) for n in (1, 2, 3, 4)]
+    events = [entered.get(timeout=60) for _ in range(12)]
     for process in processes:
-        process.join(timeout=30)
+        process.join(timeout=60)
         assert process.exitcode == 0
     running, most = 0, 0
-    for number, _ in sorted(events, key=lambda event: event[1]):
+    for _, number in sorted(event for event in events if event[0]):
         running += 1 if number > 0 else -1
         most = max(most, running)
     assert most == at_once
@@ -55,17 +61,34 @@ def test_as_many_fits_at_once_as_memory_holds(tmp_path, n_bytes, at_once):
 
 
 def test_a_killed_fit_gives_its_memory_back(tmp_path):
-    entered = multiprocessing.get_context("fork").Queue()
+    entered = fork.Queue()
     first = start(tmp_path, 1, 100, entered, seconds=60)
-    assert entered.get(timeout=30)[0] == 1
+    assert [entered.get(timeout=30)[1] for _ in range(2)] == [1, 1]
     second = start(tmp_path, 2, 100, entered, seconds=0)
+    assert entered.get(timeout=30) == (0, 2)
     time.sleep(0.3)
     assert entered.empty()
     os.kill(first.pid, signal.SIGKILL)
     first.join(timeout=30)
-    assert entered.get(timeout=30)[0] == 2
+    assert entered.get(timeout=30)[1] == 2
     second.join(timeout=30)
     assert second.exitcode == 0
+
+
+def test_a_large_fit_is_not_overtaken_for_ever(tmp_path):
+    """A small one that comes later and would fit waits behind it."""
+    entered = fork.Queue()
+    first = start(tmp_path, 1, 60, entered, seconds=1.0)
+    assert [entered.get(timeout=30)[1] for _ in range(2)] == [1, 1]
+    large = start(tmp_path, 2, 80, entered)
+    assert entered.get(timeout=30) == (0, 2)
+    time.sleep(0.2)  # it stands in the queue
+    small = start(tmp_path, 3, 10, entered)
+    events = [entered.get(timeout=30) for _ in range(6)]
+    for process in (first, large, small):
+        process.join(timeout=30)
+    order = [number for when, number in sorted(events) if when and number > 0]
+    assert order == [2, 3]
 
 
 def test_a_failed_fit_gives_its_memory_back(tmp_path):
@@ -128,13 +151,15 @@ def test_activations_are_counted():
     backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
     trunk = Trunk(backbone, (3, 10, 10), autocast=None)
     assert trunk.activation_bytes() == 4 * (3 * 10 * 10 + 8 * 8 * 8)
+    twice = torch.nn.Sequential(*backbone, torch.nn.Conv2d(8, 2, 1))  # keeps the same output
+    assert Trunk(twice, (3, 10, 10), autocast=None).activation_bytes() == trunk.activation_bytes()
 
 
 def test_a_lock_left_behind_is_no_reservation(tmp_path):
     left = FileLock(tmp_path / "abc.90.held")
     left.acquire()
     queue = MemoryQueue(tmp_path, 100, poll=0.01)
-    assert gpu_queue._held(tmp_path / "abc.90.held") == 90
+    assert gpu_queue._is_alive(tmp_path / "abc.90.held")
     left.release()
     (tmp_path / "abc.90.held").touch()
     with queue.reserve(50):

@@ -425,7 +425,14 @@ def test_no_false_alarm_with_routing_on():
         warnings.simplefilter("error")
         clf = requesting()
         cross_val_score(clf, X, Y, cv=GroupKFold(2), params={"groups": GROUPS})
-        clf.fit(X, Y)  # whoever has routing on and groups at hand passes them
+        clf.fit(X, Y, groups=GROUPS)
+
+
+def test_groups_that_were_asked_for_and_forgotten():
+    with sklearn.config_context(enable_metadata_routing=True):
+        clf = requesting()
+        with pytest.warns(UserWarning, match="got no groups, although its set_fit_request asks"):
+            clf.fit(X, Y)
 
 
 def test_another_head_needs_no_groups():

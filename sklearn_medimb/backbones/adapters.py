@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from os import PathLike
@@ -62,7 +63,9 @@ class MonaiBackbone(Backbone):
                 f"backbone monai:{self.name} needs the package monai (pip install monai)."
             ) from error
         make = getattr(nets, str(self.name), None)
-        if not callable(make):
+        if not (inspect.isclass(make) and issubclass(make, nn.Module)) and not (
+            inspect.isfunction(make) and make.__module__.startswith("monai.networks.nets.")
+        ):
             raise _unknown(self.name, dir(nets), "monai.networks.nets")
 
         known = _signature(make)
@@ -180,11 +183,15 @@ class _TimmTrunk(nn.Module):
         return out
 
 
+# Arguments of monai and timm by which a network fetches its weights.
+_DOWNLOADS = re.compile(r"^pretrained$|^weights$|checkpoint|url|pretrained_(model|path|cfg)")
+
+
 def _own_params(params: Mapping[str, Any] | None) -> dict[str, Any]:
     if params is not None and not isinstance(params, Mapping):
         raise ValueError(f"params must be a mapping of arguments or None, got {params!r}.")
     own = dict(params or {})
-    if own.get("pretrained") or own.get("checkpoint_path"):
+    if any(own[name] for name in own if _DOWNLOADS.search(name)):
         raise ValueError("params: nothing is downloaded; give a local file as weights instead.")
     return own
 
