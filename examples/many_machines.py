@@ -7,7 +7,7 @@ encoding its share of every batch, on a GPU of its own where there are GPUs::
 
     python examples/many_machines.py
     python examples/many_machines.py --dask
-    python examples/many_machines.py --dask tcp://scheduler:8786
+    python examples/many_machines.py --dask tcp://scheduler:8786 --folder /on/all/machines
     torchrun --nproc-per-node 2 examples/many_machines.py --fit
 """
 
@@ -40,6 +40,7 @@ KEEP_MEMORY = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dask", nargs="?", const="local", help="address of a scheduler")
+    parser.add_argument("--folder", type=Path, help="for the images, seen by all workers")
     parser.add_argument("--fit", action="store_true", help="one fit instead of a search")
     args = parser.parse_args()
 
@@ -54,7 +55,7 @@ def main() -> None:
     grid = {"lr": [3e-3, 1e-2], "loss": ["cross_entropy", "logit_adjusted"]}
     search = GridSearchCV(clf, grid, cv=3, scoring="balanced_accuracy")
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         np.save(folder / "images.npy", data.images)
         if args.dask:
             import dask

@@ -397,6 +397,9 @@ class AMIMVClassifier(TwoStageClassifier):
     """Label-free pre-training on all images, then a balanced head on those that have a label.
 
     Rows with ``y = -1`` have no label, as everywhere in scikit-learn: they serve pre-training only.
+    Name the ``classes`` in ``fit`` to be told of one that has no labelled image. In a
+    cross-validation give test parts without such rows (``cv`` may be an iterable of row numbers):
+    scorers count -1 as a class.
 
     Parameters
     ----------

@@ -162,17 +162,19 @@ class _State:
 
     def __init__(self, *modules: nn.Module) -> None:
         parts = [part for module in modules for part in module.modules()]
-        self.buffers = [buffer for module in modules for buffer in module.buffers()]
-        self.copies = [buffer.clone() for buffer in self.buffers]
+        buffers = [buffer for module in modules for buffer in module.buffers()]
+        dtypes = {buffer.dtype for buffer in buffers}  # of one dtype they are copied in one call
+        self.buffers = [[b for b in buffers if b.dtype == dtype] for dtype in dtypes]
+        self.copies = [[buffer.clone() for buffer in group] for group in self.buffers]
         plain = nn.Module.get_extra_state
         self.counting = [part for part in parts if type(part).get_extra_state is not plain]
-        self.device = next((b.device for b in self.buffers), torch.device("cpu"))
+        self.device = next((b.device for b in buffers), torch.device("cpu"))
 
     @torch.no_grad()
     def remember(self) -> None:
         """Keep it as it is before a step."""
-        for copied, buffer in zip(self.copies, self.buffers, strict=True):
-            copied.copy_(buffer)
+        for copies, buffers in zip(self.copies, self.buffers, strict=True):
+            torch._foreach_copy_(copies, buffers)
         self.counters = [part.get_extra_state() for part in self.counting]
         self.random = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -181,8 +183,9 @@ class _State:
     @torch.no_grad()
     def restore(self) -> None:
         """Put it back after a step that failed."""
-        for copied, buffer in zip(self.copies, self.buffers, strict=True):
-            buffer.data.copy_(copied)
+        for copies, buffers in zip(self.copies, self.buffers, strict=True):
+            for copied, buffer in zip(copies, buffers, strict=True):
+                buffer.data.copy_(copied)
         for part, counter in zip(self.counting, self.counters, strict=True):
             part.set_extra_state(counter)
         torch.set_rng_state(self.random)

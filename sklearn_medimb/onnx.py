@@ -65,6 +65,11 @@ def export_onnx(classifier: Any, path: str | os.PathLike[str]) -> None:
     -----
     The graph computes in float32. Where ``predict_proba`` runs the backbone in bfloat16 the two
     agree to about two digits, else to five or more. The support bank of CSSN is part of the graph.
+    With onnxruntime, for uint8 images X of shape (n, H, W, C)::
+
+        session = onnxruntime.InferenceSession(path)
+        pixels = X.transpose(0, 3, 1, 2).astype(np.float32)
+        (proba,) = session.run(None, {"images": pixels})
     """
     try:
         import onnx

@@ -8,11 +8,14 @@ import signal
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from sklearn.model_selection import cross_val_score
 
 from sklearn_medimb import SoftmaxClassifier, gpu_queue
+from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.gpu_queue import MemoryQueue
 from sklearn_medimb.net import Trunk
 
@@ -164,3 +167,30 @@ def test_a_lock_left_behind_is_no_reservation(tmp_path):
     (tmp_path / "abc.90.held").touch()
     with queue.reserve(50):
         assert not (tmp_path / "abc.90.held").exists()
+
+
+# ---------------------------------------------------------------- for real
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_gpu
+def test_parallel_fits_share_a_gpu():
+    X, y = make_blobs((60, 40))
+    clf = SoftmaxClassifier(max_epochs=2, device="cuda", random_state=0)
+    assert np.isfinite(cross_val_score(clf, X, y, cv=4, n_jobs=4)).all()
+
+
+@needs_gpu
+def test_a_fit_that_runs_out_of_gpu_memory_goes_on_in_parts():
+    """2 GB are left to this process; the first layer alone would take more."""
+    X = np.random.default_rng(0).integers(0, 256, (256, 3, 224, 224), dtype=np.uint8)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(2e9 / total)
+    try:
+        clf = SoftmaxClassifier(ConvNet((64, 64)), max_epochs=1, batch_size=256, device="cuda")
+        with pytest.warns(UserWarning, match="Memory ran out"):
+            clf.fit(X, np.arange(256) % 2)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert np.isfinite(clf.history_[0]["train_loss"])
