@@ -36,7 +36,7 @@ def local_rank() -> int:
 
 def world_size() -> int:
     """Number of processes that train together."""
-    return dist.get_world_size() if dist.is_initialized() and launched() else 1
+    return dist.get_world_size() if launched() and dist.is_initialized() else 1
 
 
 def is_main() -> bool:

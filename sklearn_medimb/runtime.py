@@ -64,7 +64,7 @@ def resolve_device(device: str | torch.device, *, fall_back: bool = False) -> to
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a computation failed for want of memory, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def has_native_bf16(device: torch.device) -> bool:
