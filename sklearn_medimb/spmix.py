@@ -610,10 +610,10 @@ SoftmaxClassifier
     Measured on synthetic lesions (``benchmarks/spmix_lesions.py``, five seeds): class-balanced
     batches .689, with SPMix .707, with ``polarity="dark"``, which suits lesions darker than their
     surround, .718; on fainter shapes on textured skin .609 and .607, where one share per image has
-    .578 and cross-entropy .637. The first to the fourth stage of a conv
-    net scored .68, .68, .69, .70 (two seeds, within their spread). On real images it is level with
-    class-balanced batches alone (.653 and .660; with the published pairing .640;
-    ``benchmarks/spmix_real.py``). cap and floor were not tuned.
+    .578 and cross-entropy .637. The first to the fourth stage of a conv net scored .68, .68, .69,
+    .70 (two seeds, within their spread). On real images (``benchmarks/spmix_real.py``) it is level
+    with class-balanced batches alone: .653 and .660; with the published pairing .640, mixing images
+    .639, with GPaCo from random weights .599. cap and floor were not tuned.
     Images are clipped to their quantiles of 0.5 % and 99.5 % before their maps are computed, so
     that a finding that covers less stands out less than in :class:`SaliencyMap` of uint8 images.
     Where the layer has a single patch, the share is the floor everywhere: plain mixup.
