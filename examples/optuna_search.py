@@ -103,7 +103,7 @@ def report(study: optuna.Study, path: Path) -> None:
         drawstyle="steps-post",
     )
     a.set(xlabel="trial", ylabel="balanced accuracy", title="history")
-    a.legend(loc="upper left")
+    a.legend(loc="lower right")
 
     for state, colour in zip(ENDED, ("tab:blue", "tab:orange"), strict=True):
         label = f"{state.name.lower()} trials"
