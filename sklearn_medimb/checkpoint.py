@@ -16,6 +16,7 @@ from skorch.history import History
 
 from sklearn_medimb.distributed import by_main
 from sklearn_medimb.images import Images
+from sklearn_medimb.runtime import replacing
 
 FORMAT = 2
 
@@ -142,7 +143,9 @@ class Checkpoint(Callback):
             raise ValueError(
                 f"checkpoint_dir={str(self.directory)!r} cannot be used as a directory: {error}"
             ) from error
-        for draft in self.directory.glob(f"{self.token}.*.tmp"):  # left by a crash while writing
+        for draft in self.directory.glob(
+            f".{self.path.name}.*.tmp"
+        ):  # left by a crash while writing
             draft.unlink(missing_ok=True)
         if not self.path.exists():
             return None
@@ -226,12 +229,8 @@ class Checkpoint(Callback):
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getvalue()
-        draft = self.path.with_suffix(f".{os.getpid()}.tmp")
-        with draft.open("wb") as file:
-            file.write(hashlib.blake2b(content).hexdigest().encode() + b"\n" + content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(self.path)
+        with replacing(self.path) as draft:
+            draft.write_bytes(hashlib.blake2b(content).hexdigest().encode() + b"\n" + content)
 
     def remove(self) -> None:
         """Forget the fit: it is finished, in every process."""

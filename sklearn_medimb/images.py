@@ -237,42 +237,6 @@ class Images:
         return image
 
 
-class ExtendedImages:
-    """A lazy container followed by images in memory, as a lazy container.
-
-    Parameters
-    ----------
-    data : lazy sequence of n images
-        Read on demand.
-    extra : ndarray of shape (n_extra, ...)
-        Images of the same shape and dtype.
-    rows : ndarray of int, default=None
-        Which of the n + n_extra images, in which order; None for all.
-    """
-
-    def __init__(self, data: Any, extra: np.ndarray, rows: np.ndarray | None = None) -> None:
-        self.data = data
-        self.extra = extra
-        self.rows = np.arange(len(data) + len(extra)) if rows is None else rows
-        self.dtype = extra.dtype
-        self.ndim = extra.ndim
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the whole, as if it were an array."""
-        return (len(self.rows), *self.extra.shape[1:])
-
-    def __getitem__(self, key: Any) -> Any:
-        rows = self.rows[_row_key(key)]
-        if np.ndim(rows):
-            return ExtendedImages(self.data, self.extra, rows)
-        n = len(self.data)
-        return self.data[int(rows)] if rows < n else self.extra[rows - n]
-
-
 class _ImageRows:
     """Some rows of a source of images, in some order."""
 
@@ -280,7 +244,7 @@ class _ImageRows:
     dtype: np.dtype
     _image_shape: tuple[int, ...]
 
-    def _read(self, row: int) -> np.ndarray:
+    def _read(self, row: int) -> Any:
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -303,6 +267,31 @@ class _ImageRows:
             subset.rows = rows
             return subset
         return self._read(int(rows))
+
+
+class ExtendedImages(_ImageRows):
+    """A lazy container followed by images in memory, as a lazy container.
+
+    Parameters
+    ----------
+    data : lazy sequence of n images
+        Read on demand.
+    extra : ndarray of shape (n_extra, ...)
+        Images of the same shape and dtype.
+    rows : ndarray of int, default=None
+        Which of the n + n_extra images, in which order; None for all.
+    """
+
+    def __init__(self, data: Any, extra: np.ndarray, rows: np.ndarray | None = None) -> None:
+        self.data = data
+        self.extra = extra
+        self.rows = np.arange(len(data) + len(extra)) if rows is None else rows
+        self.dtype = extra.dtype
+        self._image_shape = extra.shape[1:]
+
+    def _read(self, row: int) -> Any:
+        n = len(self.data)
+        return self.data[row] if row < n else self.extra[row - n]
 
 
 class DatasetImages(_ImageRows):

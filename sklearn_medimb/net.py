@@ -69,17 +69,21 @@ class Trunk(nn.Module):
 
     def probe(self) -> torch.Tensor:
         """Output for one blank image: tells a method the shape of what it will get."""
-        training = self.training
         try:
             with torch.no_grad():
-                like = next(self.parameters(), torch.empty(0))
-                blank = torch.zeros(1, *self.input_shape, dtype=like.dtype, device=like.device)
-                return self.eval()(blank)
+                return self._encode_blank()
         except Exception as error:
             raise ValueError(
                 f"backbone={type(self.backbone).__name__} failed on one image of shape "
                 f"{self.input_shape}: {error}"
             ) from error
+
+    def _encode_blank(self) -> torch.Tensor:
+        training = self.training
+        like = next(self.parameters(), torch.empty(0))
+        blank = torch.zeros(1, *self.input_shape, dtype=like.dtype, device=like.device)
+        try:
+            return self.eval()(blank)
         finally:
             self.train(training)
 
@@ -93,15 +97,8 @@ class Trunk(nn.Module):
                 kept[saved.data_ptr()] = saved
             return saved
 
-        training = self.training
-        like = next(self.parameters(), torch.empty(0))
-        image = torch.zeros(1, *self.input_shape, dtype=like.dtype, device=like.device)
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-                output = self.eval()(image)
-        finally:
-            self.train(training)
-        del output
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            self._encode_blank()
         return sum(saved.nbytes for saved in kept.values())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch import nn
 import sklearn_medimb
 from sklearn_medimb.batches import Preprocessor
 from sklearn_medimb.classifier import BaseImageClassifier
+from sklearn_medimb.runtime import replacing
 
 
 def export_onnx(classifier: Any, path: str | os.PathLike[str]) -> None:
@@ -109,13 +110,8 @@ def export_onnx(classifier: Any, path: str | os.PathLike[str]) -> None:
     }
     onnx.helper.set_model_props(model, {name: json.dumps(fact) for name, fact in facts.items()})
     onnx.checker.check_model(model)
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(Path(path)) as draft:
         onnx.save(model, draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 class _Graph(nn.Module):

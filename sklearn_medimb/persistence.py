@@ -39,6 +39,7 @@ from sklearn_medimb.base import BaseImageEstimator
 from sklearn_medimb.classifier import BaseImageClassifier
 from sklearn_medimb.images import Images, Layout
 from sklearn_medimb.rebalance import RebalancedHead
+from sklearn_medimb.runtime import replacing
 
 FORMAT = 1
 
@@ -145,8 +146,7 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{str(path.parent)!r}, for {path.name!r}, is no directory.")
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as draft:
         numpy_io.save_file(writer.tensors, draft, metadata=stamp)
         try:
             _read(draft)
@@ -154,11 +154,6 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
             raise ValueError(
                 f"{type(estimator).__name__} cannot be restored from a file: {_reason(error)}"
             ) from error
-        with draft.open("rb+") as file:
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike[str]) -> Any:

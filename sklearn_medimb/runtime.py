@@ -1,12 +1,14 @@
-"""The machine under a fit: device, precision, seeds and threads."""
+"""The machine under a fit: device, precision, seeds, threads and files."""
 
 from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -104,6 +106,22 @@ def resolve_precision(
     if precision == "bf16" or (precision == "auto" and n_axes > 1 and has_native_bf16(device)):
         return torch.float32, torch.bfloat16
     return torch.float32, None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a draft beside a file, which takes its place at the end of the block.
+
+    A crash leaves the old file or the new one, never half of either; an error leaves the old one.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield draft
+        with draft.open("rb+") as file:
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 @contextmanager
