@@ -601,11 +601,11 @@ class AMIMVClassifier(TwoStageClassifier):
             return None
         return unlabelled
 
-    def _pretraining(self, train: TrainingSet, **common: Any) -> list[Stage]:
+    def _pretrainer(self) -> BaseImageEncoder | None:
         # What is fitted already is trained further only by an encoder that is given for it.
         if self._start is not None and isinstance(self.pretrain, str):
-            return []
-        return super()._pretraining(train, **common)
+            return None
+        return super()._pretrainer()
 
     def _holds_out(self) -> bool:
         return self.fine_tune and self.early_stopping

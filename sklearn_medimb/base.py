@@ -130,6 +130,15 @@ class TrainingSet:
         mass = np.eye(n_classes)[self.y]
         return mass if self.weight is None else mass * self.weight[:, None]
 
+    def without_labels(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows for label-free training, with and without labels, and their classes, else -1."""
+        natural = self if self.natural is None else self.natural
+        rows, y = natural.rows, natural.y
+        if natural.unlabelled is not None:
+            rows = np.concatenate([rows, natural.unlabelled])
+            y = np.concatenate([y, np.full(len(natural.unlabelled), -1)])
+        return rows, y
+
 
 class BaseImageEstimator(
     DocumentationLink,
@@ -180,6 +189,10 @@ class BaseImageEstimator(
 
     def _steps_per_epoch(self, n_samples: int) -> int:
         return n_batches(n_samples, self.batch_size)
+
+    def _images_per_step(self, n_samples: int) -> int:
+        """Images that backbones encode in a step of training at most; each view counts as one."""
+        return min(self.batch_size, n_samples) * len(self._views())
 
     def _views(self) -> tuple[Any, ...]:
         """Augmentations: one copy of a batch for each."""
@@ -309,9 +322,13 @@ class BaseImageEstimator(
         module, images = self.net_.module_, train.images
         resident = len(train.rows) * math.prod(images.image_shape) * images.dtype.itemsize
         weights = sum(weight.nbytes for weight in module.state_dict().values())
-        n_images = self.batch_size * max(2, len(self._views()))
         # Backward makes a gradient beside each activation.
-        return resident + 5 * weights + 2 * n_images * module.trunk.activation_bytes()
+        activations = 2 * self._most_images(train) * module.trunk.activation_bytes()
+        return resident + 5 * weights + activations
+
+    def _most_images(self, train: TrainingSet) -> int:
+        """Images of a step of the most demanding stage."""
+        return self._images_per_step(len(train.rows))
 
     def _normalise(self, train: TrainingSet) -> None:
         """Set the channel statistics: of the training rows, or those of a fitted start."""

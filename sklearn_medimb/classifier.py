@@ -105,12 +105,23 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         fitted = isinstance(given, BaseImageEncoder) and given._was_fitted
         return given if start is None and fitted else start
 
+    def _pretrainer(self) -> BaseImageEncoder | None:
+        """Encoder whose training on the images of this fit comes first."""
+        if self.pretrain is None or self._start is self.pretrain:
+            return None
+        return resolve_encoder(self.pretrain)
+
     def _pretraining(self, train: TrainingSet, **common: Any) -> list[Stage]:
         """Label-free pre-training of the backbone on the images that are about to be learned."""
-        if self.pretrain is None or self._start is self.pretrain:
-            return []
-        encoder = resolve_encoder(self.pretrain)
-        return [encoder.pretraining(self, train, **common)]
+        encoder = self._pretrainer()
+        return [] if encoder is None else [encoder.pretraining(self, train, **common)]
+
+    def _most_images(self, train: TrainingSet) -> int:
+        n_images, encoder = super()._most_images(train), self._pretrainer()
+        if encoder is None:
+            return n_images
+        rows, _ = train.without_labels()
+        return max(n_images, encoder._images_per_step(len(rows)))
 
     def _check_training(  # type: ignore[override]
         self,

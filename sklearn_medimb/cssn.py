@@ -727,6 +727,11 @@ class CSSNClassifier(BaseImageClassifier):
     def _steps_per_epoch(self, n_samples: int) -> int:
         return max(1, round(n_samples / self._n_images()))
 
+    def _images_per_step(self, n_samples: int) -> int:
+        n = min(self._n_images(), n_samples)
+        n_views = 2 * n**2 if self.pair_view == "pair" else 2 * n
+        return 2 * n_views if self.reference == "paired" else n_views
+
     def _make_batches(self, train: TrainingSet, **common: Any) -> Batches:
         n = min(self._n_images(), len(train.y))
         n_batches = self._steps_per_epoch(len(train.y))

@@ -430,6 +430,11 @@ class BaseImageEncoder(BaseImageEstimator):
     def _steps_per_epoch(self, n_samples: int) -> int:
         return n_batches(n_samples, self.batch_size, at_least=2)
 
+    def _images_per_step(self, n_samples: int) -> int:
+        views = self._view_set()
+        n_views = len(views.online) + len(views.target)
+        return n_views * min(self.batch_size, n_samples)
+
     def _n_epochs(self, n_samples: int) -> int:
         """Epochs to train; "auto" gives small sets enough steps."""
         if self.max_epochs != "auto":
@@ -471,10 +476,7 @@ class BaseImageEncoder(BaseImageEstimator):
         """
         net = owner.net_
         natural = train if train.natural is None else train.natural
-        rows, y = natural.rows, natural.y
-        if natural.unlabelled is not None:
-            rows = np.concatenate([rows, natural.unlabelled])
-            y = np.concatenate([y, np.full(len(natural.unlabelled), -1)])
+        rows, y = train.without_labels()
         n = len(rows)
         batches = Batches(
             natural.images,

@@ -742,6 +742,9 @@ class LMDClassifier(TwoStageClassifier):
         n_classes = len(self.classes_)
         return LMDNetwork(trunk(), lambda n_features: nn.Linear(n_features, n_classes))
 
+    def _images_per_step(self, n_samples: int) -> int:
+        return 2 * super()._images_per_step(n_samples)  # with the weak views, for the teacher
+
     def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
         n_steps, batches = self._steps_per_epoch(len(train.y)), self._make_batches(train, **common)
         stages = []

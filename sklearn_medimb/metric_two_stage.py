@@ -398,6 +398,14 @@ class MetricTwoStageClassifier(TwoStageClassifier):
     def _p(self) -> int:
         return min(self.p_classes, len(self.classes_))
 
+    def _images_per_step(self, n_samples: int) -> int:
+        n_images = super()._images_per_step(n_samples)
+        return n_images + self._p() * self.k_samples if self._has_metric_batch else n_images
+
+    @property
+    def _has_metric_batch(self) -> bool:
+        return self.metric_weight > 0 and self.metric_batch == "balanced"
+
     def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
         (stage,) = super()._stages(train, n_epochs, **common)
         stage.name = STAGE_ONE
@@ -405,7 +413,7 @@ class MetricTwoStageClassifier(TwoStageClassifier):
 
     def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
         batches = super()._make_batches(train, **common)
-        if self.metric_weight == 0 or self.metric_batch == "shared":
+        if not self._has_metric_batch:
             return batches
         sizes = self._p(), self.k_samples, self._steps_per_epoch(len(train.y))
         return JoinedBatches(batches, batches.with_plan(lambda rng: pk(train.y, *sizes, rng)))

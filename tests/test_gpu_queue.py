@@ -6,18 +6,33 @@ import multiprocessing
 import os
 import signal
 import time
+import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from imblearn.over_sampling import RandomOverSampler
+from sklearn.base import clone
 from sklearn.model_selection import cross_val_score
 
-from sklearn_medimb import SoftmaxClassifier, gpu_queue
+from sklearn_medimb import (
+    AMIMVClassifier,
+    AMIMVEncoder,
+    CSSNClassifier,
+    LMDClassifier,
+    MetricTwoStageClassifier,
+    SoftmaxClassifier,
+    SPMixClassifier,
+    SSLEncoder,
+    gpu_queue,
+)
 from sklearn_medimb.backbones import ConvNet
+from sklearn_medimb.encoder import BaseImageEncoder
 from sklearn_medimb.gpu_queue import MemoryQueue
-from sklearn_medimb.net import Trunk
+from sklearn_medimb.net import Net, Trunk
 
 from .conftest import make_blobs
 
@@ -121,7 +136,7 @@ def test_every_fit_on_a_gpu_takes_its_turn(tmp_path, monkeypatch):
             return 0.5
 
     monkeypatch.setattr("sklearn_medimb.base.turn", on_gpu)
-    X, y = make_blobs()
+    X, y = make_blobs((360, 160, 80))
     clf = SoftmaxClassifier(max_epochs=1, early_stopping=True, scoring=Look(), random_state=0)
     clf.fit(X, y)
     assert len(asked) == 1
@@ -131,6 +146,71 @@ def test_every_fit_on_a_gpu_takes_its_turn(tmp_path, monkeypatch):
     wide = SoftmaxClassifier(max_epochs=1, batch_size=1024, random_state=0).fit(X, y)
     assert asked[1] > 4 * asked[0]
     assert wide.n_iter_ == 1
+
+
+PAIR_OF_IMAGES = {"reference": "paired", "spatial_dims": 2, "batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("estimator", "n_images"),
+    [
+        (SoftmaxClassifier(), 60),
+        (SoftmaxClassifier(batch_size=16, sampler=RandomOverSampler(random_state=0)), 16),
+        (CSSNClassifier(), 2 * 32),
+        (CSSNClassifier(batch_size=1000), 2 * 60),
+        (CSSNClassifier(pair_view="pair", batch_size=5), 2 * 5**2),
+        (CSSNClassifier(**PAIR_OF_IMAGES), 4 * 8),
+        (CSSNClassifier(pair_view="pair", **PAIR_OF_IMAGES), 4 * 8**2),
+        (LMDClassifier(n_rounds=1), 2 * 60),
+        (MetricTwoStageClassifier(), 60 + 3 * 4),
+        (MetricTwoStageClassifier(metric_batch="shared"), 60),
+        (SPMixClassifier(), 60),
+        (SPMixClassifier(contrast="gpaco"), 2 * 60),
+        (SPMixClassifier(contrast="supcon", key_momentum=0.9, batch_size=16), 2 * 16),
+        (AMIMVEncoder(), 4 * 60),
+        (SSLEncoder(), 2 * 60),
+        (SSLEncoder("moco", batch_size=20), 2 * 20),
+        (SSLEncoder("byol", batch_size=20), 4 * 20),
+        (AMIMVClassifier(fine_tune=True), 4 * 60),
+        (SoftmaxClassifier(pretrain=SSLEncoder("byol", max_epochs=1, batch_size=8)), 60),
+        (CSSNClassifier(pretrain="simclr"), 2 * 60),
+    ],
+)
+def test_the_estimate_counts_every_image_that_backbones_encode(monkeypatch, estimator, n_images):
+    """In the most demanding step of a fit: views, partners, teachers, and pre-training."""
+    encoded, steps, estimates = [], [], []
+    forward, within = Trunk.forward, Net._within_memory
+    monkeypatch.setattr(
+        Trunk, "forward", lambda trunk, x: encoded.append(len(x)) or forward(trunk, x)
+    )
+
+    def step(*args, **kwargs):
+        encoded.clear()
+        result = within(*args, **kwargs)
+        steps.append(sum(encoded))
+        return result
+
+    def on_gpu(device, n_bytes):
+        estimates.append(n_bytes())
+        return nullcontext()
+
+    monkeypatch.setattr(Net, "_within_memory", step)
+    monkeypatch.setattr("sklearn_medimb.base.turn", on_gpu)
+    monkeypatch.setattr(BaseImageEncoder, "_auto_epochs", 1)
+    monkeypatch.setattr(BaseImageEncoder, "_auto_steps", 1)
+    X, y = make_blobs()
+    if getattr(estimator, "reference", None) == "paired":
+        X = np.stack([X, X], axis=1)
+    tiny = ConvNet((4, 4))
+    clf = clone(estimator).set_params(backbone=tiny, max_epochs=1, random_state=0)
+    most = clf._most_images
+    monkeypatch.setattr(clf, "_most_images", lambda train: estimates.append(most(train)) or 0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(The features have all but|In .* steps the thresholds)")
+        clf.fit(X, y)
+    assert max(steps) == n_images
+    assert estimates[0] == n_images
+    assert estimates[1] > X.nbytes
 
 
 def test_nested_fits_do_not_wait_for_their_own_parent(tmp_path, monkeypatch):
