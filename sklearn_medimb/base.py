@@ -50,13 +50,13 @@ from sklearn_medimb.images import (
     read_images,
 )
 from sklearn_medimb.net import SCHEDULES, Net, Trunk
+from sklearn_medimb.randomness import Draws, drawing_from, make_generator, redirected, seeded
 from sklearn_medimb.runtime import (
     inference_block,
     is_out_of_memory,
     one_thread_in_workers,
     resolve_device,
     resolve_precision,
-    seeded,
 )
 
 try:
@@ -281,30 +281,31 @@ class BaseImageEstimator(
             if distributed.world_size() > 1:
                 seed = distributed.agree(seed, data_digest(data.images, *labels))
             rng = np.random.default_rng(seed)
-            generator = torch.Generator(device).manual_seed(seed)
+            generator, draws = make_generator(seed, device), Draws(seed, device)
             self.random_seed_ = seed
 
-            with seeded(seed, device), ExitStack() as memory:
-                train, held = self._training_rows(data, groups, rng, partial)
-                if fresh:
-                    self._normalise(train)
-                self.net_ = self._make_net(device, previous)
-                if distributed.world_size() == 1:  # a launcher has given the others their GPUs
-                    memory.enter_context(turn(device, lambda: self._training_bytes(train)))
-                common = {
-                    "preprocess": self._preprocessor(),
-                    "views": self._views(),
-                    "rng": rng,
-                    "generator": generator,
-                }
-                n_epochs = 1 if partial else self._n_epochs(len(train.rows))
-                stages = self._pretraining(train, **common) if fresh and not partial else []
-                stages += self._stages(train, n_epochs, **common)
-                if partial:
-                    stages[0].lr_schedule = "constant"
-                best = self._best_epoch(X, y, held, train)
+            with drawing_from(draws), ExitStack() as memory:
+                with redirected():  # initial weights, of networks from outside too
+                    train, held = self._training_rows(data, groups, rng, partial)
+                    if fresh:
+                        self._normalise(train)
+                    self.net_ = self._make_net(device, previous)
+                    if distributed.world_size() == 1:  # a launcher has given the others their GPUs
+                        memory.enter_context(turn(device, lambda: self._training_bytes(train)))
+                    common = {
+                        "preprocess": self._preprocessor(),
+                        "views": self._views(),
+                        "rng": rng,
+                        "generator": generator,
+                    }
+                    n_epochs = 1 if partial else self._n_epochs(len(train.rows))
+                    stages = self._pretraining(train, **common) if fresh and not partial else []
+                    stages += self._stages(train, n_epochs, **common)
+                    if partial:
+                        stages[0].lr_schedule = "constant"
+                    best = self._best_epoch(X, y, held, train)
                 if checkpoint is not None:
-                    checkpoint.attach(seed=seed, rng=rng, generator=generator)
+                    checkpoint.attach(seed=seed, rng=rng, generator=generator, draws=draws)
                 reporter = None
                 if not partial and hasattr(self, "_init_callback_context"):
                     reporter = SklearnCallbacks(self, X, y, lambda: self._inference_state(train))

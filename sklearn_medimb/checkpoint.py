@@ -16,9 +16,10 @@ from skorch.history import History
 
 from sklearn_medimb.distributed import by_main
 from sklearn_medimb.images import Images
+from sklearn_medimb.randomness import Draws
 from sklearn_medimb.runtime import replacing
 
-FORMAT = 2
+FORMAT = 3
 
 
 def fingerprint(
@@ -166,11 +167,14 @@ class Checkpoint(Callback):
         """Seed of the interrupted fit."""
         return None if self.state is None else self.state["seed"]
 
-    def attach(self, *, seed: int, rng: np.random.Generator, generator: torch.Generator) -> None:
+    def attach(
+        self, *, seed: int, rng: np.random.Generator, generator: torch.Generator, draws: Draws
+    ) -> None:
         """Name the sources of randomness that a resumed fit must find again."""
         self.seed_ = seed
         self.rng = rng
         self.generator = generator
+        self.draws = draws
 
     @property
     def stage(self) -> int:
@@ -199,9 +203,7 @@ class Checkpoint(Callback):
             vars(best).update(state["best"])
         self.rng.bit_generator.state = state["numpy"]
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch"])
-        if self.generator.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda"], self.generator.device)
+        self.draws.set_state(state["draws"])
         self.epochs_before = len(net.history) - state["n_epochs"]
         self.state = None
         return state["n_epochs"]
@@ -222,10 +224,8 @@ class Checkpoint(Callback):
             "best": {} if best is None else best.state(),
             "numpy": self.rng.bit_generator.state,
             "generator": self.generator.get_state(),
-            "torch": torch.get_rng_state(),
+            "draws": self.draws.get_state(),
         }
-        if self.generator.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.generator.device)
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getvalue()

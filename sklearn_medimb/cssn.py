@@ -29,6 +29,7 @@ from sklearn_medimb.batches import Batches, class_balanced
 from sklearn_medimb.classifier import BaseImageClassifier
 from sklearn_medimb.images import Images
 from sklearn_medimb.net import Trunk
+from sklearn_medimb.randomness import Dropout
 from sklearn_medimb.runtime import one_thread_in_workers
 
 
@@ -63,7 +64,7 @@ class Mlp(nn.Sequential):
         super().__init__(
             nn.Linear(width_in, hidden),
             nn.GELU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(hidden, width_out),
         )
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from sklearn_medimb import distributed
 from sklearn_medimb.backbones import as_features
 from sklearn_medimb.batches import Batches
+from sklearn_medimb.randomness import Draws, current_draws, drawing_from, may_draw, redirected
 from sklearn_medimb.runtime import is_out_of_memory
 
 SCHEDULES = ("one_cycle", "cosine", "constant")
@@ -121,19 +122,25 @@ class Trunk(nn.Module):
         parts = images.tensor_split(-(-len(images) // self.micro_batch))
         if not torch.is_grad_enabled():
             return torch.cat([self._encode(part) for part in parts])
-        contexts = partial(_first_and_second_pass, self.backbone)
-        return torch.cat(
-            [checkpoint(self._encode, p, use_reentrant=False, context_fn=contexts) for p in parts]
-        )
+        how: dict[str, Any] = {
+            "use_reentrant": False,
+            "preserve_rng_state": False,
+            "context_fn": partial(_first_and_second_pass, self.backbone),
+        }
+        return torch.cat([checkpoint(self._encode, part, **how) for part in parts])
 
 
 def _first_and_second_pass(backbone: nn.Module) -> tuple[Any, Any]:
-    """Contexts of a part's two forward passes; the second leaves running statistics alone."""
-    return nullcontext(), _without_momentum(backbone)
+    """Contexts of a part's two forward passes.
+
+    The second draws what the first did, and leaves running statistics alone.
+    """
+    draws = current_draws()
+    return nullcontext(), _second_pass(backbone, None if draws is None else draws.copy())
 
 
 @contextmanager
-def _without_momentum(backbone: nn.Module) -> Iterator[None]:
+def _second_pass(backbone: nn.Module, draws: Draws | None) -> Iterator[None]:
     kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     norms = [module for module in backbone.modules() if isinstance(module, kinds)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
@@ -142,7 +149,8 @@ def _without_momentum(backbone: nn.Module) -> Iterator[None]:
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked = norm.num_batches_tracked.clone()
     try:
-        yield
+        with drawing_from(draws):
+            yield
     finally:
         for norm, (momentum, n_batches) in zip(norms, before, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, n_batches
@@ -165,7 +173,7 @@ class _State:
         self.copies = [[buffer.clone() for buffer in group] for group in self.buffers]
         plain = nn.Module.get_extra_state
         self.counting = [part for part in parts if type(part).get_extra_state is not plain]
-        self.device = next((b.device for b in buffers), torch.device("cpu"))
+        self.draws = current_draws()
 
     @torch.no_grad()
     def remember(self) -> None:
@@ -173,9 +181,8 @@ class _State:
         for copies, buffers in zip(self.copies, self.buffers, strict=True):
             torch._foreach_copy_(copies, buffers)
         self.counters = [part.get_extra_state() for part in self.counting]
-        self.random = torch.get_rng_state()
-        if self.device.type == "cuda":
-            self.random_cuda = torch.cuda.get_rng_state(self.device)
+        if self.draws is not None:
+            self.random = self.draws.get_state()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -185,9 +192,8 @@ class _State:
                 buffer.data.copy_(copied)
         for part, counter in zip(self.counting, self.counters, strict=True):
             part.set_extra_state(counter)
-        torch.set_rng_state(self.random)
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(self.random_cuda, self.device)
+        if self.draws is not None:
+            self.draws.set_state(self.random)
 
 
 class Output(NamedTuple):
@@ -256,6 +262,7 @@ class Net(NeuralNet):
     stage_forward: Callable[[nn.Module, Any], Any] | None = None
     stopped_by_callback = False
     complete = True
+    from_outside = False  # whether a step may ask torch's default generators for numbers
     callbacks_: list[tuple[str, Callback]]
     dtype: torch.dtype
 
@@ -366,6 +373,9 @@ class Net(NeuralNet):
         extra = [(type(cb).__name__, cb) for cb in (*callbacks, last)]
         self.callbacks_ = [timer, *extra[:-1], *users, extra[-1]]
         self.max_epochs, self.stopped_by_callback = n_epochs, False
+        self.from_outside = may_draw(self.module_, self.criterion_) or not type(
+            self.optimizer_
+        ).__module__.startswith("torch.optim.")
         try:
             self.partial_fit(batches)
         except BaseException:
@@ -384,6 +394,11 @@ class Net(NeuralNet):
                 "it learned so far.",
                 stacklevel=2,
             )
+
+    def train_step(self, batch: Any, **fit_params: Any) -> Any:
+        """Take a step, backward pass included, with the draws of the fit."""
+        with redirected() if self.from_outside else nullcontext():
+            return super().train_step(batch, **fit_params)
 
     def train_step_single(self, batch: Any, **fit_params: Any) -> Any:
         """Forward and backward pass; processes that train together then agree on the gradients."""

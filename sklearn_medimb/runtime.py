@@ -125,19 +125,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch inside the block and leave the caller's random state as it was."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        # torch.manual_seed would reseed every GPU, which fork_rng does not undo.
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-@contextmanager
 def one_thread_in_workers() -> Iterator[None]:
     """Use one torch thread inside worker processes (joblib, multiprocessing).
 

@@ -84,8 +84,8 @@ def make_backbone(
     Returns
     -------
     module : torch.nn.Module
-        A new module; unless copied or loaded, its weights depend on the state of torch's
-        default generator only. Seed it first.
+        A new module; unless copied or loaded, its weights are drawn from torch's default
+        generator, which seeds must be given to first; inside of a fit from that of the fit.
 
     Raises
     ------

@@ -43,8 +43,8 @@ class Backbone(BaseEstimator):
         Returns
         -------
         module : torch.nn.Module
-            Its initial weights depend on the state of torch's default generator only, unless
-            ``weights`` names a file.
+            Its initial weights are drawn from torch's default generator, inside of a fit from that
+            of the fit, unless ``weights`` names a file.
 
         Raises
         ------

@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import nn
 
 from sklearn_medimb.backbones._base import Backbone, check_ints, check_option, check_rate
+from sklearn_medimb.randomness import Dropout
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -83,7 +84,7 @@ class MLP(Backbone):
         for new_width in hidden:
             layers += [nn.Linear(width, new_width), _ACTIVATIONS[self.activation]()]
             if dropout > 0:
-                layers.append(nn.Dropout(dropout))
+                layers.append(Dropout(dropout))
             width = new_width
         return nn.Sequential(*layers)
 

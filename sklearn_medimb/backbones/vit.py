@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sklearn_medimb.backbones._base import Backbone, check_int, check_ints, check_option, check_rate
 from sklearn_medimb.backbones.conv import CONV
 from sklearn_medimb.backbones.resnet import ResNet
+from sklearn_medimb.randomness import Dropout, keep_mask
 
 
 class _Transformer(Backbone):
@@ -302,7 +303,7 @@ class _ViT(nn.Module):
         self.patch_embed = patch_embed
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(self.grid), width))
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
         self.blocks = nn.Sequential(
             *(_Block(width, n_heads, hidden, dropout, rate, qkv_bias) for rate in drop_paths)
         )
@@ -382,13 +383,16 @@ class _Attention(nn.Module):
         self.n_heads = n_heads
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         # (n, T, 3 x heads x c) -> three of (n, heads, T, c)
         q, k, v = self.qkv(x).unflatten(2, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
-        rate = self.drop.p if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)
+        if self.training and self.drop.p > 0:  # fused kernels would draw for themselves
+            shares = F.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2), dim=-1)
+            x = self.drop(shares) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)
         return self.drop(self.proj(x.transpose(1, 2).flatten(2)))
 
 
@@ -397,7 +401,7 @@ class _MLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
-        self.drop = nn.Dropout(dropout)
+        self.drop = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
@@ -413,5 +417,4 @@ class _DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.rate == 0:
             return x
-        keep = x.new_empty((len(x),) + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * keep / (1 - self.rate)
+        return x * keep_mask(x, (len(x),) + (1,) * (x.ndim - 1), self.rate)
