@@ -73,7 +73,7 @@ def ldam(logits: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
     Parameters
     ----------
     logits : tensor of shape (n, K)
-        Scaled cosines, as :class:`~sklearn_medimb.softmax.CosineHead` gives them.
+        Scaled cosines, as :class:`~sklearn_medimb.one_stage.CosineHead` gives them.
     margins : tensor of shape (K,)
         What is taken off logit k where k is the label, on the scale of the logits.
 
@@ -142,7 +142,7 @@ def class_weights(
     Raises
     ------
     ValueError
-        If a weight is negative or not finite, or a class is not among `classes`.
+        If a weight is negative or not finite, every weight is 0, or a class is not among `classes`.
     """
     if class_weight == "balanced":
         return class_mass.sum() / (len(class_mass) * class_mass)
@@ -154,7 +154,27 @@ def class_weights(
             raise ValueError(
                 f"class_weight names classes {unknown} that y lacks: it holds {classes.tolist()}."
             )
-    return compute_class_weight(class_weight, classes=classes, y=classes)
+    weight = compute_class_weight(class_weight, classes=classes, y=classes)
+    if not weight.any():
+        raise ValueError("class_weight is 0 for every class.")
+    return weight
+
+
+def of_unit_mean(weight: torch.Tensor, class_mass: torch.Tensor) -> torch.Tensor:
+    """Class weights scaled so that a training row weighs 1 on average.
+
+    Only the ratios of class weights carry meaning. Their scale would be one of the learning rate,
+    or of the label loss beside another term.
+
+    Parameters
+    ----------
+    weight : tensor of shape (K,)
+        Class weights.
+    class_mass : tensor of shape (K,)
+        Training samples (or summed weights) per class, 0 where there are none.
+    """
+    total = class_mass @ weight
+    return weight * (class_mass.sum() / total) if total > 0 else weight
 
 
 class LabelLoss(nn.Module):
@@ -165,9 +185,10 @@ class LabelLoss(nn.Module):
     costs : callable
         Logits (n, K) to costs (n, K).
     weight : tensor of shape (K,)
-        Class weights from the first step on.
+        Class weights from the first step on, of unit mean over the training rows.
     late_weight : tensor of shape (K,), default=None
-        Class weights from step `switch` on (deferred re-weighting).
+        Class weights from step `switch` on (deferred re-weighting), of unit mean too: a loss that
+        shrank at the switch would shrink the step.
     switch : int, default=0
         That step.
     """
@@ -190,10 +211,13 @@ class LabelLoss(nn.Module):
 
     def forward(self, logits: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
         """Loss of one batch."""
+        return (mass * self.next_weight() * self.costs(logits)).sum() / len(logits)
+
+    def next_weight(self) -> torch.Tensor:
+        """Class weights of the next step, which is counted."""
         late = self.late_weight if self.step >= self.switch else None
-        weight = self.weight if late is None else late
         self.step += 1
-        return (mass * weight * self.costs(logits)).sum() / len(logits)
+        return self.weight if late is None else late
 
     def get_extra_state(self) -> int:
         """Step count, so that a resumed fit re-weights on time."""

@@ -16,7 +16,7 @@ from torch import nn
 from sklearn_medimb import losses
 from sklearn_medimb.base import TrainingSet
 from sklearn_medimb.classifier import BaseImageClassifier
-from sklearn_medimb.losses import LabelLoss, class_weights
+from sklearn_medimb.losses import LabelLoss, class_weights, of_unit_mean
 from sklearn_medimb.net import SoftmaxNetwork, Trunk
 
 LOSSES = (
@@ -87,6 +87,7 @@ class OneStageClassifier(BaseImageClassifier):
     def _label_loss(self, train: TrainingSet, n_steps: int) -> LabelLoss:
         class_mass = self._class_mass(train)
         mass = torch.from_numpy(class_mass)
+        in_rows = mass * torch.from_numpy(np.isin(np.arange(len(mass)), train.y))
         effective = losses.effective_number_weights(mass, self.beta)
         weight = torch.from_numpy(class_weights(self.class_weight, self.classes_, class_mass))
         late = None
@@ -96,9 +97,9 @@ class OneStageClassifier(BaseImageClassifier):
         if self.loss == "class_balanced":
             weight = weight * effective
         elif reweight_after is not None:
-            late = weight * effective
+            late = of_unit_mean(weight * effective, in_rows)
         switch = 0 if late is None else round(reweight_after * n_steps)
-        return LabelLoss(self._label_costs(mass), weight, late, switch)
+        return LabelLoss(self._label_costs(mass), of_unit_mean(weight, in_rows), late, switch)
 
     def _label_costs(self, mass: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         """Choose the formula."""

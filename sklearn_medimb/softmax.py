@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from numbers import Real
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from sklearn.base import _fit_context
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -82,7 +83,7 @@ class SoftmaxClassifier(OneStageClassifier):
         "balanced_softmax" [4]_; "logit_adjusted" [5]_.
 
     class_weight : dict, "balanced" or None, default=None
-        Weights of the classes, on top of `loss`.
+        Weights of the classes, on top of `loss`; only their ratios matter.
 
     focal_gamma : float, default=2.0
         Focusing exponent of the focal loss.
@@ -121,7 +122,7 @@ class SoftmaxClassifier(OneStageClassifier):
     {attributes}
 
     class_prior_ : ndarray of shape (n_classes,)
-        Class shares of the (resampled, weighted) training rows.
+        Class shares of the training rows, as they were resampled, weighted and mixed.
 
     See Also
     --------
@@ -285,6 +286,16 @@ class SoftmaxClassifier(OneStageClassifier):
         return self._fit(X, y, sample_weight=sample_weight, classes=classes, partial=True)
 
     # ---------------------------------------------------------------- batches
+
+    def _class_mass(self, train: TrainingSet) -> np.ndarray:
+        mass = super()._class_mass(train)
+        if self.mixup != "balanced":
+            return mass
+        counts = np.bincount(train.y, minlength=len(mass))
+        n_classes = np.count_nonzero(counts)
+        drawn = mass * len(train.y) / (n_classes * counts.clip(min=1))
+        share = self.mixup_alpha / (self.mixup_alpha + 1)  # mean of Beta(alpha, 1)
+        return np.where(counts > 0, (1 - share) * mass + share * drawn, mass)
 
     def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
         n, n_classes = len(train.y), len(self.classes_)

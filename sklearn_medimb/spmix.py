@@ -33,7 +33,7 @@ from sklearn_medimb.base import Stage, TrainingSet
 from sklearn_medimb.batches import Batches, class_balanced, n_batches, shuffled
 from sklearn_medimb.encoder import UpdateTarget, perceptron
 from sklearn_medimb.images import as_pixels, warn_of_flat_images
-from sklearn_medimb.losses import LabelStageLoss
+from sklearn_medimb.losses import LabelLoss, LabelStageLoss
 from sklearn_medimb.mixing import spmix, spmix_ratio
 from sklearn_medimb.momentum import KeyQueue, follow
 from sklearn_medimb.net import SoftmaxNetwork, Trunk
@@ -400,12 +400,10 @@ class ContrastLoss(nn.Module):
         Copied where there is a key encoder.
     kind : {"supcon", "gpaco"}
         Which contrast.
-    label_loss : nn.Module
-        (logits, masses) to a scalar, of "supcon".
+    label_loss : LabelLoss
+        (logits, masses) to a scalar, of "supcon"; "gpaco" takes its class weights.
     log_prior : tensor of shape (n_classes,)
         Of the classes as they are drawn, for "gpaco".
-    weight : tensor of shape (n_classes,)
-        Class weights, for "gpaco".
     w_con, gamma, temperature : float
         Of the contrast.
     queue_size : int
@@ -417,15 +415,13 @@ class ContrastLoss(nn.Module):
     """
 
     log_prior: torch.Tensor
-    weight: torch.Tensor
 
     def __init__(
         self,
         network: MixingNetwork,
         kind: str,
-        label_loss: nn.Module,
+        label_loss: LabelLoss,
         log_prior: torch.Tensor,
-        weight: torch.Tensor,
         *,
         w_con: float,
         gamma: float,
@@ -451,7 +447,6 @@ class ContrastLoss(nn.Module):
         )
         self.queue = KeyQueue(queue_size, projection_dim)
         self.register_buffer("log_prior", log_prior)
-        self.register_buffer("weight", weight)
         self.terms: dict[str, torch.Tensor] = {}
         if key_momentum is not None:
             encoders = {"network": network, "projector": self.projector}
@@ -496,7 +491,7 @@ class ContrastLoss(nn.Module):
                 self.log_prior,
                 w_con=self.w_con,
                 gamma=self.gamma,
-                weight=self.weight,
+                weight=self.label_loss.next_weight(),
             )
         else:
             label = self.label_loss(logits, mass.repeat(n_views, 1))
@@ -894,7 +889,6 @@ SoftmaxClassifier
             self.contrast,
             label_loss,
             prior.log(),
-            label_loss.weight,
             w_con=self.w_con,
             gamma=self.gamma,
             temperature=self.temperature,

@@ -20,7 +20,7 @@ from sklearn_medimb.base import TrainingSet
 from sklearn_medimb.batches import Batches, shuffled
 from sklearn_medimb.classifier import BaseImageClassifier
 from sklearn_medimb.images import Images
-from sklearn_medimb.losses import LabelLoss, class_weights
+from sklearn_medimb.losses import LabelLoss, class_weights, of_unit_mean
 from sklearn_medimb.net import Output, SoftmaxNetwork, Trunk
 from sklearn_medimb.rebalance import HEADS, RebalancedHead, resolve_head
 from sklearn_medimb.runtime import one_thread_in_workers
@@ -70,8 +70,8 @@ class TwoStageClassifier(BaseImageClassifier):
     def _label_loss(self, train: TrainingSet) -> LabelLoss:
         """Cross-entropy, with the constructor's class weights."""
         mass = train.class_mass(len(self.classes_))
-        weight = class_weights(self.class_weight, self.classes_, mass)
-        return LabelLoss(losses.cross_entropy, torch.from_numpy(weight))
+        weight = torch.from_numpy(class_weights(self.class_weight, self.classes_, mass))
+        return LabelLoss(losses.cross_entropy, of_unit_mean(weight, torch.from_numpy(mass)))
 
     def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
         """Every training row once per epoch; targets are one-hot."""

@@ -117,8 +117,6 @@ class RebalancedHead(DocumentationLink, ClassifierMixin, BaseEstimator):
         """Share of each class in a balanced loss: equal, or as `class_weight` says."""
         weight = getattr(self, "class_weight", None)
         cost = class_weights(None if weight == "balanced" else weight, classes, classes)
-        if not cost.any():
-            raise ValueError("class_weight is 0 for every class.")
         return cost / cost.sum()
 
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
