@@ -417,7 +417,8 @@ class AMIMVClassifier(TwoStageClassifier):
         has its own.
 
     class_weight : dict, "balanced" or None, default=None
-        Weights of the classes in fine-tuning; a dict also reaches heads that take one.
+        Weights of the classes in fine-tuning, by their ratios; a dict also reaches heads that take
+        one.
 
     batch_size : int, default=64
         Labelled images per step.

@@ -477,8 +477,8 @@ class LMDClassifier(TwoStageClassifier):
         Learning rate of the E-step, constant.
 
     class_weight : dict, "balanced" or None, default=None
-        Weights of the classes in the cross-entropy of stage one; a dict also weighs them in the
-        M-step.
+        Weights of the classes in the cross-entropy of stage one, by their ratios; a dict also
+        weighs them in the M-step.
 
     batch_size : int, default=64
         Images per step.

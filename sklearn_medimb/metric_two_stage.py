@@ -157,8 +157,8 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         Heads that balance give probabilities for equally frequent classes.
 
     class_weight : dict, "balanced" or None, default=None
-        Weights of the classes in the cross-entropy of stage one; a dict also weighs them in stage
-        two, where a head is fitted anew.
+        Weights of the classes in the cross-entropy of stage one, by their ratios; a dict also
+        weighs them in stage two, where a head is fitted anew.
 
     batch_size : int, default=64
         Instance rows per step.

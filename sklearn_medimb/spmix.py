@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, ClassVar, NamedTuple
 
@@ -43,59 +44,112 @@ from sklearn_medimb.saliency import DETECTORS, maps_of, saliency_maps
 # ---------------------------------------------------------------- pairs
 
 
-def partners_within(
-    rows: np.ndarray,
-    y: np.ndarray,
-    class_share: np.ndarray,
-    n_mixed: int,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Draw each of the first images of a batch another image of the batch.
+class Partners:
+    """Draws partners for the bases of a batch: first a class, then another image of this class.
 
-    Rows of the batch are encoded anyway: as partners they cost nothing.
+    Images of the batch are encoded anyway, so that as partners they cost nothing. Of a class that
+    the batch lacks, an image of the training set is brought along: a class is a partner as often as
+    it is to be, however small the batch.
 
     Parameters
     ----------
-    rows : ndarray of int of shape (B,)
-        Images of the batch; a rare one may be there twice.
-    y : ndarray of int of shape (B,)
-        Their classes.
+    rows : ndarray of int of shape (n,)
+        Image of each training row; a sampler may have repeated one.
+    y : ndarray of int of shape (n,)
+        Class of each training row.
     class_share : ndarray of shape (n_classes,)
-        How often each class is to be a partner; classes that the batch lacks are left out.
-    n_mixed : int
-        Rows that need a partner.
-    rng : numpy.random.Generator
-        Source of randomness.
-
-    Returns
-    -------
-    partners : ndarray of int of shape (n_mixed,)
-        Positions in the batch, never of the same image.
+        How often each class is to be a partner; classes that `y` lacks are left out.
     """
-    share = class_share[y] / np.bincount(y)[y]
-    share = share / share.sum()
-    own = np.arange(n_mixed)
-    partners = own.copy()
-    while (same := rows[partners] == rows[own]).any():
-        partners[same] = rng.choice(len(y), same.sum(), p=share)
-    return partners
+
+    def __init__(self, rows: np.ndarray, y: np.ndarray, class_share: np.ndarray) -> None:
+        self.rows = rows
+        self.y = y
+        self.by_class = np.argsort(y, kind="stable")
+        self.count = np.bincount(y, minlength=len(class_share))
+        self.start = np.cumsum(self.count) - self.count
+        share = np.where(self.count > 0, class_share, 0.0)
+        self.share = share / share.sum()
+        images, where = np.unique(rows, return_index=True)
+        self.n_images = np.bincount(y[where], minlength=len(class_share))
+        self.exist = len(images) > 1
+
+    def draw(
+        self, picks: np.ndarray, n_mixed: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Draw each of the first rows of a batch another image.
+
+        Parameters
+        ----------
+        picks : ndarray of int of shape (B,)
+            Training rows of the batch.
+        n_mixed : int
+            Rows that need a partner.
+        rng : numpy.random.Generator
+            Source of randomness.
+
+        Returns
+        -------
+        partners : ndarray of int of shape (n_mixed,)
+            Positions in the batch, or beyond its end among `others`; never of the same image.
+        others : ndarray of int of shape (n_others,)
+            Training rows that the batch lacks.
+        """
+        rows, y = self.rows[picks], self.y[picks]
+        own, own_label = rows[:n_mixed], y[:n_mixed]
+        label = _redrawn(
+            lambda n, _: rng.choice(len(self.share), n, p=self.share),
+            # The only image of its class has to look elsewhere.
+            lambda drawn, i: (drawn == own_label[i]) & (self.n_images[drawn] == 1),
+            n_mixed,
+        )
+        order, count = np.argsort(y, kind="stable"), np.bincount(y, minlength=len(self.share))
+        start = np.cumsum(count) - count
+        _, image, n_copies = np.unique(rows, return_inverse=True, return_counts=True)
+        n_own = np.where(label == own_label, n_copies[image[:n_mixed]], 0)
+        here, away = np.flatnonzero(count[label] > n_own), np.flatnonzero(count[label] <= n_own)
+        k, j = label[here], label[away]
+        partners = np.empty(n_mixed, dtype=np.intp)
+        partners[here] = _redrawn(
+            lambda _, i: order[start[k[i]] + rng.integers(count[k[i]])],
+            lambda drawn, i: rows[drawn] == own[here[i]],
+            len(here),
+        )
+        others = _redrawn(
+            lambda _, i: self.by_class[self.start[j[i]] + rng.integers(self.count[j[i]])],
+            lambda drawn, i: self.rows[drawn] == own[away[i]],
+            len(away),
+        )
+        partners[away] = len(picks) + np.arange(len(away))
+        return partners, others
+
+
+def _redrawn(
+    draw: Callable[[int, np.ndarray], np.ndarray],
+    refuse: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    n: int,
+) -> np.ndarray:
+    """Draw n numbers, and those that are refused again, until none is."""
+    drawn, pending = np.empty(n, dtype=np.intp), np.arange(n)
+    while len(pending):
+        drawn[pending] = draw(len(pending), pending)
+        pending = pending[refuse(drawn[pending], pending)]
+    return drawn
 
 
 class MixedViews:
-    """Batches of B images, of which the first m are to be mixed with others of the batch.
+    """Batches of B images, of which the first m are to be mixed with others.
 
     Each view is augmented afresh, and the saliency maps are moved as their images are. A batch has
-    ``images`` (views B, ...), ``partners`` (m,), positions among the B, and the shares of the mix,
-    ``ratio`` (views m, *grid).
+    ``images`` (views B, ...), ``others`` (views e, ...) where partners come from outside of it,
+    ``partners`` (m,), positions among the B + e of a view, and the shares of the mix, ``ratio``
+    (views m, *grid).
 
     Parameters
     ----------
     batches : Batches
         Rows, plan, views.
-    y : ndarray of int of shape (n,)
-        Class of each training row.
-    class_share : ndarray of shape (n_classes,)
-        How often each class is to be a partner.
+    partners : Partners
+        Of the training rows.
     maps : tensor of uint8, shape (n, *fine)
         Saliency of each training row.
     mix_prob : float
@@ -103,14 +157,13 @@ class MixedViews:
     ratio : callable
         Saliency maps of bases and partners to shares on the grid of the mix.
     apart : bool
-        Whether the second view comes as ``key_images`` and ``key_ratio``, for a key encoder.
+        Whether the second view comes as ``key_images`` and so on, for a key encoder.
     """
 
     def __init__(
         self,
         batches: Batches,
-        y: np.ndarray,
-        class_share: np.ndarray,
+        partners: Partners,
         maps: torch.Tensor,
         *,
         mix_prob: float,
@@ -118,8 +171,7 @@ class MixedViews:
         apart: bool,
     ) -> None:
         self.batches = batches
-        self.y = y
-        self.class_share = class_share
+        self.partners = partners
         self.maps = maps
         self.mix_prob = mix_prob
         self.ratio = ratio
@@ -128,18 +180,18 @@ class MixedViews:
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         batches, rng = self.batches, self.batches.rng
         for picks in batches.plan(rng):
-            n_mixed, partners, maps = 0, None, None
-            if self.mix_prob and len(np.unique(batches.rows[picks])) > 1:
+            size, n_mixed, partners, maps = len(picks), 0, None, None
+            if self.mix_prob and self.partners.exist:
                 picks = rng.permutation(picks)
-                n_mixed = int(self.mix_prob * len(picks) + rng.random())
+                n_mixed = int(self.mix_prob * size + rng.random())
             if n_mixed:
-                rows = batches.rows[picks]  # a sampler may have repeated an image
-                chosen = partners_within(rows, self.y[picks], self.class_share, n_mixed, rng)
+                chosen, others = self.partners.draw(picks, n_mixed, rng)
+                picks = np.concatenate([picks, others])
                 partners = batches.preprocess.upload(torch.from_numpy(chosen))
                 index = batches.preprocess.upload(torch.from_numpy(picks))
                 maps = self.maps[index].to(batches.preprocess.dtype) / 255
             images, targets = batches.gather(picks)
-            views = [self._view(images, maps, partners, augment) for augment in batches.views]
+            views = [self._view(images, size, maps, partners, a) for a in batches.views]
             if self.apart:
                 first, second = views
                 batch = first | {f"key_{name}": value for name, value in second.items()}
@@ -150,11 +202,12 @@ class MixedViews:
                 }
             if partners is not None:
                 batch["partners"] = partners
-            yield batch, targets
+            yield batch, targets[:size]
 
     def _view(
         self,
         images: torch.Tensor,
+        size: int,
         maps: torch.Tensor | None,
         partners: torch.Tensor | None,
         augment: Any,
@@ -163,7 +216,10 @@ class MixedViews:
         params = self.batches.draw(images, augment)
         if params is not None:
             images = augment.apply(images, params)
-        view = {"images": self.batches.preprocess.normalise(images)}
+        images = self.batches.preprocess.normalise(images)
+        view = {"images": images[:size]}
+        if len(images) > size:
+            view["others"] = images[size:]
         if maps is not None and partners is not None:
             if moves := geometry(params or {}):
                 maps = augment.apply(maps.unsqueeze(1), moves)[:, 0]
@@ -246,6 +302,7 @@ class MixingNetwork(SoftmaxNetwork):
         images: torch.Tensor,
         ratio: torch.Tensor | None = None,
         partners: torch.Tensor | None = None,
+        others: torch.Tensor | None = None,
         **keys: torch.Tensor,
     ) -> MixedOutput:
         """Features and logits; images without a share, at predict all, pass unmixed."""
@@ -253,20 +310,30 @@ class MixingNetwork(SoftmaxNetwork):
             keys["key_partners"] = partners
         if ratio is None or partners is None:
             features = self.features(images)
-        elif self.layer is None:
-            features = self.features(self.mix(images, ratio, partners))
         else:
-            layer = self.trunk.backbone.get_submodule(self.layer)
-            with layer.register_forward_hook(lambda _m, _args, out: self.mix(out, ratio, partners)):
-                features = self.features(images)
+            rows = images if others is None else torch.cat([images, others])
+            mix = partial(self.mix, ratio=ratio, partners=partners, n=len(images))
+            if self.layer is None:
+                features = self.features(mix(rows))
+            else:
+                layer = self.trunk.backbone.get_submodule(self.layer)
+                with layer.register_forward_hook(lambda _m, _args, out: mix(out)):
+                    features = self.features(rows)
         return MixedOutput(features, self.head(features), keys)
 
-    def mix(self, rows: torch.Tensor, ratio: torch.Tensor, partners: torch.Tensor) -> torch.Tensor:
-        """Mix the first m rows of each view with their partners in the same view."""
+    def mix(
+        self, rows: torch.Tensor, ratio: torch.Tensor, partners: torch.Tensor, n: int
+    ) -> torch.Tensor:
+        """Mix the first m images of each view with their partners in the same view.
+
+        What comes after the n images of all views, those that only lend, ends here.
+        """
         n_views, n_mixed = len(ratio) // len(partners), len(partners)
         parts: list[torch.Tensor] = []
-        for x, r in zip(rows.chunk(n_views), ratio.chunk(n_views), strict=True):
-            parts += [_mixed(x[:n_mixed], x[partners], r, self.patch, self.grid), x[n_mixed:]]
+        views = rows[:n].chunk(n_views), rows[n:].tensor_split(n_views), ratio.chunk(n_views)
+        for x, others, r in zip(*views, strict=True):
+            x_h = (torch.cat([x, others]) if len(others) else x)[partners]
+            parts += [_mixed(x[:n_mixed], x_h, r, self.patch, self.grid), x[n_mixed:]]
         return torch.cat(parts)
 
 
@@ -520,10 +587,9 @@ class ContrastLoss(nn.Module):
 class SPMixClassifier(OneStageClassifier):
     """A network that mixes rare images with others inside, patch by patch, as saliency allows.
 
-    Batches are drawn evenly from all classes, and partners from the batch as frequent as their
-    classes are in the data. Where either is salient the base prevails, elsewhere the partner
-    enters; the label is that of the base [1]_. At predict nothing is mixed and no saliency is
-    computed.
+    Batches are drawn evenly from all classes, and partners as often as their classes are in the
+    data. Where either is salient the base prevails, elsewhere the partner enters; the label is that
+    of the base [1]_. At predict nothing is mixed and no saliency is computed.
 
     Parameters
     ----------
@@ -596,8 +662,11 @@ SoftmaxClassifier
 
     Notes
     -----
-    Partners come from the same batch, where they are encoded anyway, so that mixing costs next to
-    nothing at any layer; the published code draws and encodes them apart. Saliency maps are
+    Partners come from the same batch where it holds another image of their class: there they are
+    encoded anyway, so that mixing costs next to nothing at any layer. Of classes that the batch
+    lacks one is brought along and encoded up to the mix; the published code does so for every
+    image. No class is a partner more or less often than `pairing` says, but for that of a base that
+    has no other image. Saliency maps are
     computed once per training image, kept at twice the resolution of the mix, and moved by the same
     flips and warps as their images (an augmentation of one's own must name its draws as
     :class:`~sklearn_medimb.augment.Augmentation` does). There is no ``sample_weight`` and no
@@ -923,8 +992,7 @@ SoftmaxClassifier
         grid = self.net_.module_.grid
         return MixedViews(
             Batches(train.images, train.rows, mass, plan, **common),
-            y,
-            np.ones_like(natural) if self.pairing == "code" else natural,
+            Partners(train.rows, y, np.ones_like(natural) if self.pairing == "code" else natural),
             self._maps(train, grid) if self.mix_prob else torch.empty(0),
             mix_prob=self.mix_prob,
             ratio=lambda s_t, s_h: self._ratio(s_t, s_h, grid),

@@ -9,8 +9,17 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from imblearn.over_sampling import RandomOverSampler
+from skorch.callbacks import Callback
 
-from sklearn_medimb import SoftmaxClassifier, losses
+from sklearn_medimb import (
+    AMIMVClassifier,
+    LMDClassifier,
+    MetricTwoStageClassifier,
+    SoftmaxClassifier,
+    SPMixClassifier,
+    losses,
+)
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.batches import Batches, Preprocessor, class_balanced, shuffled
@@ -331,7 +340,7 @@ def test_the_fit_switches_where_asked(params, switch):
     clf = fit(*class_shades(), beta=0.99, **params)
     criterion = clf.net_.criterion_
     assert criterion.step == 25
-    effective = losses.effective_number_weights(torch.tensor([24.0, 10.0, 4.0]), 0.99)
+    effective = of_unit_mean([24.0, 10.0, 4.0], beta=0.99)
     if switch is None:
         assert criterion.late_weight is None
         expected = effective if params["loss"] == "class_balanced" else torch.ones(3)
@@ -342,18 +351,145 @@ def test_the_fit_switches_where_asked(params, switch):
         torch.testing.assert_close(criterion.late_weight, effective)
 
 
+def of_unit_mean(counts, beta=0.999, times=None):
+    """Effective-number weights, times others, whose mean over the rows is 1."""
+    counts = np.array(counts)
+    raw = (1 - beta) / (1 - beta**counts) * (1 if times is None else np.array(times))
+    return torch.tensor(raw * counts.sum() / (raw @ counts), dtype=torch.float32)
+
+
 def test_class_weights_multiply():
     clf = fit(*class_shades(), class_weight={0: 1.0, 1: 2.0, 2: 3.0}, loss="class_balanced")
-    effective = losses.effective_number_weights(torch.tensor([24.0, 10.0, 4.0]), 0.999)
-    torch.testing.assert_close(
-        clf.net_.criterion_.weight, effective * torch.tensor([1.0, 2.0, 3.0])
-    )
+    expected = of_unit_mean([24.0, 10.0, 4.0], times=[1.0, 2.0, 3.0])
+    torch.testing.assert_close(clf.net_.criterion_.weight, expected)
 
 
 def test_balanced_class_weights():
     clf = fit(*class_shades(), class_weight="balanced")
     expected = torch.tensor([38 / (3 * n) for n in (24, 10, 4)])
     torch.testing.assert_close(clf.net_.criterion_.weight, expected)
+
+
+# ---------------------------------------------------------------- the scale of class weights
+
+
+def test_ten_classes_of_100_to_3_keep_the_step_at_the_switch():
+    """Weights that sum to K, as effective numbers come, are .325 on average over these rows."""
+    counts = np.round(100 * 0.03 ** (np.arange(10) / 9)).astype(int)
+    X, y = class_shades(counts)
+    clf = fit(X // 5, y, loss="ldam", max_epochs=2)
+    late = clf.net_.criterion_.late_weight.numpy().astype(float)
+    assert late[y].mean() == pytest.approx(1, abs=1e-6)
+    mass = torch.from_numpy(counts.astype(float))
+    published = losses.effective_number_weights(mass, 0.999).numpy()
+    assert published[y].mean() == pytest.approx(0.325, abs=0.001)
+    # The authors' code divides each batch by the sum of its weights: of all rows, the same number.
+    z = torch.randn(len(y), 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weight, codes = torch.from_numpy(published), torch.from_numpy(y)
+    theirs = torch.nn.functional.cross_entropy(z, codes, weight)
+    ours = LabelLoss(losses.cross_entropy, torch.from_numpy(late))
+    assert ours(z, torch.eye(10)[codes]).item() == pytest.approx(theirs.item(), rel=1e-6)
+
+
+REWEIGHTED = [
+    {"loss": "ldam"},
+    {"reweight_after": 0.5},
+    {"loss": "class_balanced", "beta": 0.9},
+    {"loss": "ldam", "class_weight": "balanced"},
+    {"loss": "focal", "reweight_after": 0.2, "class_weight": {0: 1e-6, 1: 3e-6, 2: 9e-6}},
+    {"loss": "ldam", "mixup": "mixup"},
+    {"loss": "ldam", "mixup": "balanced", "mixup_alpha": 2.0},
+    {"loss": "class_balanced", "sampler": RandomOverSampler(sampling_strategy={2: 12})},
+]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("params", REWEIGHTED, ids=str)
+def test_what_a_batch_holds_weighs_1_on_average_before_and_after_the_switch(params, weighted):
+    X, y = class_shades()
+    rng = np.random.default_rng(0)
+    weight = rng.uniform(0.2, 2, len(y)) if weighted else None
+    seen = []
+
+    class Spy(Callback):
+        def on_batch_begin(self, net, batch=None, **kwargs):
+            seen.append(batch[1].numpy().copy())
+
+    n_epochs = 150 if "mixup" in params else 1  # but for mixup each row comes once an epoch
+    params = {"device": "cpu", "precision": "float32", "max_epochs": n_epochs, **params}
+    clf = SoftmaxClassifier(
+        ConvNet((2,)), augment="none", batch_size=20, random_state=0, callbacks=[Spy()], **params
+    ).fit(X, y, sample_weight=weight)
+    mass, criterion = np.concatenate(seen), clf.net_.criterion_
+    for weights in (criterion.weight, criterion.late_weight):
+        if weights is not None:
+            unweighted = mass.sum(axis=1).mean()
+            assert (mass @ weights.numpy()).mean() == pytest.approx(unweighted, rel=0.01)
+
+
+def test_the_mean_is_over_the_rows_of_a_portion():
+    """A class that a portion lacks has no rows: it has no say in the scale."""
+    X, y = class_shades()
+    clf = fit(X[y < 2], y[y < 2], partly=True, class_weight="balanced", loss="class_balanced")
+    weight = clf.net_.criterion_.weight.numpy()
+    assert weight[y[y < 2]].mean() == pytest.approx(1, abs=1e-6)
+    clf.partial_fit(X, y)
+    assert clf.net_.criterion_.weight.numpy()[y].mean() == pytest.approx(1, abs=1e-6)
+
+
+def test_unit_mean_of_a_class_that_weighs_nothing():
+    mass, weight = torch.tensor([3.0, 0, 5]), torch.tensor([0.0, 2, 0])
+    assert torch.equal(losses.of_unit_mean(weight, mass), weight)
+    with pytest.raises(ValueError, match="class_weight is 0 for every class"):
+        fit(*class_shades(), class_weight={0: 0, 1: 0, 2: 0})
+
+
+def sgd(**params):
+    return {"optimizer": torch.optim.SGD, **params}
+
+
+SCALED = {
+    "softmax": lambda **p: SoftmaxClassifier(**p),
+    "softmax, reweighted": lambda **p: SoftmaxClassifier(**p, loss="ldam"),
+    "spmix": lambda **p: SPMixClassifier(**p, pairing="code"),
+    "spmix, supcon": lambda **p: SPMixClassifier(**p, contrast="supcon", w_con=1.0),
+    "spmix, gpaco": lambda **p: SPMixClassifier(**p, contrast="gpaco", pairing="code"),
+    "metric two-stage": lambda **p: MetricTwoStageClassifier(**p, metric_weight=1.0),
+    "lmd": lambda **p: LMDClassifier(**p, relation_start=0.0, n_rounds=2),
+    "amimv": lambda **p: AMIMVClassifier(**p, pretrain=None, fine_tune=True),
+}
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e6])
+@pytest.mark.parametrize("optimizer", [{}, sgd()], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("name", SCALED)
+def test_only_the_ratios_of_class_weights_matter(name, optimizer, scale):
+    """Else 1e-9 leaves weight decay alone at work, and 1e6 outweighs every other term."""
+    X, y = class_shades((24, 12, 6))
+    ratios = {0: 1.0, 1: 2.0, 2: 5.0}
+    proba = []
+    for factor in (1.0, scale):
+        clf = SCALED[name](
+            backbone=ConvNet((4,)), max_epochs=4, batch_size=16, augment="none", device="cpu",
+            precision="float64", weight_decay=0.1, lr=1e-2, net_params=optimizer, random_state=0,
+            class_weight={k: factor * w for k, w in ratios.items()},
+        )  # fmt: skip
+        proba.append(clf.fit(X, y).predict_proba(X))
+    np.testing.assert_allclose(*proba, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("contrast", ["gpaco", "supcon", None])
+def test_deferred_weights_switch_beside_a_contrast_too(contrast):
+    X, y = class_shades()
+    params = {"contrast": contrast, "pairing": "code", "mix_prob": 0.0, "max_epochs": 4}
+    common = {"batch_size": 19, "augment": "none", "precision": "float64", "random_state": 0}
+    early, late = (
+        SPMixClassifier(ConvNet((4,)), **params, **common, reweight_after=after).fit(X, y)
+        for after in (None, 0.5)
+    )
+    values = [[row["train_loss"] for row in clf.history_] for clf in (early, late)]
+    assert values[0][:2] == values[1][:2]
+    assert values[0][2] != values[1][2]
 
 
 ABSENT = [

@@ -20,6 +20,7 @@ from sklearn_medimb import SoftmaxClassifier, SPMixClassifier, SSLEncoder
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import MLP, ConvNet, HybridViT, ResNet, ViT
 from sklearn_medimb.base import TrainingSet
+from sklearn_medimb.batches import class_balanced, shuffled
 from sklearn_medimb.datasets import make_lesions
 from sklearn_medimb.losses import LabelLoss, cross_entropy, logit_adjusted
 from sklearn_medimb.metric_losses import supcon
@@ -31,9 +32,9 @@ from sklearn_medimb.spmix import (
     MixedOutput,
     MixedViews,
     MixingNetwork,
+    Partners,
     default_layer,
     gpaco_loss,
-    partners_within,
     pooled,
     supcon_with_memory,
 )
@@ -96,6 +97,12 @@ def rows_of(clf, images):
     """Rows of marked images, from a batch as the network gets it."""
     corner = images[:, 0, 0, 0].numpy() * clf.pixel_std_[0] + clf.pixel_mean_[0]
     return np.rint(255 * corner).astype(int)
+
+
+def pool_of(clf, batch):
+    """Rows that `partners` points to: those of the batch, and those that came along."""
+    rows = rows_of(clf, batch["images"])
+    return np.concatenate([rows, rows_of(clf, batch["others"])]) if "others" in batch else rows
 
 
 def assert_same_weights(one, two):
@@ -312,7 +319,7 @@ def contrast_loss(net, kind="gpaco", *, key_momentum=None, queue_size=0, w_con=0
     label_loss = LabelLoss(cross_entropy, WEIGHT)
     settings = {"gamma": 0.7, "temperature": 0.2, "projection_dim": 6, "hidden": 10, **params}
     return ContrastLoss(
-        net, kind, label_loss, LOG_PRIOR, WEIGHT, w_con=w_con, queue_size=queue_size,
+        net, kind, label_loss, LOG_PRIOR, w_con=w_con, queue_size=queue_size,
         key_momentum=key_momentum, **settings,
     ).double()  # fmt: skip
 
@@ -592,7 +599,7 @@ def test_what_a_layer_gives_is_mixed(backbone, layer, n_views):
     ratio, partners = noise(n_views * 3, *net.grid), torch.tensor([1, 3, 0])
     # The last hook sees what the rest of the network gets.
     mix = net.mix
-    net.mix = lambda *args: seen.append(mix(*args)) or seen[-1]
+    net.mix = lambda *args, **how: seen.append(mix(*args, **how)) or seen[-1]
     mixed = net(images, ratio, partners).features
     del net.mix
     views = zip(plain[0].chunk(n_views), ratio.chunk(n_views), strict=True)
@@ -652,7 +659,7 @@ def test_mixing_with_oneself_changes_nothing(backbone, layer):
     torch.testing.assert_close(net(rows, ratio, partners).features, net(rows).features)
     module = nn.Identity() if layer is None else net.trunk.backbone.get_submodule(net.layer)
     out = module(rows)
-    assert torch.equal(net.mix(out, ratio, partners), out)
+    assert torch.equal(net.mix(out, ratio, partners, 6), out)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -753,45 +760,74 @@ def test_networks_without_a_layer_to_mix_at_mix_images(blobs):
 # ---------------------------------------------------------------- partners and views
 
 
-@pytest.mark.parametrize(
-    ("y", "class_share"),
-    [
-        ([0, 0, 0, 1, 1, 1, 2, 2], [36, 16, 8]),  # balanced bases, natural partners
-        ([0, 0, 0, 0, 0, 1, 1, 2], [1, 1, 1]),  # natural bases, balanced partners
-        ([2, 0, 2, 0], [10, 5, 1]),  # a class that the batch lacks
-    ],
-)
-def test_partners_come_as_often_as_their_classes_are_to(y, class_share):
-    y, class_share, rng = np.array(y), np.array(class_share, float), np.random.default_rng(0)
-    share = class_share[y] / np.bincount(y)[y]
-    times = np.zeros((len(y), len(y)))
-    n_draws, rows = 4000, np.arange(len(y))
-    for _ in range(n_draws):
-        times[rows, partners_within(rows, y, class_share, len(y), rng)] += 1
-    for own, row in enumerate(times):
-        expected = np.delete(share, own) / np.delete(share, own).sum()
-        assert row[own] == 0
-        spread = np.sqrt(expected * (1 - expected) / n_draws)
-        assert (np.abs(np.delete(row, own) / n_draws - expected) < 4.5 * spread).all()
+ISIC_2018 = np.array([1088, 6782, 483, 289, 1075, 70, 99])  # MEL NV BCC AKIEC BKL DF VASC
 
 
-def test_an_image_that_is_twice_in_a_batch_is_not_its_own_partner():
-    rows, y, rng = np.array([7, 3, 7, 5, 7]), np.array([1, 0, 1, 0, 1]), np.random.default_rng(0)
-    drawn = np.array([partners_within(rows, y, np.ones(2), 5, rng) for _ in range(200)])
-    assert (rows[drawn] != rows).all()
-    assert {tuple(np.unique(column)) for column in drawn[:, [0, 2, 4]].T} == {(1, 3)}
+@pytest.mark.parametrize("size", [4, 16, 64])
+@pytest.mark.parametrize("pairing", ["paper", "code"])
+def test_classes_are_partners_as_often_as_published_whatever_the_batch(pairing, size):
+    """A batch of 16 natural images hardly ever holds a rare class: then one is brought along."""
+    y = np.repeat(np.arange(7), ISIC_2018)
+    rng = np.random.default_rng(0)
+    if pairing == "code":
+        plan, share = shuffled(len(y), size, rng, 1), np.full(7, 1 / 7)
+    else:
+        plan, share = class_balanced(y, size, len(y) // size, rng), ISIC_2018 / len(y)
+    drawn, pairs = Partners(np.arange(len(y)), y, share), []
+    for picks in plan:
+        partners, others = drawn.draw(picks, len(picks), rng)
+        pairs.append((picks, np.concatenate([picks, others])[partners]))
+    bases, partners = (np.concatenate(rows) for rows in zip(*pairs, strict=True))
+    assert (bases != partners).all()
+    # The class of the partner tells nothing of that of the base.
+    for classes in (range(7), *([k] for k in range(7))):
+        chosen = np.isin(y[bases], classes)
+        spread = np.sqrt(share * (1 - share) / chosen.sum())
+        found = np.bincount(y[partners[chosen]], minlength=7) / chosen.sum()
+        # Partners of one batch that are the same image are not independent draws.
+        assert (np.abs(found - share) < 5 * spread + 1 / chosen.sum()).all()
+    rarest = np.bincount(partners[y[partners] == 5], minlength=len(y))[y == 5]
+    assert (rarest > 0).all() or pairing == "paper"
+
+
+def test_partners_come_from_the_batch_where_it_has_their_class():
+    y = np.repeat([0, 1, 2], [40, 20, 6])
+    picks = np.array([0, 1, 2, 50, 51])
+    drawn, rng = Partners(np.arange(66), y, np.ones(3)), np.random.default_rng(0)
+    seen = set()
+    for _ in range(200):
+        partners, others = drawn.draw(picks, 5, rng)
+        assert (y[others] == 2).all()
+        assert sorted(partners[partners >= 5]) == list(range(5, 5 + len(others)))
+        seen |= set(others.tolist())
+    assert seen == set(range(60, 66))
+
+
+def test_an_image_is_not_its_own_partner_however_often_it_was_repeated():
+    rows, y = np.array([7, 3, 7, 5, 7, 9, 8]), np.array([1, 0, 1, 0, 1, 2, 1])
+    rng = np.random.default_rng(0)
+    drawn, partners_of = Partners(rows, y, np.ones(3)), {}
+    for _ in range(300):
+        picks = rng.permutation(6)  # all but the second image of class 1
+        partners, others = drawn.draw(picks, 6, rng)
+        found = rows[np.concatenate([picks, others])[partners]]
+        assert (found != rows[picks]).all()
+        for own, other in zip(rows[picks].tolist(), found.tolist(), strict=True):
+            partners_of.setdefault(own, set()).add(other)
+    assert partners_of == {7: {3, 5, 8, 9}, 3: {5, 7, 9}, 5: {3, 7, 9}, 9: {3, 5, 7}}
 
 
 def test_only_the_first_rows_get_partners_and_the_draws_are_the_generator_s():
-    rows, y, share = np.arange(5), np.array([0, 0, 1, 1, 2]), np.ones(3)
+    drawn = Partners(np.arange(5), np.array([0, 0, 1, 1, 2]), np.ones(3))
     one, two, other = (
-        [partners_within(rows, y, share, 3, rng) for _ in range(20)]
+        [np.concatenate(drawn.draw(np.arange(4), 3, rng)) for _ in range(20)]
         for rng in (np.random.default_rng(seed) for seed in (0, 0, 1))
     )
-    assert {len(partners) for partners in one} == {3}
-    np.testing.assert_array_equal(one, two)
-    assert not np.array_equal(one, other)
-    assert len(partners_within(rows, y, share, 0, np.random.default_rng(0))) == 0
+    assert {len(drawn.draw(np.arange(4), 3, np.random.default_rng(0))[0])} == {3}
+    assert all(map(np.array_equal, one, two))
+    assert not all(map(np.array_equal, one, other))
+    partners, others = drawn.draw(np.arange(5), 0, np.random.default_rng(0))
+    assert len(partners) == len(others) == 0
 
 
 def mixed_views(array, maps=None, *, y=None, seen=None, apart=False, mix_prob=1.0, **params):
@@ -805,8 +841,7 @@ def mixed_views(array, maps=None, *, y=None, seen=None, apart=False, mix_prob=1.
 
     return MixedViews(
         make_batches(array, **params),
-        np.arange(n) % 2 if y is None else y,
-        np.ones(2),
+        Partners(np.arange(n), np.arange(n) % 2 if y is None else y, np.ones(2)),
         torch.from_numpy(array[:, 0] if maps is None else maps),
         mix_prob=mix_prob,
         ratio=ratio,
@@ -819,10 +854,20 @@ def gray(n=10, size=12):
 
 
 def views_of(batch, n_views):
-    """Images and shares of each view."""
-    if "key_images" in batch:
-        return [(batch[f"{prefix}images"], batch[f"{prefix}ratio"]) for prefix in ("", "key_")]
-    return list(zip(batch["images"].chunk(n_views), batch["ratio"].chunk(n_views), strict=True))
+    """Of each view the images, the shares, and the images that `partners` points to."""
+    views = []
+    for i in range(n_views):
+        if "key_images" in batch:
+            part = {
+                name: batch.get(("", "key_")[i] + name) for name in ("images", "ratio", "others")
+            }
+        else:
+            names = {"images", "ratio", "others"} & set(batch)
+            part = {name: batch[name].chunk(n_views)[i] for name in names}
+        lending = [part["images"], part.get("others")]
+        pool = torch.cat([images for images in lending if images is not None])
+        views.append((part["images"], part["ratio"], pool))
+    return views
 
 
 GEOMETRY = {"horizontal_flip": 0.5, "vertical_flip": 0.5, "rotation": 40.0, "translate": 0.2}
@@ -841,9 +886,9 @@ def test_maps_move_with_their_images(params, n_views, apart):
     views = mixed_views(array, seen=seen, n_views=n_views, apart=apart, augment=augment)
     for batch, rows in views:
         parts = zip(views_of(batch, n_views), seen[-n_views:], strict=True)
-        for (images, ratio), (s_t, s_h) in parts:
+        for (images, ratio, pool), (s_t, s_h) in parts:
             assert torch.equal(s_t, images[:, 0])
-            assert torch.equal(s_h, images[batch["partners"], 0])
+            assert torch.equal(s_h, pool[batch["partners"], 0])
             assert torch.equal(ratio, (s_t + s_h) / 2)
             plain = torch.from_numpy(array[rows.numpy()]).float() / 255
             assert torch.equal(images, plain) == (not params)
@@ -852,7 +897,7 @@ def test_maps_move_with_their_images(params, n_views, apart):
 @pytest.mark.parametrize("apart", [False, True])
 def test_every_view_is_augmented_afresh(apart):
     for batch, _ in mixed_views(gray(), n_views=2, apart=apart, augment=Augmentation(**GEOMETRY)):
-        (one, _), (two, _) = views_of(batch, 2)
+        (one, *_), (two, *_) = views_of(batch, 2)
         assert ((one - two).flatten(1).abs().amax(1) > 0.05).all()
 
 
@@ -890,7 +935,7 @@ def test_images_and_maps_are_never_changed():
 
 @pytest.mark.parametrize("mix_prob", [0.0, 0.1, 0.3, 0.5, 1.0])
 def test_mix_prob_is_the_share_of_bases_on_average(mix_prob):
-    views = mixed_views(gray(), mix_prob=mix_prob, plan=lambda rng: [np.arange(5)] * 600)
+    views = mixed_views(gray(), mix_prob=mix_prob, plan=lambda rng: [np.arange(5)] * 2000)
     sizes, firsts = [], []
     for batch, rows in views:
         sizes.append(len(batch.get("partners", ())))
@@ -901,13 +946,48 @@ def test_mix_prob_is_the_share_of_bases_on_average(mix_prob):
     assert set(sizes) <= {math.floor(5 * mix_prob), math.ceil(5 * mix_prob)}
     assert np.mean(sizes) == pytest.approx(5 * mix_prob, abs=0.09)
     if 0 < mix_prob < 1:  # every image has its turn
-        assert np.bincount(firsts, minlength=5).min() > 0.75 * 600 * mix_prob
+        assert np.bincount(firsts, minlength=5).min() > 0.75 * 2000 * mix_prob
 
 
-def test_an_image_alone_in_its_batch_is_not_mixed():
-    for batch, rows in mixed_views(gray(), plan=lambda rng: [np.array([3])]):
-        assert list(batch) == ["images"]
+def test_an_image_alone_in_its_batch_is_mixed_with_one_that_comes_along():
+    array, seen = gray(), []
+    views = mixed_views(array, seen=seen, plan=lambda rng: [np.array([3])], n_views=2)
+    for batch, rows in views:
         assert rows.tolist() == [3]
+        assert batch["partners"].tolist() == [1]
+        assert len(batch["images"]) == len(batch["others"]) == len(batch["ratio"]) == 2
+        for other, (_, s_h) in zip(batch["others"], seen, strict=True):
+            assert torch.equal(other, s_h)
+            assert not torch.equal(other, batch["images"][0])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_images_that_come_along_are_moved_as_their_maps_and_only_lend(apart):
+    array, y, seen = gray(12), np.array([0] * 10 + [1] * 2), []
+    plan = lambda rng: [np.arange(5)] * 4  # noqa: E731
+    augment = Augmentation(**GEOMETRY)
+    views = mixed_views(array, y=y, seen=seen, plan=plan, n_views=2, apart=apart, augment=augment)
+    for batch, rows in views:
+        assert sorted(rows.tolist()) == list(range(5))
+        for (images, _, pool), (_, s_h) in zip(views_of(batch, 2), seen[-2:], strict=True):
+            assert len(images) == 5 < len(pool)
+            assert torch.equal(pool[batch["partners"], 0], s_h)
+
+
+@pytest.mark.parametrize("n_views", [1, 2])
+@pytest.mark.parametrize(
+    ("backbone", "layer"), [(TINY_VIT, "auto"), (TINY_CONV, "auto"), (TINY_CONV, None)]
+)
+def test_partners_from_outside_the_batch_are_mixed_in_and_end_there(backbone, layer, n_views):
+    net = network(backbone, layer)
+    views = noise(n_views, 6, 3, 12, 12)  # four images, and two that only lend
+    images, others = (part.flatten(0, 1) for part in (views[:, :4], views[:, 4:]))
+    ratio, partners = noise(n_views * 3, *net.grid), torch.tensor([5, 2, 4])
+    found = net(images, ratio, partners, others).features
+    assert len(found) == n_views * 4
+    inside = net(views.flatten(0, 1), ratio, partners).features  # the same, all in the batch
+    expected = torch.cat([view[:4] for view in inside.chunk(n_views)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
 
 
 def test_targets_are_the_bases_and_classes_decide_on_partners():
@@ -932,7 +1012,7 @@ def test_pairing_decides_on_bases_and_partners(pairing):
         rows = rows_of(clf, batch["images"])
         np.testing.assert_array_equal(mass.numpy(), np.eye(3)[y[rows]])  # no label is mixed
         bases.append(np.bincount(y[rows], minlength=3))
-        partners += y[rows[batch["partners"].numpy()]].tolist()
+        partners += y[pool_of(clf, batch)[batch["partners"].numpy()]].tolist()
     shares = np.bincount(partners) / len(partners)
     if pairing == "paper":
         assert {tuple(sorted(counts)) for counts in bases} == {(5, 5, 6)}
@@ -956,8 +1036,8 @@ def test_a_partner_is_another_image(params):
     X, y = marked((20, 2))
     clf = small(**params, mix_prob=1.0, max_epochs=20)
     for batch, _ in batches_of(clf, X, y):
-        rows = rows_of(clf, batch["images"])
-        assert (rows[batch["partners"].numpy()] != rows).all()
+        rows, pool = rows_of(clf, batch["images"]), pool_of(clf, batch)
+        assert (pool[batch["partners"].numpy()] != rows).all()
 
 
 def test_class_frequencies_in_the_loss_are_those_of_the_bases(blobs):
@@ -994,7 +1074,7 @@ def test_ratio_of_a_batch_is_that_of_its_images():
     assert grid == (6, 6)
     for batch, _ in batches:
         rows = rows_of(clf, batch["images"])
-        s_t, s_h = maps[rows], maps[rows[batch["partners"].numpy()]]
+        s_t, s_h = maps[rows], maps[pool_of(clf, batch)[batch["partners"].numpy()]]
         expected = spmix_ratio(s_t, s_h, floor=0.2, cap=0.9)
         torch.testing.assert_close(batch["ratio"], expected, rtol=0, atol=0.01)  # maps are uint8
 
