@@ -931,6 +931,12 @@ SoftmaxClassifier
     def _steps_per_epoch(self, n_samples: int) -> int:
         return n_batches(n_samples, max(self.batch_size, self._least), self._least)
 
+    def _images_per_step(self, n_samples: int) -> int:
+        n_images = super()._images_per_step(n_samples)
+        # Balanced batches of this size hold every class: none has to be brought along.
+        has_all = self.pairing == "paper" and min(self.batch_size, n_samples) >= len(self.classes_)
+        return n_images if has_all or self.level == "image" else 2 * n_images
+
     def _views(self) -> tuple[Any, ...]:
         return super()._views() * (1 if self.contrast is None else 2)
 

@@ -1062,6 +1062,19 @@ def test_class_centres_are_corrected_by_the_frequencies_of_the_bases(pairing, bl
     np.testing.assert_allclose(clf.class_prior_, prior)
 
 
+@pytest.mark.parametrize("params", [{"pairing": "code"}, {"batch_size": 2}], ids=str)
+def test_the_estimate_of_memory_counts_what_may_come_along(params, blobs):
+    encoded, estimate = [], []
+
+    def look(net, batch):
+        encoded.append(len(batch["images"]) + len(batch.get("others", ())))
+        estimate.append(clf._images_per_step(60))
+
+    clf = small(**{"batch_size": 8, "mix_prob": 1.0, "max_epochs": 4, **params})
+    watched(clf, *blobs, look)
+    assert clf.batch_size < max(encoded) <= estimate[0] == 2 * clf.batch_size
+
+
 # ---------------------------------------------------------------- saliency in a fit
 
 
