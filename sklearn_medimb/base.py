@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,7 @@ from sklearn_medimb.net import SCHEDULES, Net, Trunk
 from sklearn_medimb.randomness import Draws, drawing_from, make_generator, redirected, seeded
 from sklearn_medimb.runtime import (
     inference_block,
+    is_one_of_many,
     is_out_of_memory,
     one_thread_in_workers,
     resolve_device,
@@ -312,10 +314,10 @@ class BaseImageEstimator(
                 optimizer = previous.optimizer_state("constant") if partial and previous else None
                 self._train(stages, best, checkpoint, reporter, optimizer)
                 self._set_fitted(self._inference_state(train))
-                if checkpoint is not None and self.net_.complete:
-                    checkpoint.remove()
                 if reporter is not None:
                     reporter.finish()
+                if checkpoint is not None and self.net_.complete:
+                    checkpoint.remove()
         return self
 
     def _training_bytes(self, train: TrainingSet) -> int:
@@ -364,56 +366,82 @@ class BaseImageEstimator(
         reporter: SklearnCallbacks | None,
         optimizer: dict[str, Any] | None,
     ) -> None:
-        """Run the stages, with everything around their epochs."""
-        main = distributed.is_main()
-        net, stop = self.net_, StopWhenAsked([cb for cb in (best, reporter) if cb is not None])
-        first = 0 if checkpoint is None else checkpoint.stage
+        """Run the stages, one after another, until one is interrupted."""
+        net, n_before = self.net_, len(self.net_.history)
+        n_epochs = n_before + sum(stage.n_epochs for stage in stages)
         if reporter is not None:
-            reporter.begin(sum(stage.n_epochs for stage in stages))
+            reporter.begin(n_epochs - n_before)
+        first = 0 if checkpoint is None else checkpoint.stage
         for number, stage in enumerate(stages[first:], first):
             scorer = best if stage.validated else None
-            net.stage, net.stage_forward = stage.name, stage.forward
-            net.criterion_ = stage.criterion.to(net.device, net.dtype)
-            start_from: Any = getattr(stage.criterion, "start_from", None)
-            if start_from is not None:
-                start_from(net.module_)
-            distributed.share_weights(net.module_)
-            distributed.share_weights(net.criterion_)
-            n_steps = stage.n_epochs * stage.steps_per_epoch
-            net.start_schedule(stage.lr_schedule, n_steps, stage.lr, stage.optimizer)
-            if optimizer is not None:
-                net.resume_optimizer(optimizer)
-            if scorer is not None:
-                scorer.n_stale = 0
-            n_left = stage.n_epochs
-            if checkpoint is not None:
-                n_left -= checkpoint.begin_stage(number, net, scorer)
-            if scorer is not None and scorer.wants_to_stop:  # it crashed after its last epoch
-                n_left = 0
-            callbacks: list[Callback | None] = [
-                scorer,
-                *stage.callbacks,
-                SaveCheckpoint(checkpoint, scorer) if checkpoint is not None and main else None,
-                reporter,
-            ]
-            if self.verbose and main:
-                label = f"{type(self).__name__} {stage.name}".rstrip()
-                callbacks.append(ProgressBar(label, n_left * stage.steps_per_epoch))
-            net.run(
-                stage.batches,
-                n_left,
-                [cb for cb in callbacks if cb is not None],
-                stop,
-                validated=stage.validated,
-            )
+            try:
+                self._run_stage(number, stage, scorer, checkpoint, reporter, optimizer)
+            except KeyboardInterrupt:  # outside of an epoch, where skorch catches it
+                net.complete = False
             if scorer is not None:
                 scorer.restore(net)
                 self.best_score_ = scorer.best_score
+            if not net.complete:
+                if len(net.history) == n_before or is_one_of_many():
+                    raise KeyboardInterrupt
+                name = f" ({stage.name})" if stage.name else ""
+                warnings.warn(
+                    f"Training was interrupted in epoch {len(net.history)} of {n_epochs}{name}; "
+                    "the estimator keeps what it learned so far.",
+                    stacklevel=5,
+                )
             if not net.complete or (reporter is not None and reporter.wants_to_stop):
                 break
         net.module_.eval()
         self.history_ = [plain(row) for row in net.history]
         self.n_iter_ = len(self.history_)
+
+    def _run_stage(
+        self,
+        number: int,
+        stage: Stage,
+        scorer: BestEpoch | None,
+        checkpoint: Checkpoint | None,
+        reporter: SklearnCallbacks | None,
+        optimizer: dict[str, Any] | None,
+    ) -> None:
+        """Run one stage, with everything around its epochs."""
+        main = distributed.is_main()
+        net, stop = self.net_, StopWhenAsked([cb for cb in (scorer, reporter) if cb is not None])
+        net.stage, net.stage_forward = stage.name, stage.forward
+        net.criterion_ = stage.criterion.to(net.device, net.dtype)
+        start_from: Any = getattr(stage.criterion, "start_from", None)
+        if start_from is not None:
+            start_from(net.module_)
+        distributed.share_weights(net.module_)
+        distributed.share_weights(net.criterion_)
+        n_steps = stage.n_epochs * stage.steps_per_epoch
+        net.start_schedule(stage.lr_schedule, n_steps, stage.lr, stage.optimizer)
+        if optimizer is not None:
+            net.resume_optimizer(optimizer)
+        if scorer is not None:
+            scorer.n_stale = 0
+        n_left = stage.n_epochs
+        if checkpoint is not None:
+            n_left -= checkpoint.begin_stage(number, net, scorer)
+        if scorer is not None and scorer.wants_to_stop:  # it crashed after its last epoch
+            n_left = 0
+        callbacks: list[Callback | None] = [
+            scorer,
+            *stage.callbacks,
+            SaveCheckpoint(checkpoint, scorer) if checkpoint is not None and main else None,
+            reporter,
+        ]
+        if self.verbose and main:
+            label = f"{type(self).__name__} {stage.name}".rstrip()
+            callbacks.append(ProgressBar(label, n_left * stage.steps_per_epoch))
+        net.run(
+            stage.batches,
+            n_left,
+            [cb for cb in callbacks if cb is not None],
+            stop,
+            validated=scorer is not None,
+        )
 
     def _continues(self, partial: bool) -> bool:
         """Whether this call goes on from the present weights."""

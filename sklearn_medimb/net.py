@@ -25,7 +25,7 @@ from sklearn_medimb import distributed
 from sklearn_medimb.backbones import as_features
 from sklearn_medimb.batches import Batches
 from sklearn_medimb.randomness import Draws, current_draws, drawing_from, may_draw, redirected
-from sklearn_medimb.runtime import is_out_of_memory
+from sklearn_medimb.runtime import is_out_of_memory, noting_interrupts
 
 SCHEDULES = ("one_cycle", "cosine", "constant")
 
@@ -363,21 +363,22 @@ class Net(NeuralNet):
         """Train for some epochs with extra callbacks: before the user's, and `last` after them.
 
         Where there is no validation score, callbacks of the user that watch one are left out.
-        `complete` is False afterwards if the user interrupted; what was learned so far is kept,
-        with a warning.
+        `complete` is False afterwards if the user interrupted, in whichever epoch.
         """
-        own, before = self.callbacks_, len(self.history)
+        own = self.callbacks_
         timer, *users = own
         if not validated:
             users = [u for u in users if not str(getattr(u[1], "monitor", "")).startswith("valid")]
         extra = [(type(cb).__name__, cb) for cb in (*callbacks, last)]
         self.callbacks_ = [timer, *extra[:-1], *users, extra[-1]]
-        self.max_epochs, self.stopped_by_callback = n_epochs, False
+        self.max_epochs, self.stopped_by_callback, self.complete = n_epochs, False, False
         self.from_outside = may_draw(self.module_, self.criterion_) or not type(
             self.optimizer_
         ).__module__.startswith("torch.optim.")
         try:
-            self.partial_fit(batches)
+            with noting_interrupts() as pressed:
+                self.partial_fit(batches)
+                self.complete |= self.stopped_by_callback and not pressed()
         except BaseException:
             for _, user in users:
                 getattr(user, "fail", lambda: None)()
@@ -386,14 +387,12 @@ class Net(NeuralNet):
             self.callbacks_ = own
             for callback in callbacks:
                 getattr(callback, "close", lambda: None)()
-        ran = len(self.history) - before
-        self.complete = ran >= n_epochs or self.stopped_by_callback
-        if not self.complete:
-            warnings.warn(
-                f"Training was interrupted in epoch {ran} of {n_epochs}; the estimator keeps what "
-                "it learned so far.",
-                stacklevel=2,
-            )
+
+    def fit_loop(self, *args: Any, **kwargs: Any) -> Net:
+        """Train for `max_epochs`; Ctrl-C leaves it before it is complete."""
+        super().fit_loop(*args, **kwargs)
+        self.complete = True
+        return self
 
     def train_step(self, batch: Any, **fit_params: Any) -> Any:
         """Take a step, backward pass included, with the draws of the fit."""

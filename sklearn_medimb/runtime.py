@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import multiprocessing
 import os
+import signal
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -122,6 +126,42 @@ def replacing(path: Path) -> Iterator[Path]:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def noting_interrupts() -> Iterator[Callable[[], bool]]:
+    """Give a function that tells whether Ctrl-C was pressed inside the block.
+
+    skorch's callbacks end a training by raising what Ctrl-C raises; only the signal tells them
+    apart. It goes on to whoever handled it before.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield lambda: False  # signals are for the main thread
+        return
+    pressed = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        pressed.append(number)
+        handler(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def is_one_of_many() -> bool:
+    """Whether a search, a cross-validation, an ensemble or a worker process is calling.
+
+    What it would do with an estimator whose training was cut short is to score it as any other.
+    """
+    callers = {"joblib", "multiprocessing", "optuna"}
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] not in callers:
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager
