@@ -64,6 +64,7 @@ from sklearn_medimb import (
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.datasets import load_npz, make_lesions, make_long_tailed
 from sklearn_medimb.metrics import expected_calibration_error, head_tail_gap, shot_recall
+from sklearn_medimb.rows import group_codes
 
 # ---------------------------------------------------------------- contestants
 
@@ -278,6 +279,8 @@ def load(folder: str | None, name: str, image_size: int, volume_size: int) -> Bu
     data = load_npz(path, image_size=size if min(shape[1:3]) > size else None)
     if data.groups is None:
         data.groups = twins  # identical files count as one patient
+    if data.groups is not None:
+        data.groups = group_codes(data.groups, data.target)
     data.spatial_dims = 3 if volumes else 2
     return data
 

@@ -27,6 +27,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from sklearn_medimb import SoftmaxClassifier, SPMixClassifier
 from sklearn_medimb.datasets import load_npz
+from sklearn_medimb.rows import group_codes
 
 SETS = ("ph2_dermoscopy", "wbc_two_sites", "herlev_papsmear", "dr_maculopathy")
 METHODS: dict[str, Callable[..., Any]] = {
@@ -64,7 +65,7 @@ def load(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if name == "dr_maculopathy":
         with np.load(folder / f"{name}.npz", allow_pickle=False) as archive:
             y = archive["grade"].astype(int)
-    return data.images, y, np.arange(len(y)) if data.groups is None else data.groups
+    return data.images, y, np.arange(len(y)) if data.groups is None else group_codes(data.groups, y)
 
 
 def run(folder: Path, name: str, seed: int, method: str, validate: bool) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from sklearn.metrics import check_scoring, get_scorer, get_scorer_names, make_sc
 from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
 from sklearn.utils.multiclass import unique_labels
 
+from sklearn_medimb.rows import group_codes
+
 Counts = Mapping[Any, int] | Any
 
 
@@ -44,8 +46,9 @@ def shot_recall(
     ----------
     y_true, y_pred : array-like of shape (n,)
         True and predicted labels.
-    train_counts : dict from label to int, or array-like of labels
-        Training images of each class, or the training labels themselves.
+    train_counts : dict or pandas.Series from label to int, or array-like of labels
+        Training images of each class, as ``y_train.value_counts()`` gives them, or the training
+        labels themselves.
     thresholds : (int, int), default=None
         A class has few images below the first and many above the second, as (20, 100) in the
         literature on long tails. None makes thirds of the classes, by rank; classes of equal size
@@ -59,7 +62,8 @@ def shot_recall(
     Raises
     ------
     ValueError
-        If `y_true` holds a class that `train_counts` lacks.
+        If `y_true` holds a class that `train_counts` lacks, or a Series can be read both as counts
+        and as labels.
 
     References
     ----------
@@ -74,9 +78,12 @@ def shot_recall(
     y_true, y_pred = column_or_1d(y_true), column_or_1d(y_pred)
     check_consistent_length(y_true, y_pred)
     classes = np.unique(y_true)
-    counts = _class_counts(train_counts)
+    counts = _class_counts(train_counts, set(classes.tolist()))
     if missing := [label for label in classes.tolist() if label not in counts]:
-        raise ValueError(f"train_counts lacks the classes {missing} of y_true.")
+        raise ValueError(
+            f"train_counts lacks the classes {missing} of y_true: pass {{label: count}}, or the "
+            "training labels."
+        )
     recalls = recall_score(y_true, y_pred, labels=classes, average=None, zero_division=0)
     sizes = np.array([counts[label] for label in classes.tolist()])
     if thresholds is None:
@@ -118,12 +125,37 @@ def head_tail_gap(
     return recall.many - recall.few
 
 
-def _class_counts(train_counts: Counts) -> dict[Any, int]:
-    """Training images of each class."""
+def _class_counts(train_counts: Counts, classes: set[Any]) -> dict[Any, int]:
+    """Training images of each class; `classes` are those to be found in it."""
+    if all(hasattr(train_counts, name) for name in ("index", "name", "to_dict")):  # pandas.Series
+        train_counts = _unambiguous(train_counts, classes)
     if isinstance(train_counts, Mapping):
         return dict(train_counts)
     labels, counts = np.unique(column_or_1d(train_counts), return_counts=True)
     return dict(zip(labels.tolist(), counts.tolist(), strict=True))
+
+
+def _unambiguous(series: Any, classes: set[Any]) -> Any:
+    """Counts of a pandas.Series as a dict, or its labels as an array, whichever it holds."""
+    index, values = series.index.tolist(), series.tolist()
+    numeric = getattr(series.dtype, "kind", "O") in "iuf"
+    counted = numeric and classes <= set(index) and len(set(index)) == len(index)
+    if series.name in ("count", "proportion") and counted:  # what value_counts() calls its result
+        labelled = False
+    else:
+        # Where numbers of rows happen to be labels too, there are others beside them.
+        labelled = classes <= set(values)
+        counted = counted and not (labelled and not set(index) <= set(values))
+    if counted and labelled:
+        raise ValueError(
+            "train_counts may be counts by label or labels by row: pass its to_dict() or its "
+            "to_numpy()."
+        )
+    if not counted:
+        return series.to_numpy()
+    if not all(float(value).is_integer() and value >= 0 for value in values):
+        raise ValueError(f"train_counts must hold whole numbers >= 0, not {values}.")
+    return dict(zip(index, values, strict=True))
 
 
 def expected_calibration_error(
@@ -264,10 +296,10 @@ def metric_interval(
     "Bootstrapping clustered data", JRSS B 2007.
     """
     y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
-    check_consistent_length(y_true, y_pred, groups)
+    check_consistent_length(y_true, y_pred)
     return _interval(
         lambda rows: metric(y_true[rows], y_pred[rows]),
-        len(y_true),
+        y_true,
         groups,
         level,
         n_resamples,
@@ -308,13 +340,13 @@ def scorer_interval(
         Score and its interval.
     """
     y = column_or_1d(y)
-    check_consistent_length(X, y, groups)
+    check_consistent_length(X, y)
     answered = _Answered(estimator, X)
     scorer = scorers(scoring)[scoring] if isinstance(scoring, str) else scoring
     scorer = check_scoring(estimator, scorer)
     return _interval(
         lambda rows: scorer(answered, rows, y[rows]),
-        len(y),
+        y,
         groups,
         level,
         n_resamples,
@@ -347,7 +379,7 @@ class _Answered(ClassifierMixin, BaseEstimator):
 
 def _interval(
     score_of: Callable[[np.ndarray], float],
-    n: int,
+    y: np.ndarray,
     groups: Any,
     level: float,
     n_resamples: int,
@@ -356,9 +388,10 @@ def _interval(
     """Bootstrap a function of row numbers."""
     if not 0 < level < 1:
         raise ValueError(f"level={level} must lie between 0 and 1.")
-    clusters, n_units = None, n
+    clusters, n_units = None, len(y)
     if groups is not None:
-        _, codes, sizes = np.unique(column_or_1d(groups), return_inverse=True, return_counts=True)
+        codes = group_codes(groups, y)
+        sizes = np.bincount(codes)
         clusters = np.split(np.argsort(codes, kind="stable"), np.cumsum(sizes)[:-1])
         n_units = len(clusters)
     if n_units < 2:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from datetime import date
 from inspect import signature
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,13 @@ from sklearn_medimb.images import ExtendedImages, Images, Layout
 
 
 def group_codes(groups: Any, y: np.ndarray) -> np.ndarray:
-    """Number the patients.
+    """Number the patients; the one place where patients are read.
 
     Parameters
     ----------
     groups : array-like of shape (n,)
-        Patient of each image: numbers or strings.
+        Patient of each image: numbers, strings or dates. Numbers compare by value: 1 and 1.0 are
+        one patient.
     y : ndarray of shape (n,)
         The labels, whose shape it must have.
 
@@ -32,9 +35,12 @@ def group_codes(groups: Any, y: np.ndarray) -> np.ndarray:
     Raises
     ------
     ValueError
-        If an entry is missing: unknown patients are not one patient.
+        If an entry is missing (None, NaN, NaT, NA, masked, blank, or one of these as text), since
+        unknown patients are not one patient, or if kinds are mixed.
     """
-    groups = np.asarray(groups)
+    masked = np.ma.getmaskarray(groups).ravel() if np.ma.isMaskedArray(groups) else None
+    # A list becomes objects first: NumPy would write NaN and numbers as text beside strings.
+    groups = np.asarray(groups, dtype=None if hasattr(groups, "__array__") else object)
     if groups.ndim == 2 and groups.shape[1] == 1:
         groups = groups.ravel()
     if groups.shape != y.shape:
@@ -43,15 +49,49 @@ def group_codes(groups: Any, y: np.ndarray) -> np.ndarray:
             "resampler in a pipeline there are more images than patients' entries: put the "
             "resampler into sampler=.)"
         )
-    for row, equal in enumerate(entry == entry for entry in groups.tolist()):
-        if not isinstance(equal, bool) or not equal or groups[row] is None:
-            raise ValueError(
-                f"groups has no entry in row {row}: give each unknown patient one of its own."
-            )
+    if groups.dtype.kind in "mM":
+        missing, kinds = np.isnat(groups), np.full(len(groups), "date")
+    else:
+        entries = groups.tolist()
+        missing = np.fromiter(map(_is_missing, entries), bool, len(entries))
+        kinds = np.array([_kind(entry) for entry in entries])
+    if masked is not None:
+        missing = missing | masked
+    if missing.any():
+        raise ValueError(
+            f"groups has no entry in row {missing.argmax()}: give each unknown patient one of its "
+            "own."
+        )
+    if (other := kinds != kinds[:1]).any():
+        row = other.argmax()
+        raise ValueError(
+            f"groups must hold patients of one kind, numbers or strings, not both: row 0 is a "
+            f"{kinds[0]}, row {row} a {kinds[row]}."
+        )
     try:
         return np.unique(groups, return_inverse=True)[1]
     except TypeError as error:
-        raise ValueError(f"groups must hold numbers or strings, not both: {error}") from error
+        raise ValueError(f"groups must hold numbers, strings or dates: {error}") from error
+
+
+def _is_missing(entry: Any) -> bool:
+    """Whether an entry says nothing: also NaN and its kin as `str` writes them."""
+    if isinstance(entry, (str, bytes)):
+        text = entry if isinstance(entry, str) else entry.decode(errors="replace")
+        return text.strip().lower() in ("", "nan", "nat", "none", "<na>")
+    try:
+        return entry is None or entry is np.ma.masked or bool(entry != entry)
+    except (TypeError, ValueError, ArithmeticError):  # pandas.NA, Decimal("sNaN") do not compare
+        return True
+
+
+def _kind(entry: Any) -> str:
+    """What may be compared with one another."""
+    if isinstance(entry, Number) and not isinstance(entry, bool):
+        return "number"
+    if isinstance(entry, (date, np.datetime64)):
+        return "date"
+    return "string" if isinstance(entry, str) else type(entry).__name__
 
 
 def carries_groups(images: Images) -> bool:

@@ -13,6 +13,7 @@ import torch
 from imblearn.over_sampling import RandomOverSampler
 from imblearn.pipeline import make_pipeline
 from sklearn.base import clone
+from sklearn.dummy import DummyClassifier
 from sklearn.exceptions import UnsetMetadataPassedError
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import (
@@ -27,6 +28,8 @@ from sklearn_medimb import AMIMVClassifier, AMIMVEncoder, SoftmaxClassifier, SPM
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.classifier import BaseImageClassifier
 from sklearn_medimb.images import Images
+from sklearn_medimb.inspection import SPMixDisplay
+from sklearn_medimb.metrics import metric_interval, scorer_interval
 from tests.test_conformance import public_estimators
 
 pytestmark = [
@@ -448,3 +451,25 @@ def test_a_refused_request_says_so_itself():
     """scikit-learn lets nobody ask for groups while routing is off."""
     with pytest.raises(RuntimeError, match="enable_metadata_routing"):
         SoftmaxClassifier().set_fit_request(groups=True)
+
+
+@pytest.mark.parametrize("unknown", [None, np.nan, "", "nan"], ids=repr)
+def test_unknown_patients_are_refused_wherever_patients_are_given(unknown):
+    groups = np.array(GROUPS, dtype=object)
+    groups[3] = unknown
+    clf = SoftmaxClassifier(ConvNet((4,)), max_epochs=1, device="cpu")
+    y = np.where(np.arange(N) % 7 == 0, -1, Y)
+    takers = [
+        lambda: SoftmaxClassifier(max_epochs=1).fit(X, Y, groups=groups),
+        lambda: clf.set_params(early_stopping=True).fit(X, Y, groups=groups),
+        lambda: clf.set_params(sampler=SPMixSampler()).fit(X, Y, groups=groups),
+        lambda: AMIMVClassifier(max_epochs=1).fit(X, y, groups=groups),
+        lambda: SPMixSampler().fit_resample(X, Y, groups=groups),
+        lambda: SPMixDisplay.from_sampler(SPMixSampler(), X, Y, groups=groups),
+        lambda: metric_interval(balanced_accuracy_score, Y, Y, groups=groups),
+        lambda: scorer_interval(DummyClassifier().fit(X, Y), X, Y, groups=groups),
+    ]
+    for taker in takers:
+        with pytest.raises(ValueError, match="groups has no entry in row 3"):
+            taker()
+    assert not hasattr(clf, "classes_")

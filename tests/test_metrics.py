@@ -7,6 +7,7 @@ import pickle
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 from imblearn.metrics import geometric_mean_score
 from sklearn.datasets import make_classification
@@ -69,6 +70,37 @@ def test_shot_recall_takes_training_labels_and_strings():
 def test_empty_group_is_nan_and_not_zero(counts, thresholds, wanted):
     found = shot_recall([0, 0, 1, 1], [0, 0, 1, 0], counts, thresholds=thresholds)
     np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2], [3, 1, 2], ["a", "b", "c"]], ids=str)
+def test_shot_recall_takes_counts_of_pandas_and_a_column_of_labels(labels):
+    y_train = pd.Series(np.repeat(labels, [300, 50, 5]), name="grade").sample(
+        frac=1, random_state=0
+    )
+    y, p = np.array(labels)[[0, 0, 1, 2, 2]], np.array(labels)[[0, 0, 0, 2, 1]]
+    for counts in (
+        y_train,
+        y_train.reset_index(drop=True),
+        y_train.to_frame(),
+        y_train.astype("category"),
+        y_train.value_counts(),
+        y_train.value_counts().sort_index().rename(None),
+        y_train.groupby(y_train).size(),
+        y_train.astype("category").value_counts(),
+    ):
+        assert shot_recall(y, p, counts) == (1.0, 0.0, 0.5)
+
+
+def test_shot_recall_refuses_a_series_of_two_meanings_and_shares():
+    y = [1, 2]
+    with pytest.raises(ValueError, match="counts by label or labels by row"):
+        shot_recall(y, y, pd.Series({1: 2, 2: 1}))
+    assert shot_recall(y, y, pd.Series([1, 1, 2]).value_counts())[::2] == (1, 1)
+    for shares in (pd.Series([1, 1, 2]).value_counts(normalize=True), pd.Series({1: 0.7, 2: 0.3})):
+        with pytest.raises(ValueError, match="whole numbers"):
+            shot_recall(y, y, shares)
+    with pytest.raises(ValueError, match=r"pass \{label: count\}"):
+        shot_recall([0, 1], [0, 1], np.array([300, 5]))  # as np.bincount counts
 
 
 def test_shot_recall_refuses_unknown_classes_and_crossed_thresholds():
@@ -232,7 +264,9 @@ def test_wider_level_gives_a_wider_interval_and_certainty_none():
     [
         ({"level": 1.0}, "level=1.0"),
         ({"groups": [1, 1, 1]}, "two groups"),
-        ({"groups": [1, 2]}, "inconsistent"),
+        ({"groups": [1, 2]}, "one entry per image"),
+        ({"groups": ["a", "", "b"]}, "groups has no entry in row 1"),
+        ({"groups": [1, 2, None]}, "groups has no entry in row 2"),
     ],
 )
 def test_intervals_refuse_wrong_input(call, message):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -448,23 +450,64 @@ def test_seed_reaches_the_steps_of_a_pipeline():
     assert not np.array_equal(one, other)
 
 
+NAT = np.array(["2020-01-01", "NaT", "2020-01-02"], dtype="datetime64[ns]")
+
+
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
         ([1, 2], r"shape \(2,\)"),
         ([1.0, np.nan, 2.0], "row 1"),
+        (np.array([1.0, np.nan, 2.0]), "row 1"),
         (["a", "b", None], "row 2"),
+        (["a", np.nan, "b"], "row 1"),
+        (np.array(["a", np.nan, "b"]), "row 1"),  # NumPy made it text
+        (np.array([b"a", b"", b"b"]), "row 1"),
+        (["a", "b", " "], "row 2"),
+        (np.array(["a", np.nan, None], dtype=object).astype(str), "row 1"),
         (np.array([pd.NA, "b", "c"], dtype=object), "row 0"),
-        (np.array([1, "b", 2], dtype=object), "not both"),
+        ([1, pd.NaT, 2], "row 1"),
+        (NAT, "row 1"),
+        (NAT - NAT[0], "row 1"),
+        (pd.Series(NAT), "row 1"),
+        (pd.Series(NAT).dt.tz_localize("UTC"), "row 1"),
+        (pd.Series([1, None, 2], dtype="Int64"), "row 1"),
+        (pd.Series(["a", None, "b"], dtype="string"), "row 1"),
+        (pd.Series(["a", None, "b"], dtype="category"), "row 1"),
+        (pd.DataFrame({"patient": ["a", None, "b"]}), "row 1"),
+        (np.ma.masked_equal([1, 0, 2], 0), "row 1"),
+        ([1, Decimal("NaN"), 2], "row 1"),
+        ([1, Decimal("sNaN"), 2], "row 1"),
+        (np.array([1, "b", 2], dtype=object), "not both: row 0 is a number, row 1 a string"),
+        ([1, "b", 2], "row 1 a string"),
+        ([True, 1, 2], "row 0 is a bool, row 1 a number"),
+        ([{}, {}, {}], "numbers, strings or dates"),
     ],
+    ids=repr,
 )
-def test_missing_patients_are_refused(groups, message):
+def test_missing_and_mixed_patients_are_refused(groups, message):
     with pytest.raises(ValueError, match=message):
         group_codes(groups, np.zeros(3))
 
 
-def test_patients_are_numbered():
-    np.testing.assert_array_equal(group_codes([["b"], ["a"], ["b"]], np.zeros(3)), [1, 0, 1])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [["b"], ["a"], ["b"]],
+        [2, 1.0, 2.0],
+        np.array([2.0, 1.0, 2.0]),
+        np.array([2, Decimal(1), np.float32(2)], dtype=object),
+        pd.Series(["b", "a", "b"], index=[7, 8, 9]),
+        pd.Series([2, 1, 2], dtype="Int64"),
+        pd.to_datetime(pd.Series(["2021-01-01", "2020-01-01", "2021-01-01"])),
+        NAT[[2, 0, 2]],
+        np.ma.masked_equal([2, 1, 2], 7),
+        [True, False, True],
+    ],
+    ids=repr,
+)
+def test_patients_are_numbered(groups):
+    np.testing.assert_array_equal(group_codes(groups, np.zeros(3)), [1, 0, 1])
 
 
 def resample(*args, **kwargs):
