@@ -371,7 +371,9 @@ class BaseImageEstimator(
         n_epochs = n_before + sum(stage.n_epochs for stage in stages)
         if reporter is not None:
             reporter.begin(n_epochs - n_before)
-        first = 0 if checkpoint is None else checkpoint.stage
+        first = 0
+        if checkpoint is not None:
+            first = checkpoint.first_stage([stage.n_epochs for stage in stages])
         for number, stage in enumerate(stages[first:], first):
             scorer = best if stage.validated else None
             try:

@@ -6,6 +6,9 @@ import hashlib
 import io
 import os
 import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,23 +147,40 @@ class Checkpoint(Callback):
             raise ValueError(
                 f"checkpoint_dir={str(self.directory)!r} cannot be used as a directory: {error}"
             ) from error
-        for draft in self.directory.glob(
-            f".{self.path.name}.*.tmp"
-        ):  # left by a crash while writing
-            draft.unlink(missing_ok=True)
-        if not self.path.exists():
+        try:
+            digest, _, content = self.path.read_bytes().partition(b"\n")
+        except FileNotFoundError:  # also where the same fit has just finished in another process
             return None
-        advice = f"Delete {str(self.path)!r}, or set checkpoint_dir to another directory."
-        digest, _, content = self.path.read_bytes().partition(b"\n")
         if hashlib.blake2b(content).hexdigest().encode() != digest:
-            raise ValueError(f"The checkpoint is damaged. {advice}")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        if (state["format"], state["token"]) != (FORMAT, self.token):
+            raise ValueError(f"The checkpoint is damaged. {self._advice}")
+        with self._expecting("what this package writes"):
+            state = _unpacked(content)
+            same = (state["format"], state["token"]) == (FORMAT, self.token)
+        if not same:
             raise ValueError(
                 "The checkpoint belongs to another fit (other data, parameters or version). "
-                f"{advice}"
+                f"{self._advice}"
             )
+        with self._expecting("what this package writes"):
+            _check_form([state[name] for name in ("seed", "stage", "n_epochs")], [0, 0, 0])
         return state
+
+    @property
+    def _advice(self) -> str:
+        return f"Delete {str(self.path)!r}, or set checkpoint_dir to another directory."
+
+    @contextmanager
+    def _expecting(self, what: str) -> Iterator[None]:
+        """Refuse a file that is whole and yet wrong, in whatever way that shows."""
+        try:
+            yield
+        except Exception as error:
+            # Those of torch advise to load what is not safe.
+            detail = f": {error}" if isinstance(error, (ValueError, KeyError)) else ""
+            raise ValueError(
+                f"The checkpoint does not hold {what} ({type(error).__name__}{detail}). "
+                f"{self._advice}"
+            ) from error
 
     @property
     def seed(self) -> int | None:
@@ -176,10 +196,26 @@ class Checkpoint(Callback):
         self.generator = generator
         self.draws = draws
 
-    @property
-    def stage(self) -> int:
-        """Number of the stage that the interrupted fit was in."""
-        return 0 if self.state is None else self.state["stage"]
+    def first_stage(self, n_epochs: Sequence[int]) -> int:
+        """Number of the stage that the interrupted fit was in.
+
+        Parameters
+        ----------
+        n_epochs : sequence of int
+            Epochs of each stage of this fit.
+
+        Raises
+        ------
+        ValueError
+            If there is no such stage, or no such epoch in it.
+        """
+        if self.state is None:
+            return 0
+        stage, n_done = self.state["stage"], self.state["n_epochs"]
+        with self._expecting("a state of this fit"):
+            if not (0 <= stage < len(n_epochs) and 0 < n_done <= n_epochs[stage]):
+                raise ValueError(f"epoch {n_done} of stage {stage} does not exist")
+        return stage
 
     def begin_stage(self, number: int, net: Any, best: Any | None) -> int:
         """Begin a stage, or put `net` where the interrupted fit was in it.
@@ -188,29 +224,51 @@ class Checkpoint(Callback):
         -------
         n_epochs : int
             Epochs of the stage that are done.
+
+        Raises
+        ------
+        ValueError
+            If what the file holds is not of the form that this fit writes.
         """
         self.stage_ = number
         self.epochs_before = len(net.history)
         if self.state is None:
             return 0
         state = self.state
-        net.module_.load_state_dict(state["module"])
-        net.criterion_.load_state_dict(state["criterion"])
-        net.optimizer_.load_state_dict(state["optimizer"])
-        net.scheduler.load_state_dict(state["scheduler"])
-        net.history_ = History(state["history"])
-        if best is not None:
-            vars(best).update(state["best"])
-        self.rng.bit_generator.state = state["numpy"]
-        self.generator.set_state(state["generator"])
-        self.draws.set_state(state["draws"])
+        with self._expecting("a state of this fit"):
+            self._check(state, net, best)
+            net.module_.load_state_dict(state["module"])
+            net.criterion_.load_state_dict(state["criterion"])
+            net.optimizer_.load_state_dict(state["optimizer"])
+            net.scheduler.load_state_dict(state["scheduler"])
+            net.history_ = History(state["history"])
+            if best is not None:
+                vars(best).update(state["best"])
+            self.rng.bit_generator.state = state["numpy"]
+            self.generator.set_state(state["generator"])
+            self.draws.set_state(state["draws"])
         self.epochs_before = len(net.history) - state["n_epochs"]
         self.state = None
         return state["n_epochs"]
 
-    def save(self, net: Any, best: Any | None) -> None:
-        """Write atomically: a crash leaves the old file or the new one, never half of either."""
-        state = {
+    def _check(self, state: dict[str, Any], net: Any, best: Any | None) -> None:
+        """Compare a state with the one that would be written now; what grows is told apart."""
+        own = self._state(net, best)
+        for row in state["history"]:
+            _check_form(row, plain(row) | {"batches": []}, "history")
+        if state["n_epochs"] > len(state["history"]):
+            raise ValueError("history has too few rows")
+        own["history"] = state["history"]
+        found = state["optimizer"]["state"]
+        moments = _moments(net.optimizer_)
+        # Weights that are not trained have none.
+        own["optimizer"]["state"] = {n: moments[n] for n in found} if moments else found
+        if best is not None and state["best"]["weights"]:
+            own["best"]["weights"] = own["module"]
+        _check_form(state, own)
+
+    def _state(self, net: Any, best: Any | None) -> dict[str, Any]:
+        return {
             "format": FORMAT,
             "token": self.token,
             "seed": self.seed_,
@@ -226,8 +284,11 @@ class Checkpoint(Callback):
             "generator": self.generator.get_state(),
             "draws": self.draws.get_state(),
         }
+
+    def save(self, net: Any, best: Any | None) -> None:
+        """Write atomically: a crash leaves the old file or the new one, never half of either."""
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(self._state(net, best), buffer)
         content = buffer.getvalue()
         with replacing(self.path) as draft:
             draft.write_bytes(hashlib.blake2b(content).hexdigest().encode() + b"\n" + content)
@@ -240,3 +301,49 @@ class Checkpoint(Callback):
 def plain(row: dict[str, Any]) -> dict[str, Any]:
     """One epoch of history: its plain numbers and texts, without per-batch records."""
     return {k: v for k, v in row.items() if isinstance(v, (int, float, str))}
+
+
+def _unpacked(content: bytes) -> dict[str, Any]:
+    """What `torch.save` wrote; nothing in it is executed, and it takes no more than its size."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("its parts are compressed")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def _check_form(found: Any, own: Any, place: str = "it") -> None:
+    """Refuse a value of another form than one's own: type, names, number of items, shape."""
+    if isinstance(own, torch.Tensor):
+        form: Any = (torch.Tensor, own.shape, own.dtype)
+        fits = isinstance(found, torch.Tensor) and (found.shape, found.dtype) == form[1:]
+    elif isinstance(own, dict):
+        fits = isinstance(found, dict) and found.keys() == own.keys()
+        form = (dict, *own)
+    elif isinstance(own, (list, tuple)):
+        fits = type(found) is type(own) and len(found) == len(own)
+        form = (type(own), len(own))
+    elif isinstance(own, (int, float)) and not isinstance(own, bool):
+        fits, form = isinstance(found, (int, float)) and not isinstance(found, bool), "a number"
+    else:
+        fits, form = found == own, own
+    if not fits:
+        raise ValueError(f"{place} is not {form}")
+    if isinstance(own, (dict, list, tuple)):
+        for key in own if isinstance(own, dict) else range(len(own)):
+            _check_form(found[key], own[key], str(key))
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[int, Any]:
+    """Form of what an optimiser of this kind keeps of each weight; {} if it does not tell."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    for group in groups:
+        group["params"] = [torch.zeros_like(weight) for weight in group["params"]]
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+    kind: Any = type(optimizer)
+    twin = kind(groups)
+    try:
+        twin.step()
+    except (RuntimeError, TypeError):  # one for sparse gradients, or that evaluates the loss itself
+        return {}
+    return twin.state_dict()["state"]

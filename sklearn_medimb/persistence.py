@@ -114,6 +114,8 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
         another package; or if parameters were changed after ``fit`` so that the weights do not fit.
     ImportError
         If safetensors is not installed.
+    OSError
+        If the file cannot be written, such as on a full disk.
 
     See Also
     --------
@@ -128,7 +130,7 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
     parameters (``checkpoint_dir``, ``weights``) are written as they are. The state of the optimiser
     is not stored, nor is it in a pickle.
     """
-    numpy_io = _safetensors().numpy
+    safetensors = _safetensors()
     if not isinstance(estimator, BaseEstimator) or type(estimator) not in _names():
         raise ValueError(
             f"{type(estimator).__name__} is no estimator of sklearn_medimb: save the one inside "
@@ -143,11 +145,11 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
         "estimator": json.dumps(tree, allow_nan=False, separators=(",", ":")),
     }
     stamp["digest"] = _digest(stamp, writer.tensors)
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{str(path.parent)!r}, for {path.name!r}, is no directory.")
-    with replacing(path) as draft:
-        numpy_io.save_file(writer.tensors, draft, metadata=stamp)
+    with replacing(Path(path)) as draft:
+        try:
+            safetensors.numpy.save_file(writer.tensors, draft, metadata=stamp)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{os.fspath(path)} cannot be written: {error}") from error
         try:
             _read(draft)
         except Exception as error:

@@ -6,15 +6,19 @@ import inspect
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from types import FrameType
 
 import torch
+from filelock import FileLock, Timeout
 
 from sklearn_medimb.distributed import launched, local_rank
 
@@ -114,18 +118,60 @@ def resolve_precision(
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a draft beside a file, which takes its place at the end of the block.
+    """Give a draft, which takes the place of a file at the end of the block.
 
-    A crash leaves the old file or the new one, never half of either; an error leaves the old one.
+    A crash leaves the old file or the new one, never half of either; an error leaves the old one,
+    and names the file. Several threads and processes may write to one path: the last one wins.
+
+    The draft lies beside the file in a folder of its own, locked as long as its writer lives. What
+    writers that died have left is removed by the next one.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{str(path.parent)!r}, for {path.name!r}, is no directory.")
+    for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+        with suppress(Timeout, OSError), FileLock(left / "lock").acquire(timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
+    folder, lock = _own_folder(path)
     try:
+        draft = folder / path.name
         yield draft
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
         draft.replace(path)
+        with suppress(OSError):  # not every file system knows folders that are synchronised
+            _synchronise(path.parent)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # such as a full disk
     finally:
-        draft.unlink(missing_ok=True)
+        lock.release()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_folder(path: Path) -> tuple[Path, FileLock]:
+    """Make a folder beside a file, and lock it."""
+    while True:
+        folder = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        folder.mkdir()
+        lock = FileLock(folder / "lock")
+        try:
+            lock.acquire()
+        except (FileNotFoundError, FileExistsError):
+            continue  # another writer took it for a dead one's before it was locked
+        except OSError:  # a file system without locks: there nobody can remove it either
+            return folder, lock
+        if Path(lock.lock_file).exists():
+            return folder, lock
+
+
+def _synchronise(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
