@@ -76,7 +76,8 @@ scoring : str or callable, default="balanced_accuracy"
     "callbacks": """\
 callbacks : str, list or None, default=None
         skorch callbacks, cloned before use, and names: "tensorboard" writes each fit below
-        ``runs/``, "mlflow" logs it as a run of the tracking server that is set.""",
+        ``runs/``, "mlflow" logs it as a run of the tracking server that is set. Of skorch's own,
+        those for which a parameter here does the same are refused, by the name of that.""",
     "checkpoint_dir": """\
 checkpoint_dir : path-like or None, default=None
         Write the state after each epoch. After a crash, ``fit`` with the same parameters and data
@@ -112,7 +113,8 @@ random_state : int, RandomState or None, default=None
         Seeds everything; the global generators stay untouched.""",
     "verbose": """\
 verbose : int, default=0
-        1 shows a progress bar with loss, validation score and time left.""",
+        1 shows a progress bar with loss, validation score and time left, or a few lines where the
+        output is no terminal.""",
 }
 
 _LABELLED = (

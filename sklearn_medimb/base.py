@@ -243,6 +243,7 @@ class BaseImageEstimator(
 
     def _check_parameters(self) -> None:
         """Refuse what `_parameter_constraints` cannot express."""
+        resolve_callbacks(self.callbacks, self)
         start = self._start
         if start is not None and not start._was_fitted:
             name = type(start).__name__
@@ -464,7 +465,7 @@ class BaseImageEstimator(
         should training fail.
         """
         dtype, autocast = resolve_precision(self.precision, device, len(self.image_shape_))
-        callbacks = resolve_callbacks(self.callbacks, self)
+        callbacks = resolve_callbacks(self.callbacks, self) if pretrained else []
         if previous is None:
             module = self._network(device, dtype, pretrained)
         else:
@@ -478,7 +479,7 @@ class BaseImageEstimator(
             train_split=None,
             device=str(device),
             compile=self.compile,
-            verbose=0,
+            verbose=int(self.verbose),
             **self._net_params(),
         )
         net.dtype = dtype

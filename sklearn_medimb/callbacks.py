@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
+import time
 import uuid
 from collections.abc import Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from sklearn.base import clone
-from skorch.callbacks import Callback, MlflowLogger, TensorBoard
+from skorch.callbacks import (
+    BatchScoring,
+    Callback,
+    EpochScoring,
+    InputShapeSetter,
+    LoadInitState,
+    LRScheduler,
+    MlflowLogger,
+    NeptuneLogger,
+    ParamMapper,
+    PassthroughScoring,
+    PrintLog,
+    SacredLogger,
+    TensorBoard,
+    TrainEndCheckpoint,
+    WandbLogger,
+)
+from skorch.callbacks import Checkpoint as SkorchCheckpoint
+from skorch.callbacks import ProgressBar as SkorchProgressBar
 
 from sklearn_medimb.checkpoint import Checkpoint
 from sklearn_medimb.distributed import is_main, of_main
 
 
 class ProgressBar(Callback):
-    """A bar over all steps of a fit: loss, validation score and time left."""
+    """Loss, validation score and time left of a stage: a bar, or where nobody watches, some lines.
+
+    A bar is redrawn in place, which takes a terminal or a notebook. A file or a pipe gets a line
+    after the first epoch and after each tenth of the steps, and one where training ends.
+    """
 
     may_stop = False
 
@@ -30,11 +54,18 @@ class ProgressBar(Callback):
         """Open the bar."""
         from tqdm.auto import tqdm  # installed with skorch
 
-        self.bar_ = tqdm(total=self.n_steps, desc=self.label, unit="step", file=sys.stderr)
+        notebook = any(cls.__name__ == "tqdm_notebook" for cls in tqdm.__mro__)
+        self.in_place_ = notebook or sys.stderr.isatty()
+        self.n_done_, self.tenth_, self.line_ = 0, -1, ""
+        self.start_ = time.monotonic()
+        if self.in_place_:
+            self.bar_ = tqdm(total=self.n_steps, desc=self.label, unit="step", file=sys.stderr)
 
     def on_batch_end(self, net: Any, **kwargs: Any) -> None:
         """Advance; no number is read from the device here."""
-        self.bar_.update()
+        self.n_done_ += 1
+        if self.in_place_:
+            self.bar_.update()
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
         """Show what the epoch brought."""
@@ -42,12 +73,29 @@ class ProgressBar(Callback):
         shown = {"epoch": last["epoch"], "loss": f"{last['train_loss']:.4f}"}
         if "valid_score" in last:
             shown["score"] = f"{last['valid_score']:.3f}"
-        self.bar_.set_postfix(shown, refresh=False)
+        if self.in_place_:
+            self.bar_.set_postfix(shown, refresh=False)
+            return
+        seconds = time.monotonic() - self.start_
+        left = seconds * (self.n_steps / self.n_done_ - 1)
+        numbers = ", ".join(f"{name}={value}" for name, value in shown.items())
+        times = f"{timedelta(seconds=round(seconds))}<{timedelta(seconds=round(left))}"
+        self.line_ = f"{self.label}: {self.n_done_}/{self.n_steps} steps [{times}, {numbers}]"
+        if 10 * self.n_done_ // self.n_steps > self.tenth_:
+            self.tenth_ = 10 * self.n_done_ // self.n_steps
+            self._write()
+
+    def _write(self) -> None:
+        if self.line_:
+            print(self.line_, file=sys.stderr, flush=True)  # noqa: T201
+        self.line_ = ""
 
     def close(self) -> None:
-        """Close the bar, also when training failed."""
+        """End with what came last, also when training failed."""
         if hasattr(self, "bar_"):
             self.bar_.close()
+        elif hasattr(self, "line_"):
+            self._write()
 
 
 class RunLogger(Callback):
@@ -118,6 +166,51 @@ def _mlflow(estimator: Any) -> Callback:
 LOGGERS: dict[str, Callable[[Any], Callback]] = {"tensorboard": _tensorboard, "mlflow": _mlflow}
 
 
+# Callbacks of skorch for which an estimator has a way of its own, and what cannot work here.
+_REFUSED: dict[type[Callback], str] = {
+    EpochScoring: 'early_stopping=True with scoring=..., which records "valid_score"',
+    BatchScoring: 'early_stopping=True with scoring=..., which records "valid_score"',
+    PassthroughScoring: "net.history.record(name, value) in on_epoch_end of a callback of your own",
+    LRScheduler: "lr_schedule=...",
+    SkorchCheckpoint: "checkpoint_dir=... to survive crashes, early_stopping=True to keep the best "
+    "epoch, sklearn_medimb.persistence.save to keep the result",
+    TrainEndCheckpoint: "sklearn_medimb.persistence.save(estimator, path) after fit",
+    LoadInitState: "checkpoint_dir=... to resume, or warm_start=True",
+    InputShapeSetter: "a backbone that is a class or a recipe: it is made for the shape of X",
+}
+# They log every number of an epoch; the name of its stage is none.
+_NUMBER_LOGGERS = (MlflowLogger, NeptuneLogger, SacredLogger, TensorBoard, WandbLogger)
+
+
+def _instead(callback: Callback, estimator: Any) -> str | None:
+    """What to use instead of a callback that would fail, or do nothing, with this estimator."""
+    for cls, instead in _REFUSED.items():
+        if isinstance(callback, cls):
+            return instead
+    if isinstance(callback, SkorchProgressBar) and callback.batches_per_epoch == "auto":
+        return "verbose=1"
+    if isinstance(callback, PrintLog) and callback.sink is print and not estimator.verbose:
+        return "verbose=1, with which it prints, or PrintLog(sink=...)"
+    if isinstance(callback, WandbLogger) and callback.save_model:
+        return "WandbLogger(..., save_model=False): there is no validation loss to save by"
+    if isinstance(callback, NeptuneLogger) and callback.close_after_train:
+        return "NeptuneLogger(..., close_after_train=False): a fit may have several stages"
+    monitor = getattr(callback, "monitor", None)
+    if not isinstance(monitor, str):
+        return None
+    if monitor == "valid_score":
+        if not getattr(estimator, "_holds_out", bool)():
+            return 'early_stopping=True, with which there is a "valid_score", or another monitor'
+        if getattr(callback, "lower_is_better", False):
+            return "lower_is_better=False: of scores, the higher is the better"
+    elif monitor.startswith("valid_") or monitor.endswith("_best"):
+        return (
+            f'monitor="train_loss" for {monitor!r}, which is not recorded, or early_stopping=True '
+            "with scoring=..."
+        )
+    return None
+
+
 def resolve_callbacks(given: str | list[Any] | None, estimator: Any) -> list[Callback]:
     """Turn ``callbacks=`` into fresh callbacks for one fit.
 
@@ -131,7 +224,8 @@ def resolve_callbacks(given: str | list[Any] | None, estimator: Any) -> list[Cal
     Raises
     ------
     ValueError
-        If a name is not known.
+        If a name is not known, or a callback does not work with the estimator; the message says
+        what to use instead.
     TypeError
         If something else is no callback of skorch.
     """
@@ -143,13 +237,67 @@ def resolve_callbacks(given: str | list[Any] | None, estimator: Any) -> list[Cal
             if is_main():  # one of several processes writes
                 made.append(RunLogger(item, estimator))
             continue
-        callback = clone(item, safe=False)
-        if not isinstance(callback, Callback):
+        if not isinstance(item, Callback):
             raise TypeError(
                 f"callbacks must hold names or instances of skorch.callbacks.Callback: {item!r}."
             )
-        made.append(callback)
+        if instead := _instead(item, estimator):
+            raise ValueError(
+                f"callbacks: {type(item).__name__} of skorch does not work in "
+                f"{type(estimator).__name__}: use {instead}."
+            )
+        made.append(_fresh(item))
     return made
+
+
+def _fresh(callback: Callback) -> Callback:
+    """Copy a callback of the user, so that no fit changes it; what it writes to is shared."""
+    if hasattr(callback, "__sklearn_clone__"):
+        return clone(callback)
+    try:
+        fresh = type(callback)(**callback.get_params(deep=False))
+    except TypeError:  # it has more attributes than parameters
+        fresh = copy.copy(callback)
+    if isinstance(fresh, _NUMBER_LOGGERS):
+        ignored = fresh.keys_ignored or []
+        fresh.keys_ignored = [*([ignored] if isinstance(ignored, str) else ignored), "stage"]
+    return fresh
+
+
+def check_patterns(callback: Callback, names: list[str]) -> None:
+    """Refuse a callback that freezes or changes parameters, but finds none.
+
+    Parameters
+    ----------
+    callback : Callback
+        Of the user.
+    names : list of str
+        Names of the parameters that are trained.
+
+    Raises
+    ------
+    ValueError
+        If none of its patterns fits a name.
+    """
+    if not isinstance(callback, ParamMapper):
+        return
+    if not any(callback.filter_parameters(callback.patterns, [(name, None) for name in names])):
+        parts = sorted({".".join(name.split(".")[:2]) + ".*" for name in names})
+        raise ValueError(
+            f"callbacks: the patterns {callback.patterns} of {type(callback).__name__} fit no "
+            f"parameter; there are {', '.join(parts)}."
+        )
+
+
+def explain_missing(callback: Callback, error: KeyError, history: Any) -> Exception:
+    """What to raise where a callback of the user asked the history for what it does not hold."""
+    row = history[-1] if len(history) else {}
+    names = sorted(name for name in row if name != "batches")
+    return ValueError(
+        f"callbacks: {type(callback).__name__} failed with KeyError({error}). The history has "
+        f"{names} here, and nothing of single batches. A validation score, valid_score, comes with "
+        "early_stopping=True."
+    )
 
 
 class BestEpoch(Callback):

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from sklearn_medimb import distributed
 from sklearn_medimb.backbones import as_features
 from sklearn_medimb.batches import Batches
+from sklearn_medimb.callbacks import check_patterns, explain_missing
 from sklearn_medimb.randomness import Draws, current_draws, drawing_from, may_draw, redirected
 from sklearn_medimb.runtime import is_out_of_memory, noting_interrupts
 
@@ -60,6 +61,8 @@ class Trunk(nn.Module):
         self.backbone = backbone
         self.input_shape = input_shape
         self.autocast = autocast
+        self.frozen: list[nn.Module] = []
+        self.keep_frozen()
         self.micro_batch: int | None = None
         self.divisible = True
         if len(input_shape) > 2:
@@ -67,6 +70,17 @@ class Trunk(nn.Module):
                 if parameter.ndim in (4, 5):
                     last = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
                     parameter.data = parameter.data.contiguous(memory_format=last)
+
+    def keep_frozen(self) -> None:
+        """Note which layers are frozen now: in training, too, their running statistics stay."""
+        self.frozen = [layer for layer in _frozen_layers(self.backbone) if _has_statistics(layer)]
+
+    def train(self, mode: bool = True) -> Trunk:
+        """Switch the mode of all layers but those that are frozen with statistics."""
+        super().train(mode)
+        for layer in self.frozen:
+            layer.training = False
+        return self
 
     def probe(self) -> torch.Tensor:
         """Output for one blank image: tells a method the shape of what it will get."""
@@ -128,6 +142,21 @@ class Trunk(nn.Module):
             "context_fn": partial(_first_and_second_pass, self.backbone),
         }
         return torch.cat([checkpoint(self._encode, part, **how) for part in parts])
+
+
+def _frozen_layers(module: nn.Module, parent: bool = False) -> Iterator[nn.Module]:
+    """Layers whose own parameters are frozen, or that have none and whose parent is frozen."""
+    every, own = list(module.parameters()), list(module.parameters(recurse=False))
+    whole = not any(p.requires_grad for p in every) if every else parent
+    if not any(p.requires_grad for p in own) if own else whole:
+        yield module
+    for child in module.children():
+        yield from _frozen_layers(child, whole)
+
+
+def _has_statistics(layer: nn.Module) -> bool:
+    """Whether a layer holds numbers that a forward pass in training may change."""
+    return any(buffer.is_floating_point() for buffer in layer.buffers(recurse=False))
 
 
 def _first_and_second_pass(backbone: nn.Module) -> tuple[Any, Any]:
@@ -262,6 +291,7 @@ class Net(NeuralNet):
     stage_forward: Callable[[nn.Module, Any], Any] | None = None
     stopped_by_callback = False
     complete = True
+    began = False
     from_outside = False  # whether a step may ask torch's default generators for numbers
     callbacks_: list[tuple[str, Callback]]
     dtype: torch.dtype
@@ -280,9 +310,14 @@ class Net(NeuralNet):
         return dataset
 
     def get_all_learnable_params(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield what the optimiser moves; a teacher that only follows is not among it."""
+        """Yield what the optimiser may move; a teacher that only follows is not among it.
+
+        Parameters of the network that are frozen are: they have no gradient, and so stay, and a
+        callback may unfreeze them.
+        """
+        followers = {id(p) for p in self.criterion_.parameters() if not p.requires_grad}
         for name, parameter in super().get_all_learnable_params():
-            if parameter.requires_grad:
+            if id(parameter) not in followers:
                 yield name, parameter
 
     def infer(self, x: Any, **fit_params: Any) -> Any:
@@ -290,6 +325,16 @@ class Net(NeuralNet):
         if self.stage_forward is None:
             return super().infer(x, **fit_params)
         return self.stage_forward(self.module_, x)
+
+    def get_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Loss of a batch, which something that is trained must move."""
+        loss = super().get_loss(*args, **kwargs)
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError(
+                "There is nothing to train: all parameters that the loss depends on are frozen "
+                "(requires_grad=False)."
+            )
+        return loss
 
     def start_schedule(
         self, schedule: str, n_steps: int, lr: float, optimizer: dict[str, Any] | None = None
@@ -326,6 +371,10 @@ class Net(NeuralNet):
             except KeyboardInterrupt:
                 self.stopped_by_callback = getattr(callback, "may_stop", True)
                 raise
+            except KeyError as error:
+                if type(callback).__module__.startswith("sklearn_medimb."):
+                    raise
+                raise explain_missing(callback, error, self.history) from error
 
     def torch_compile(self, module: nn.Module, name: str) -> nn.Module:
         """Compile the backbone, in place: the names of the weights stay as they are."""
@@ -369,6 +418,11 @@ class Net(NeuralNet):
         timer, *users = own
         if not validated:
             users = [u for u in users if not str(getattr(u[1], "monitor", "")).startswith("valid")]
+        if not self.began:
+            names = [name for name, _ in self.get_all_learnable_params()]
+            for _, user in users:
+                check_patterns(user, names)
+            self.began = True
         extra = [(type(cb).__name__, cb) for cb in (*callbacks, last)]
         self.callbacks_ = [timer, *extra[:-1], *users, extra[-1]]
         self.max_epochs, self.stopped_by_callback, self.complete = n_epochs, False, False
@@ -458,6 +512,7 @@ class Net(NeuralNet):
             return
         if self.stage:
             self.history.record("stage", self.stage)
+        self.module_.trunk.keep_frozen()  # a callback may freeze layers, or thaw them
         totals: dict[str, Any] = {}
         count = 0
         state = _State(self.module_, self.criterion_)
