@@ -135,8 +135,8 @@ class AMIMVObjective(Objective):
 
     def forward(self, encoded: Encoded, _: torch.Tensor) -> torch.Tensor:
         """Loss of a batch."""
-        x, y = self.projector(encoded.features).chunk(2)
-        x_target, y_target = self.project_target(encoded.target).chunk(2)
+        x, y = map(self.projector, encoded.features)
+        x_target, y_target = map(self.project_target, encoded.target)
         z1, z2 = x + y, x_target + y_target
         loss = thresholded_contrastive(
             z1, z2, self.temperature, self.thresholds, exact_mimv=self.exact_mimv

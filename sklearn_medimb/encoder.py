@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from numbers import Integral
 from typing import Any, ClassVar, NamedTuple
@@ -117,20 +118,28 @@ def perceptron(widths: list[int], *, last_norm: bool, affine: bool = True) -> nn
 
 
 class Encoded(NamedTuple):
-    """Features (m B, d) of the online views; the target views, if any, as they came."""
+    """Features (B, d) of each online view; the images of each target view as they came."""
 
-    features: torch.Tensor
-    target: torch.Tensor
+    features: list[torch.Tensor]
+    target: list[torch.Tensor]
 
 
-def encode(network: Any, branches: dict[str, torch.Tensor]) -> Encoded:
-    """Forward pass of pre-training: of any network of the package only the backbone."""
-    online = branches["online"]
-    return Encoded(as_features(network.trunk(online)), branches.get("target", online[:0]))
+def encode(
+    network: Any, branches: dict[str, torch.Tensor], n_online: int, n_target: int
+) -> Encoded:
+    """Forward pass of pre-training: of any network of the package only the backbone.
+
+    Each view passes alone, so that batch normalisation sees one kind of view at a time.
+    """
+    online = branches["online"].chunk(n_online)
+    target = branches["target"].chunk(n_target) if n_target else ()
+    return Encoded([as_features(network.trunk(view)) for view in online], list(target))
 
 
 class Objective(nn.Module):
     """A self-supervised loss; owns what only training needs.
+
+    The online views pass the network one by one, or `jointly`, as a method's authors have them.
 
     Parameters
     ----------
@@ -143,6 +152,8 @@ class Objective(nn.Module):
         None has no target branch.
     """
 
+    jointly = False
+
     def __init__(self, network: Any, projector: nn.Module, momentum: float | None = None) -> None:
         super().__init__()
         self.projector = projector
@@ -154,7 +165,7 @@ class Objective(nn.Module):
             self.target.requires_grad_(False)
 
     def project_target(self, images: torch.Tensor) -> torch.Tensor:
-        """Projections of the target branch: no gradient, batch statistics of its own."""
+        """Projections of a target view: no gradient, batch statistics of its own."""
         with torch.no_grad():
             return self.target["projector"](as_features(self.target["trunk"](images)))
 
@@ -487,6 +498,8 @@ class BaseImageEncoder(BaseImageEstimator):
         )
         width = as_features(net.module_.trunk.probe()).shape[1]
         objective = self._objective(net.module_, width).to(net.device, net.dtype)
+        views = self._view_set()
+        n_online = 1 if objective.jointly else len(views.online)
 
         def embed(which: np.ndarray) -> np.ndarray:
             def forward(images: torch.Tensor) -> torch.Tensor:
@@ -498,14 +511,14 @@ class BaseImageEncoder(BaseImageEstimator):
         n_epochs = self._n_epochs(n) if n_epochs is None else n_epochs
         return Stage(
             objective,
-            ViewBatches(batches, self._view_set()),
+            ViewBatches(batches, views),
             n_epochs,
             self._steps_per_epoch(n),
             self.lr,
             self.lr_schedule,
             PRETRAINING,
             callbacks=(UpdateTarget(), Monitor(embed, y, n_epochs)),
-            forward=encode,
+            forward=partial(encode, n_online=n_online, n_target=len(views.target)),
             optimizer={k: v for k, v in params.items() if k.split("__")[0] == "optimizer"},
             validated=False,
         )

@@ -1,7 +1,9 @@
 """The neighbours that AMIMV is compared with: six self-supervised methods on one engine.
 
 Each is an :class:`~sklearn_medimb.encoder.Objective` whose views are two augmentations of one
-image. B images give features (2 B, d) of an online branch or (B, d) of each of two branches.
+image: two of the online branch, or one of each of two branches. As in the authors' code the two
+views of a branch pass the network one after the other, in SimCLR together: batch normalisation
+tells the difference.
 """
 
 from __future__ import annotations
@@ -101,6 +103,7 @@ class SimCLR(Objective):
     """A simple framework for contrastive learning: both views online, all others negative."""
 
     target_views = 0
+    jointly = True
 
     def __init__(self, network: nn.Module, d: int, dim: int, temperature: float, _: float) -> None:
         super().__init__(network, perceptron([d, d, dim], last_norm=False))
@@ -108,7 +111,8 @@ class SimCLR(Objective):
 
     def forward(self, encoded: Encoded, _: Tensor) -> Tensor:
         """Loss of a batch."""
-        z1, z2 = self.projector(encoded.features).chunk(2)
+        (features,) = encoded.features
+        z1, z2 = self.projector(features).chunk(2)
         return nt_xent(z1, z2, self.temperature)
 
 
@@ -125,8 +129,9 @@ class MoCo(Objective):
 
     def forward(self, encoded: Encoded, _: Tensor) -> Tensor:
         """Loss of a batch; the negatives are the queue, and the other keys of the batch."""
-        q = F.normalize(self.projector(encoded.features))
-        k = F.normalize(self.project_target(encoded.target))
+        (features,), (target,) = encoded
+        q = F.normalize(self.projector(features))
+        k = F.normalize(self.project_target(target))
         keys = torch.cat([k, self.queue.filled()[0]])
         self.queue.push(k)
         return F.cross_entropy(q @ keys.T / self.temperature, torch.arange(len(q), device=q.device))
@@ -143,8 +148,8 @@ class BYOL(Objective):
 
     def forward(self, encoded: Encoded, _: Tensor) -> Tensor:
         """Loss of a batch: squared distance of unit vectors, up to constants."""
-        p1, p2 = self.predictor(self.projector(encoded.features)).chunk(2)
-        z1, z2 = self.project_target(encoded.target).chunk(2)
+        p1, p2 = (self.predictor(self.projector(features)) for features in encoded.features)
+        z1, z2 = map(self.project_target, encoded.target)
         return 1 + (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2
 
 
@@ -159,8 +164,8 @@ class SimSiam(Objective):
 
     def forward(self, encoded: Encoded, _: Tensor) -> Tensor:
         """Loss of a batch."""
-        z = self.projector(encoded.features)
-        (z1, z2), (p1, p2) = z.chunk(2), self.predictor(z).chunk(2)
+        z1, z2 = map(self.projector, encoded.features)
+        p1, p2 = map(self.predictor, (z1, z2))
         return 1 + (negative_cosine(p1, z2) + negative_cosine(p2, z1)) / 2
 
 
@@ -174,7 +179,7 @@ class BarlowTwins(Objective):
 
     def forward(self, encoded: Encoded, _: Tensor) -> Tensor:
         """Loss of a batch."""
-        return barlow_twins(*self.projector(encoded.features).chunk(2))
+        return barlow_twins(*map(self.projector, encoded.features))
 
 
 class VICReg(Objective):
@@ -187,7 +192,7 @@ class VICReg(Objective):
 
     def forward(self, encoded: Encoded, _: Tensor) -> Tensor:
         """Loss of a batch."""
-        return vicreg(*self.projector(encoded.features).chunk(2))
+        return vicreg(*map(self.projector, encoded.features))
 
 
 METHODS: dict[str, Callable[..., Any]] = {
@@ -236,7 +241,8 @@ class SSLEncoder(BaseImageEncoder):
 
     Notes
     -----
-    The losses are the papers'; projectors follow the width of the backbone, for the small
+    The losses are the papers', and so is what batch normalisation sees at once: a view, in SimCLR
+    both; projectors follow the width of the backbone, for the small
     networks and sets that this package is for. MoCo takes the other keys of a batch as negatives
     too, so that its queue of 4,096 keys can start empty.
 

@@ -237,7 +237,7 @@ def test_projections_of_anchor_and_partner_are_added_in_both_branches():
         for p in objective.target.parameters():
             p *= 0.9
     branches = views(5)
-    loss = objective(encode(network, branches), torch.zeros(5))
+    loss = objective(encode(network, branches, 2, 2), torch.zeros(5))
     with torch.no_grad():
         online = [objective.projector(network(image[None]))[0] for image in branches["online"]]
         target = [objective.project_target(image[None])[0] for image in branches["target"]]
@@ -261,7 +261,7 @@ def test_gradients_reach_the_online_branch_alone():
     network = small_network()
     objective = make(network)
     branches = {k: v.requires_grad_() for k, v in views(5).items()}
-    objective(encode(network, branches), torch.zeros(5)).backward()
+    objective(encode(network, branches, 2, 2), torch.zeros(5)).backward()
     trained = [*network.parameters(), *objective.projector.parameters()]
     assert all(p.grad.abs().sum() > 0 for p in trained)
     assert all(p.grad is None for p in objective.target.parameters())
@@ -327,8 +327,9 @@ def test_batch_statistics_of_the_target_are_its_own():
     objective = make(network)
     twin = pickle.loads(pickle.dumps(objective.target))
     branches = views(5)
-    objective(encode(network, branches), torch.zeros(5))
-    twin["projector"](as_features(twin["trunk"](branches["target"])))
+    objective(encode(network, branches, 2, 2), torch.zeros(5))
+    for view in branches["target"].chunk(2):  # one after the other
+        twin["projector"](as_features(twin["trunk"](view)))
     assert all_equal(objective.target.buffers(), twin.buffers())
     online = [*network.trunk.buffers(), *objective.projector.buffers()]
     own = [*objective.target["trunk"].buffers(), *objective.target["projector"].buffers()]
@@ -342,7 +343,8 @@ def test_steps_without_a_positive_are_counted_and_have_no_gradient():
     features = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)).double()
     network = small_network()
     objective = make(network)
-    encoded = Encoded(features.requires_grad_(), views(4)["target"])
+    features.requires_grad_()
+    encoded = Encoded(list(features.chunk(2)), list(views(4)["target"].chunk(2)))
     for thresholds, counted, has_gradient in (
         (None, 0, True),
         ((0.9998, 0.9999), 1, False),
@@ -413,7 +415,8 @@ def test_wrong_parameters_are_named(name, value, data):
 
 
 def test_the_published_loss_ends_a_fit_in_the_error_for_nan(data):
-    encoder = AMIMVEncoder(**{**TINY, "max_epochs": 9}, exact_mimv_loss=True)
+    params = {**TINY, "batch_size": 4}
+    encoder = AMIMVEncoder(**params, exact_mimv_loss=True)
     with pytest.raises(ValueError, match=r"training loss became (nan|inf)"):
         encoder.fit(data[0])
 
@@ -513,9 +516,10 @@ def test_the_weak_view_is_the_light_one():
 def test_a_step_encodes_four_images_per_anchor(pairing, data, monkeypatch):
     shapes = []
 
-    def spying(network, branches):
+    def spying(network, branches, **n_views):
         shapes.append({name: tuple(images.shape) for name, images in branches.items()})
-        return encode(network, branches)
+        assert n_views == {"n_online": 2, "n_target": 2}  # each passes alone, as in MIMV's code
+        return encode(network, branches, **n_views)
 
     monkeypatch.setattr("sklearn_medimb.encoder.encode", spying)
     encoder = AMIMVEncoder(**{**TINY, "max_epochs": 1}, pairing=pairing).fit(data[0])

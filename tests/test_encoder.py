@@ -188,9 +188,10 @@ def test_without_target_views_there_is_no_target_branch():
     views = Views([(0, Augmentation()), (0, Augmentation())], [])
     branches, _ = next(iter(ViewBatches(make_batches(numbered(10)), views)))
     assert branches.keys() == {"online"}
-    features, target = encode(small_network(), {"online": torch.rand(6, 1, 12, 12).double()})
-    assert features.shape == (6, 8)
-    assert target.shape == (0, 1, 12, 12)
+    online = torch.rand(6, 1, 12, 12).double()
+    features, target = encode(small_network(), {"online": online}, 2, 0)
+    assert [view.shape for view in features] == [(3, 8)] * 2
+    assert target == []
 
 
 def test_a_partner_is_the_same_image_in_both_branches():

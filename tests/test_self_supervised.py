@@ -145,6 +145,12 @@ def images(n, seed=0):
     return torch.rand(n, 1, 12, 12, generator=torch.Generator().manual_seed(seed)).double()
 
 
+def encoded(method, network, branches):
+    """What the objective of a method gets of branches in as many views as the method has."""
+    n_online = 1 if method in ("simclr", "moco") else 2
+    return encode(network, branches, n_online, METHODS[method].target_views)
+
+
 def step(method, network, objective, seed=0):
     """Loss of six images; gradients are left in both."""
     online, target = images(12, seed), images(12, seed + 1)
@@ -153,7 +159,7 @@ def step(method, network, objective, seed=0):
         1: {"online": online[:6], "target": target[:6]},
         2: {"online": online, "target": target},
     }[METHODS[method].target_views]
-    loss = objective(encode(network, branches), torch.zeros(6))
+    loss = objective(encoded(method, network, branches), torch.zeros(6))
     loss.backward()
     return loss
 
@@ -213,16 +219,15 @@ def test_moco_finds_its_key_among_those_of_the_batch_and_of_the_queue():
     network.eval()
     past = []
     for seed in range(3):
-        features, target = encode(
-            network, {"online": images(5, seed), "target": images(5, seed + 9)}
-        )
+        both = encoded("moco", network, {"online": images(5, seed), "target": images(5, seed + 9)})
+        (features,), (target,) = both
         q, k = unit_projections(network, objective, features, target)
         keys = torch.cat([k, *past])
         total = 0.0
         for i in range(5):
             scores = [math.exp(float(q[i] @ key) / 0.2) for key in keys]
             total -= math.log(scores[i] / sum(scores)) / 5
-        loss = objective(Encoded(features, target), torch.zeros(5))
+        loss = objective(both, torch.zeros(5))
         assert loss.item() == pytest.approx(total, rel=1e-9)
         past.append(k)
         assert len(objective.queue) == 5 * (seed + 1)  # it starts empty
@@ -260,14 +265,14 @@ def test_byol_predicts_the_other_view_of_the_target_branch():
     network = small_network()
     objective = make("byol", network).eval()
     network.eval()
-    features, target = encode(network, {"online": images(8), "target": images(8, 1)})
-    p = objective.predictor(objective.projector(features)).detach()
-    z = objective.project_target(target)
+    both = encoded("byol", network, {"online": images(8), "target": images(8, 1)})
+    p = objective.predictor(objective.projector(torch.cat(both.features))).detach()
+    z = objective.project_target(torch.cat(both.target))
     distances = [
         (normalize(p[i], dim=0) - normalize(z[(i + 4) % 8], dim=0)).square().sum() for i in range(8)
     ]
     expected = float(sum(distances)) / 16  # half of the mean squared distance
-    loss = objective(Encoded(features, target), torch.zeros(4))
+    loss = objective(both, torch.zeros(4))
     assert loss.item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -276,17 +281,17 @@ def test_simsiam_stops_the_gradient_of_its_targets():
     network = small_network()
     objective = make("simsiam", network)
     features = torch.rand(8, network.n_features, dtype=torch.float64, requires_grad=True)
-    value = objective(Encoded(features, features[:0]), torch.zeros(4))
+    halves = features.chunk(2)
+    value = objective(Encoded(list(halves), []), torch.zeros(4))
     (gradient,) = torch.autograd.grad(value, features)
-    z = objective.projector(features)
-    (z1, z2), (p1, p2) = z.chunk(2), objective.predictor(z).chunk(2)
+    z1, z2 = (objective.projector(half) for half in halves)
+    p1, p2 = objective.predictor(z1), objective.predictor(z2)
     cosines = torch.cosine_similarity(p1, z2.detach()) + torch.cosine_similarity(p2, z1.detach())
     assert value.item() == pytest.approx(1 - cosines.mean().item() / 2)
     (expected,) = torch.autograd.grad(1 - cosines.mean() / 2, features)
     assert torch.allclose(gradient, expected, rtol=0, atol=1e-12)
-    through = torch.cosine_similarity(p1.detach(), z2) + torch.cosine_similarity(p2.detach(), z1)
-    z = objective.projector(features)
-    (z1, z2), (p1, p2) = z.chunk(2), objective.predictor(z).chunk(2)
+    z1, z2 = (objective.projector(half) for half in halves)
+    p1, p2 = objective.predictor(z1), objective.predictor(z2)
     through = torch.cosine_similarity(p1, z2) + torch.cosine_similarity(p2, z1)
     (other,) = torch.autograd.grad(1 - through.mean() / 2, features)
     assert not torch.allclose(gradient, other, rtol=0, atol=1e-6)
@@ -304,11 +309,88 @@ def test_methods_without_a_target_compare_the_two_halves_of_the_batch(method, cl
     network = small_network()
     objective = make(method, network)
     assert isinstance(objective, cls)
-    features = encode(network, {"online": images(12)}).features
-    z1, z2 = objective.projector(features).chunk(2)
+    x = images(12)
+    if method == "simclr":
+        z1, z2 = objective.projector(network(x)).chunk(2)
+    else:
+        z1, z2 = (objective.projector(network(half)) for half in x.chunk(2))
     assert z1.shape == (6, 4 if method == "simclr" else 16)
-    value = objective(Encoded(features, features[:0]), torch.zeros(6))
+    value = objective(encoded(method, network, {"online": x}), torch.zeros(6))
     assert value.item() == pytest.approx(loss(z1, z2).item(), rel=1e-9)
+
+
+def batch_normalised(x, running, norms):
+    """Slow batch norm without scale and shift: of this batch alone; keeps count of the passes."""
+    norms.append(len(x))
+    mean, variance = x.mean(axis=0), x.var(axis=0)
+    running["mean"] = 0.9 * running["mean"] + 0.1 * mean
+    return (x - mean) / np.sqrt(variance + 1e-5)
+
+
+@EACH
+def test_batch_normalisation_sees_what_the_authors_code_shows_it(method):
+    """The two views are of unlike kinds: normalised together they give another loss than apart."""
+    network = torch.nn.Module()
+    network.trunk = torch.nn.BatchNorm1d(6).double().train()
+    network.n_features = 6
+    objective = make(method, network)
+    rng = np.random.default_rng(0)
+    n_target = METHODS[method].target_views
+    views = [rng.normal(k, 1 + k, size=(5, 6)) for k in range(4)]
+    online, target = ([views[0]], [views[1]]) if n_target == 1 else (views[:2], views[2:])
+    branches = {"online": torch.from_numpy(np.concatenate(online))}
+    if n_target:
+        branches["target"] = torch.from_numpy(np.concatenate(target))
+    objective.update_target(network)
+    value = objective(encoded(method, network, branches), torch.zeros(5)).item()
+
+    norms, running = [], {"mean": np.zeros(6)}
+    if method == "simclr":
+        h = np.split(batch_normalised(np.concatenate(online), running, norms), 2)
+    else:
+        h = [batch_normalised(view, running, norms) for view in online]
+    torch.testing.assert_close(network.trunk.running_mean.numpy(), running["mean"])
+    assert network.trunk.num_batches_tracked == len(norms)
+    aside = {"mean": np.zeros(6)}
+    k = [batch_normalised(view, aside, []) for view in target[:n_target]]
+
+    def perceptron(layers, x):
+        layers = list(layers)
+        while layers:
+            layer = layers.pop(0)
+            if isinstance(layer, torch.nn.Linear):
+                bias = 0 if layer.bias is None else layer.bias.detach().numpy()
+                x = x @ layer.weight.detach().numpy().T + bias
+            elif isinstance(layer, torch.nn.ReLU):
+                x = np.maximum(x, 0)
+            else:
+                x = batch_normalised(x, {"mean": 0}, [])
+                if layer.affine:
+                    x = x * layer.weight.detach().numpy() + layer.bias.detach().numpy()
+        return x
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    if method == "simclr":
+        z = np.split(perceptron(objective.projector, np.concatenate(h)), 2)
+        expected = nt_xent(*map(torch.from_numpy, z), 0.2).item()
+    elif method == "moco":
+        q = unit(perceptron(objective.projector, h[0]))
+        keys = unit(perceptron(objective.target["projector"], k[0]))
+        scores = np.exp(q @ keys.T / 0.2)
+        expected = -np.log(np.diag(scores) / scores.sum(axis=1)).mean()
+    elif method in ("byol", "simsiam"):
+        z = [perceptron(objective.projector, x) for x in h]
+        p = [unit(perceptron(objective.predictor, x)) for x in z]
+        if method == "byol":
+            z = [perceptron(objective.target["projector"], x) for x in k]
+        expected = 1 - ((p[0] * unit(z[1])).sum(1) + (p[1] * unit(z[0])).sum(1)).mean() / 2
+    else:
+        loss = barlow_twins if method == "barlow_twins" else vicreg
+        z = [torch.from_numpy(perceptron(objective.projector, x)) for x in h]
+        expected = loss(*z).item()
+    assert value == pytest.approx(expected, rel=1e-6)
 
 
 # ---------------------------------------------------------------- views
@@ -320,10 +402,13 @@ def test_two_views_of_each_image_go_where_the_method_wants_them(method, monkeypa
     X = np.broadcast_to(np.arange(60.0)[:, None, None], (60, 12, 12)).copy()
     seen, anchors = [], []
 
-    def spying(network, branches):
+    def spying(network, branches, **n_views):
         scale, shift = encoder.pixel_std_[0], encoder.pixel_mean_[0]
         seen.append({k: (v * scale + shift).round() for k, v in branches.items()})
-        return encode(network, branches)
+        n_target = METHODS[method].target_views
+        n_online = 1 if method in ("simclr", "moco") else 2
+        assert n_views == {"n_online": n_online, "n_target": n_target}
+        return encode(network, branches, **n_views)
 
     monkeypatch.setattr("sklearn_medimb.encoder.encode", spying)
     params = {**SMALL, "max_epochs": 1, "precision": "float64"}

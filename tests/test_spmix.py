@@ -1067,7 +1067,8 @@ def test_the_estimate_of_memory_counts_what_may_come_along(params, blobs):
     encoded, estimate = [], []
 
     def look(net, batch):
-        encoded.append(len(batch["images"]) + len(batch.get("others", ())))
+        images = batch[0]
+        encoded.append(len(images["images"]) + len(images.get("others", ())))
         estimate.append(clf._images_per_step(60))
 
     clf = small(**{"batch_size": 8, "mix_prob": 1.0, "max_epochs": 4, **params})
