@@ -1,16 +1,8 @@
-"""Text of the parameters and attributes that estimators share, and where their pages are."""
+"""Text of the parameters and attributes that estimators share."""
 
 from __future__ import annotations
 
 from typing import TypeVar
-
-
-class DocumentationLink:
-    """Where the HTML representation of an estimator links to."""
-
-    _doc_link_module = "sklearn_medimb"
-    _doc_link_template = "https://sklearn-medimb.readthedocs.io/{estimator_module}.{estimator_name}"
-
 
 _BACKBONE = """\
 backbone : str, Backbone, nn.Module or class, default="auto"

@@ -29,7 +29,6 @@ from skorch.history import History
 from torch import nn
 
 from sklearn_medimb import distributed
-from sklearn_medimb._docs import DocumentationLink
 from sklearn_medimb.augment import resolve_augmentation
 from sklearn_medimb.backbones import Backbone, make_backbone
 from sklearn_medimb.batches import Preprocessor, n_batches
@@ -143,7 +142,6 @@ class TrainingSet:
 
 
 class BaseImageEstimator(
-    DocumentationLink,
     CallbackSupportMixin,
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
 from sklearn.utils._param_validation import StrOptions
 
-from sklearn_medimb._docs import DocumentationLink
 from sklearn_medimb.images import (
     INPUT_CONSTRAINTS,
     Images,
@@ -444,7 +443,7 @@ def as_maps(maps: Any, shape: tuple[int, ...], name: str) -> torch.Tensor:
     raise ValueError(f"{name} has maps of shape {found}; it must be {tuple(shape)}.")
 
 
-class SaliencyMap(DocumentationLink, TransformerMixin, BaseEstimator):
+class SaliencyMap(TransformerMixin, BaseEstimator):
     """Images to saliency maps, as a stateless transformer.
 
     Parameters

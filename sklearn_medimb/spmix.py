@@ -845,10 +845,19 @@ SoftmaxClassifier
 
         ResNet-50 up to stride 16 before eight transformer blocks of width 768, projections of
         256, 16 images a step, AdamW at 5e-6 with a weight decay of 0.1 over 500 epochs of cosine
-        annealing (theirs after a warm-up of ten), every image mixed, natural bases with balanced
-        partners; both views are "strong", where theirs are RandAugment and a hard crop with
-        colours. It presumes pre-trained weights and images of 224 pixels; for training from scratch
+        annealing, every image mixed, natural bases with class-balanced partners from all training
+        images. It presumes pre-trained weights and images of 224 pixels; for training from scratch
         raise `lr`.
+
+        What differs: their convolutional part is a ResNet-50-D with ImageNet weights, ours a plain
+        ResNet-50 without any; a warm-up of ten epochs is left out; both views are "strong", where
+        theirs are RandAugment and a hard crop with colours; pixels are normalised by the training
+        images, not by the statistics of ISIC2018, and there is no centre crop at predict; maps get
+        no noise; `precision` is chosen by the hardware, not float16; the two views pass the network
+        together, so that batch normalisation sees both; the last epoch is kept, theirs is the best
+        on the test images. The queue starts empty, not with random vectors, and holds 4 keys per
+        image where these are fewer than 8,192. Keys are scored by their own logits, not by those of
+        the queries.
 
         Parameters
         ----------

@@ -193,6 +193,7 @@ def test_hybrid_of_the_published_shape():
     assert net.patch_embed.proj.weight.shape == (768, 1024, 1, 1)
     assert len(net.blocks) == net.blocks[0].attn.n_heads == 8
     assert net.blocks[0].mlp.fc1.weight.shape == (3 * 768, 768)
+    assert all(block.drop_path.rate == 0 for block in net.blocks)
     assert HybridViT.small(depth=1).depth == 1
 
 

@@ -1145,12 +1145,12 @@ def test_published_settings():
     assert [*weights, clf.consistency_weight] == [2.5, 2.5, 5.0]
     assert (clf.n_rounds, clf.m_step, clf.n_per_class) == (200, "sampled", 50_000)
     assert (clf.covariance, clf.gce_q, clf.fdc, clf.e_step_lr) == ("full", 0.7, "paper", 1e-6)
-    assert (clf.max_epochs, clf.batch_size, clf.lr, clf.lr_schedule) == (100, 128, 0.01, "constant")
+    assert (clf.max_epochs, clf.batch_size, clf.lr, clf.lr_schedule) == (100, 512, 0.01, "constant")
     assert (clf.ema_decay, clf.teacher_mode, clf.weight_decay) == (0.999, "train", 0.0)
     # Relations are off up to and including the epoch of index 20.
     assert round(clf.relation_start * clf.max_epochs) == 21
     # With distances divided by the 512 features of a ResNet-18, as the code's 1e-4 without.
-    assert clf.fdc_weight == pytest.approx(1e-4 * 512, rel=0.03)
+    assert clf.fdc_weight == 1e-4 * 512
     assert repr(clone(clf).get_params()) == repr(params)
     other = LMDClassifier.published(n_rounds=7, lr=0.1, random_state=3)
     assert (other.n_rounds, other.lr, other.random_state) == (7, 0.1, 3)

@@ -240,8 +240,8 @@ class HybridViT(_Transformer):
         """Make the recipe of the network of TailBoost [1]_, but for its stem.
 
         Three stages of a ResNet-50 (a token per 16x16 pixels with the large stem), width 768,
-        depth 8, 8 heads, a perceptron of 3 x width. The published stages are those of a
-        ResNet-50-D; here they are a plain ResNet-50's, so its weights do not fit.
+        depth 8, 8 heads, a perceptron of 3 x width, no branch left out. The published stages are
+        those of a ResNet-50-D; here they are a plain ResNet-50's, so its weights do not fit.
 
         Parameters
         ----------
@@ -260,7 +260,7 @@ class HybridViT(_Transformer):
            3343, 2026.
         """
         shape = {"resnet_depth": 50, "width": 768, "depth": 8, "n_heads": 8, "mlp_ratio": 3}
-        return cls(**{**shape, **params})
+        return cls(**{**shape, "drop_path": 0.0, **params})
 
     def _patch_embed(
         self, channels: int, spatial: tuple[int, ...], width: int

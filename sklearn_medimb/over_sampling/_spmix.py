@@ -14,7 +14,6 @@ from imblearn.utils import check_target_type
 from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from sklearn_medimb._docs import DocumentationLink
 from sklearn_medimb.images import (
     INPUT_CONSTRAINTS,
     ExtendedImages,
@@ -38,7 +37,7 @@ from sklearn_medimb.saliency import (
 )
 
 
-class SPMixSampler(DocumentationLink, BaseOverSampler):
+class SPMixSampler(BaseOverSampler):
     """Over-sampling with saliency-guided patch mixup.
 
     A new image is one of a rare class whose unremarkable patches are mixed with those of a partner,

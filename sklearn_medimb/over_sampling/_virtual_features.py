@@ -15,13 +15,12 @@ from scipy import sparse
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from sklearn_medimb._docs import DocumentationLink
 from sklearn_medimb.runtime import one_thread_in_workers
 
 _BLOCK = 2**24  # numbers drawn at a time: 64 to 128 MB, of a larger result
 
 
-class BalancedVirtualFeatures(DocumentationLink, BaseOverSampler):
+class BalancedVirtualFeatures(BaseOverSampler):
     """Over-sampling of embeddings by class-conditional Gaussian draws.
 
     A new row of class k is drawn from ``N(mu_k, Sigma_k)``, the mean and covariance of the class's

@@ -17,7 +17,6 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from sklearn_medimb._docs import DocumentationLink
 from sklearn_medimb.losses import class_weights
 from sklearn_medimb.runtime import one_thread_in_workers
 
@@ -100,7 +99,7 @@ def softmax_regression(rows: Rows, alpha: float) -> tuple[Linear, int]:
     return scale.undo(Linear(coef, intercept)), int(model.n_iter_.max())
 
 
-class RebalancedHead(DocumentationLink, ClassifierMixin, BaseEstimator):
+class RebalancedHead(ClassifierMixin, BaseEstimator):
     """Common ground of the heads: validation, decision, probabilities."""
 
     coef_: np.ndarray

@@ -1,0 +1,186 @@
+"""Presets with published settings: each setting is the published one, or its docstring says not."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import sklearn_medimb
+from sklearn_medimb import AMIMVEncoder, LMDClassifier, SPMixClassifier
+from sklearn_medimb.augment import resolve_augmentation
+
+
+class Differs(str):
+    """Words by which the preset's docstring names a setting that is not the published one."""
+
+
+SGD = {"optimizer": torch.optim.SGD, "optimizer__momentum": 0.9}
+
+# (class, preset): settings of the paper or of the authors' code, and the published value.
+PUBLISHED: dict[tuple[type, str], dict[str, Any]] = {
+    (SPMixClassifier, "tailboost"): {
+        "backbone__resnet_depth": 50,
+        "backbone__n_stages": 3,
+        "backbone__width": 768,
+        "backbone__depth": 8,
+        "backbone__n_heads": 8,
+        "backbone__mlp_ratio": 3,
+        "backbone__dropout": 0.0,
+        "backbone__drop_path": 0.0,
+        "form of the ResNet": Differs("ResNet-50-D"),
+        "start of the ResNet": Differs("ImageNet weights"),
+        "level": "token",
+        "mix_layer": "auto",  # the patch embedding: before positions and class token
+        "pairing": "code",
+        "mix_prob": 1.0,
+        "merge": "patch",
+        "floor": None,  # 0.5 with "patch"
+        "cap": 0.8,
+        "partner_saliency": True,
+        "saliency": "fine_grained",
+        "noise on the maps": Differs("maps get no noise"),
+        "loss": "cross_entropy",
+        "contrast": "gpaco",
+        "w_con": 0.05,
+        "gamma": 1.0,
+        "temperature": 0.2,
+        "key_momentum": None,
+        "projection_dim": 256,
+        "projection_hidden": 4096,
+        "length of the queue": Differs("fewer than 8,192"),
+        "start of the queue": Differs("not with random vectors"),
+        "logits of keys": Differs("Keys are scored by their own logits"),
+        "passes of the views": Differs("two views pass the network together"),
+        "net_params": None,  # AdamW
+        "lr": 5e-6,
+        "weight_decay": 0.1,
+        "lr_schedule": "cosine",
+        "warm-up": Differs("warm-up of ten epochs is left out"),
+        "max_epochs": 500,
+        "batch_size": 16,
+        "sampler": None,
+        "class_weight": None,
+        "arithmetic": Differs("not float16"),
+        "views": Differs("RandAugment"),
+        "mean and deviation": Differs("statistics of ISIC2018"),
+        "crop at predict": Differs("centre crop"),
+        "choice of the epoch": Differs("best on the test images"),
+        "early_stopping": False,
+    },
+    (LMDClassifier, "published"): {
+        "backbone": "resnet18",
+        "stages": "both",
+        "start of the ResNet": Differs("presumes pre-trained weights"),
+        "batch_relation_weight": 2.5,
+        "channel_relation_weight": 2.5,
+        "consistency_weight": 5.0,
+        "relation_start": 0.21,
+        "ema_decay": 0.999,
+        "teacher_mode": "train",
+        "lr": 0.01,
+        "lr_schedule": "constant",
+        "weight_decay": 0.0,
+        "net_params": SGD,
+        "max_epochs": 100,
+        "batch_size": 4 * 128,
+        "sampler": None,
+        "class_weight": None,
+        "incomplete batches": Differs("incomplete batches are not dropped"),
+        "strong view": Differs("strong view is ours"),
+        "mean and deviation": Differs("statistics of ImageNet"),
+        "n_rounds": 200,
+        "order of the steps": Differs("ends on an M-step"),
+        "draws of the statistics": Differs("class-balanced draws with replacement"),
+        "m_step": "sampled",
+        "n_per_class": 50_000,
+        "covariance": "full",
+        "eps": 1e-2,
+        "alpha": 1e-4,
+        "scale of features": Differs("standardises features"),
+        "optimiser of the M-step": Differs("SGD at 1e-5"),
+        "gce_q": 0.7,
+        "gradient of the label term": Differs("the gradient and the sign"),
+        "fdc": "paper",
+        "fdc_weight": 1e-4 * 512,
+        "weight of the distribution term": Differs("512 features of a ResNet-18"),
+        "e_step_lr": 1e-6,
+        "batches of the E-step": Differs("512 images a step, theirs 128"),
+        "weight decay of the E-step": Differs("no weight decay, theirs 1e-4"),
+        "early_stopping": False,
+    },
+    (AMIMVEncoder, "published"): {
+        "backbone": "resnet18",
+        "pairing": "mimv",
+        "augment": "mimv",
+        "projection_dim": 128,  # a quarter of the 512 features
+        "temperature": 0.3,
+        "thresholds": (0.1, 0.9),
+        "exact_mimv_loss": False,
+        "loss": Differs("exact_mimv_loss"),
+        "momentum": 0.9,
+        "lr": 3.0,
+        "weight_decay": 1e-4,
+        "net_params": SGD,
+        "batch_size": 1024,
+        "lr_schedule": "one_cycle",
+        "warm-up": Differs("three tenths of the steps, theirs one"),
+        "max_epochs": 400,
+        "epochs": Differs("MIMV has 2,000"),
+        "incomplete batches": Differs("incomplete batches are not dropped"),
+        "crops": Differs("crops keep the aspect of the image, and their sides"),
+        "brightness": Differs("brightness shifts"),
+        "probability of colours": Differs("not in four of five"),
+        "blur": Differs("deviation of 1 pixel, theirs 2"),
+    },
+}
+SETTINGS = [(*preset, name) for preset, settings in PUBLISHED.items() for name in settings]
+
+
+@pytest.mark.parametrize(("cls", "preset", "name"), SETTINGS)
+def test_a_setting_is_the_published_one_or_the_docstring_says_that_it_is_not(cls, preset, name):
+    expected, make = PUBLISHED[cls, preset][name], getattr(cls, preset)
+    if isinstance(expected, Differs):
+        text = re.sub(r"\s+", " ", make.__doc__)
+        assert expected in text
+        return
+    found = make().get_params()[name]
+    assert type(found) is type(expected)
+    assert found == pytest.approx(expected) if isinstance(found, float) else found == expected
+
+
+def test_every_preset_is_in_the_table():
+    presets = {
+        (cls, name)
+        for cls in vars(sklearn_medimb).values()
+        if isinstance(cls, type)
+        for name, value in vars(cls).items()
+        if isinstance(value, classmethod) and "they take precedence" in (value.__doc__ or "")
+    }
+    elsewhere = {(sklearn_medimb.CSSNClassifier, "published")}  # in the tests of that class
+    assert presets == set(PUBLISHED) | elsewhere
+
+
+@pytest.mark.parametrize(("cls", "preset"), PUBLISHED)
+def test_what_the_caller_passes_has_precedence(cls, preset):
+    made = getattr(cls, preset)(lr=0.123, batch_size=7, random_state=5)
+    assert (made.lr, made.batch_size, made.random_state) == (0.123, 7, 5)
+
+
+@pytest.mark.parametrize("batch_size", [256, 1024, 2048])
+def test_the_rate_of_amimv_follows_the_batch(batch_size):
+    encoder = AMIMVEncoder.published(batch_size=batch_size)
+    assert encoder.lr == 3.0 * batch_size / 1024
+
+
+def test_views_of_mimv():
+    """Crops, colours and probabilities that the card names, and those that the docstring names."""
+    views = resolve_augmentation("mimv").get_params()
+    assert views["crop"] ** 2 == pytest.approx(0.08, abs=0.002)
+    expected = {
+        "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grayscale": 0.2, "horizontal_flip": 0.5,
+        "vertical_flip": 0.0, "blur_probability": 0.5, "blur": 1.0, "brightness": 0.2,
+    }  # fmt: skip
+    assert {name: views[name] for name in expected} == expected
