@@ -52,9 +52,9 @@ from sklearn_medimb.images import (
 from sklearn_medimb.net import SCHEDULES, Net, Trunk
 from sklearn_medimb.randomness import Draws, drawing_from, make_generator, redirected, seeded
 from sklearn_medimb.runtime import (
+    in_blocks,
     inference_block,
     is_one_of_many,
-    is_out_of_memory,
     one_thread_in_workers,
     resolve_device,
     resolve_precision,
@@ -555,10 +555,13 @@ class BaseImageEstimator(
     def _map(
         self,
         images: Images,
-        forward: Callable[[torch.Tensor], torch.Tensor],
+        forward: Callable[[torch.Tensor], Any],
         rows: np.ndarray | None = None,
-    ) -> torch.Tensor:
-        """Apply `forward` to images, in evaluation mode and in blocks; stays on the device."""
+    ) -> Any:
+        """Apply `forward` to images, in evaluation mode and in blocks; stays on the device.
+
+        It gives a tensor with a row for each image, or a tuple of such tensors.
+        """
         module, prepare = self.net_.module_, self._preprocessor()
         module.eval()
         block = inference_block(images.image_shape, prepare.device)
@@ -568,18 +571,11 @@ class BaseImageEstimator(
             # Matrix products of other sizes round otherwise: with whole blocks only, the result
             # for one row of vectors does not depend on the rows beside it.
             rows = np.pad(rows, (0, -n % block), mode="edge")
-        parts: list[torch.Tensor] = []
-        done = 0
         with torch.inference_mode(), one_thread_in_workers():
-            while done < len(rows):
-                try:
-                    parts.append(forward(prepare(images.rows(rows[done : done + block]))))
-                    done += block
-                except RuntimeError as error:
-                    if not is_out_of_memory(error) or block == 1:
-                        raise
-                    block //= 2
-        return torch.cat(parts)[:n]
+            result = in_blocks(
+                len(rows), block, lambda part: forward(prepare(images.rows(rows[part])))
+            )
+        return tuple(part[:n] for part in result) if isinstance(result, tuple) else result[:n]
 
     def transform(self, X: Any) -> np.ndarray:
         """Embed images with the trained backbone.

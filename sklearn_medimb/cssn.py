@@ -27,10 +27,11 @@ from sklearn_medimb.backbones import as_tokens
 from sklearn_medimb.base import TrainingSet
 from sklearn_medimb.batches import Batches, class_balanced
 from sklearn_medimb.classifier import BaseImageClassifier
+from sklearn_medimb.evidence import Evidence, Places
 from sklearn_medimb.images import Images
 from sklearn_medimb.net import Trunk
 from sklearn_medimb.randomness import Dropout
-from sklearn_medimb.runtime import one_thread_in_workers
+from sklearn_medimb.runtime import in_blocks, inference_block, one_thread_in_workers
 
 
 def soft_log_target(same: torch.Tensor, p: torch.Tensor, soft_ratio: float = 0.7) -> torch.Tensor:
@@ -328,26 +329,10 @@ class CSSNLoss(nn.Module):
         return 0.5 * (target / positive + (1 - target) / (1 - positive))
 
 
-class Evidence(NamedTuple):
-    """What :meth:`CSSNClassifier.explain` found, for n queries and their m nearest supports.
-
-    Attributes
-    ----------
-    indices : ndarray of int of shape (n, m)
-        Rows of X; -1 for images that `sampler` made.
-    labels : ndarray of shape (n, m)
-        Their classes.
-    scores : ndarray of shape (n, m)
-        Probability that query and support are of one class, descending.
-    maps : ndarray of shape (n, m, L // 2, L // 2)
-        Contribution of each pooled query patch (axis 2) with each pooled support patch (axis 3)
-        to the score's logit: gradient times input of the scorer.
-    """
-
-    indices: np.ndarray
-    labels: np.ndarray
-    scores: np.ndarray
-    maps: np.ndarray
+def _log_odds(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """Log-odds of one class against all others, from log scores (n, n_classes) up to a constant."""
+    others = scores.scatter(1, label[:, None], -torch.inf).logsumexp(dim=1)
+    return scores.gather(1, label[:, None])[:, 0] - others
 
 
 @shared_parameters
@@ -794,14 +779,7 @@ class CSSNClassifier(BaseImageClassifier):
 
     def _encode(self, images: Images, rows: np.ndarray | None = None) -> Encoded:
         """Encode images, or some of their rows, each once."""
-        module = self.net_.module_
-
-        def forward(batch: torch.Tensor) -> torch.Tensor:
-            patches, embedding, token = module.encode(batch)
-            return torch.cat([patches, embedding.unsqueeze(1), token.unsqueeze(1)], dim=1)
-
-        parts = self._map(images, forward, rows)
-        return Encoded(parts[:, :-2], parts[:, -2], parts[:, -1])
+        return Encoded(*self._map(images, self.net_.module_.encode, rows))
 
     @property
     def support_labels_(self) -> np.ndarray:
@@ -824,15 +802,18 @@ class CSSNClassifier(BaseImageClassifier):
         z = head.patch_logits(maps)
         return (z + head.patch_logits(maps.transpose(-2, -1))) / 2 if self.symmetric else z
 
-    def _chunks(self, queries: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Queries in portions whose similarity maps with all supports fit in memory."""
-        n_supports, n_patches, _ = self.support_patches_.shape
-        return queries.split(max(1, self._chunk_elements // (n_supports * n_patches**2)))
+    def _chunk_rows(self, n_maps: int) -> int:
+        """How many rows, with so many similarity maps each, fit in memory at a time."""
+        return max(1, self._chunk_elements // (n_maps * self.support_patches_.shape[1] ** 2))
 
-    def _score_function(
+    def _comparison(
         self, *, in_chunks: bool = True, combined: bool | None = None
-    ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Log similarity, plus the auxiliary classifier's log-probability where it takes part."""
+    ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Map from images to class scores, z of the pairs with all supports, and patches.
+
+        A class score is the log similarity, plus the auxiliary classifier's log-probability where
+        it takes part.
+        """
         module, bank = self.net_.module_, self._bank()
         if combined is None:
             combined = module.classifier is not None and self.decision != "patch"
@@ -844,20 +825,26 @@ class CSSNClassifier(BaseImageClassifier):
             for k in range(len(self.classes_))
         ]
 
-        def log_similarity(queries: torch.Tensor) -> torch.Tensor:
-            """Log of each class's mean pair probability, (n, n_classes)."""
-            log_p = F.logsigmoid(self._pair_logits(queries, bank)) + shares
-            return torch.stack([log_p[:, rows].logsumexp(1) for rows in members], 1)
-
-        def forward(batch: torch.Tensor) -> torch.Tensor:
+        def forward(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             encoded = module.encode(batch)
-            chunks = self._chunks(encoded.patches) if in_chunks else (encoded.patches,)
-            scores = torch.cat([log_similarity(part) for part in chunks])
+            chunks = (encoded.patches,)
+            if in_chunks:
+                chunks = encoded.patches.split(self._chunk_rows(len(bank)))
+            z = torch.cat([self._pair_logits(part, bank) for part in chunks])
+            log_p = F.logsigmoid(z) + shares
+            scores = torch.stack([log_p[:, rows].logsumexp(1) for rows in members], 1)
             if combined:
                 scores = scores + F.log_softmax(module.classifier(encoded.token), dim=1)
-            return scores
+            return scores, z, encoded.patches
 
         return forward
+
+    def _score_function(
+        self, *, in_chunks: bool = True, combined: bool | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Log similarity, plus the auxiliary classifier's log-probability where it takes part."""
+        forward = self._comparison(in_chunks=in_chunks, combined=combined)
+        return lambda batch: forward(batch)[0]
 
     def similarity(self, X: Any) -> np.ndarray:
         """Mean probability of being of one class with each class's supports.
@@ -896,46 +883,192 @@ class CSSNClassifier(BaseImageClassifier):
         with torch.inference_mode(), one_thread_in_workers():
             return self._map_logits(a @ b.transpose(1, 2)).sigmoid().cpu().numpy()
 
-    def explain(self, X: Any, n_neighbors: int = 3) -> Evidence:
-        """For each query the supports it resembles most, and which patches say so.
+    def patch_similarity(self, XA: Any, XB: Any) -> np.ndarray:
+        """Similarities M of the patches of the i-th image of `XA` with those of the i-th of `XB`.
+
+        What the published scorer reads, squared (steps 7 to 9 of the paper's head). It shows what
+        the comparison is made of, not why it came out so: every patch holds `lam` times the class
+        token, so that M is nearly one number for images of one class, and the scorer's gradient
+        times M looks the same whatever the image. It is a fingerprint of the network. For evidence
+        use :meth:`explain`.
+
+        Parameters
+        ----------
+        XA, XB : array-like or lazy sequences of n images
+            In any layout that ``fit`` accepts.
+
+        Returns
+        -------
+        maps : ndarray of shape (n, L // 2, L // 2)
+            Patches of `XA` on axis 1, of `XB` on axis 2. Patch i is the mean of the tokens 2 i and
+            2 i + 1 of the backbone's grid, pooled to `n_tokens` at most, in raster order.
+        """
+        check_is_fitted(self)
+        a, b = (self._encode(self._read(X)).patches for X in (XA, XB))
+        check_consistent_length(a, b)
+        with torch.inference_mode(), one_thread_in_workers():
+            return (a @ b.transpose(1, 2)).cpu().numpy()
+
+    def explain(
+        self, X: Any, n_neighbors: int = 3, *, supports: Any = None, n_places: int = 100
+    ) -> Evidence:
+        """Which supports speak for and against each query's class, and which places of the images.
+
+        Occlusion [1]_: a grid of boxes tiles the image, each box in turn is replaced with the
+        image's own mean colour (vectors: the training mean), and the image is classified anew. A
+        place counts by how much the log-odds of the predicted class fall, exactly as `predict`
+        computes them, and those of each neighbour likewise. So the maps depend on the image and
+        on all weights. They say what the classifier uses, not what a disease looks like; and
+        two places that can stand in for one another are both small.
 
         Parameters
         ----------
         X : array-like or lazy sequence of n images
-            In any layout that ``fit`` accepts.
+            The queries, in any layout that ``fit`` accepts.
         n_neighbors : int, default=3
-            Supports per query.
+            m, supports of each class.
+        supports : array-like or lazy sequence of images, default=None
+            X of ``fit``, all its rows: the classifier keeps no images. Only those of the
+            neighbours are read. None leaves out the maps of the supports.
+        n_places : int, default=100
+            Largest number of boxes: 10 x 10 for squares, 4 x 4 x 4 for cubes. An image takes as
+            many forward passes; finer boxes find smaller things, and miss what none of them alone
+            changes.
 
         Returns
         -------
         evidence : Evidence
-            Training rows, labels, scores and patch-to-patch maps of the nearest supports.
+            Maps, boxes in pixels, and neighbours of each class.
+
+        Raises
+        ------
+        ValueError
+            If a parameter is out of range, or `supports` are not the images of ``fit``.
+
+        References
+        ----------
+        .. [1] M. D. Zeiler, R. Fergus, "Visualizing and understanding convolutional networks",
+           ECCV 2014, section 4.2.
+
+        Examples
+        --------
+        >>> from sklearn_medimb import CSSNClassifier
+        >>> from sklearn_medimb.datasets import make_lesions
+        >>> data = make_lesions([12, 6], image_size=16, random_state=0)
+        >>> clf = CSSNClassifier(max_epochs=1, random_state=0).fit(data.images, data.target)
+        >>> evidence = clf.explain(data.images[:4], supports=data.images)
+        >>> evidence
+        Evidence(4 queries, 10 x 10 places, 3 nearest supports of each of 2 classes, maps of both)
+        >>> evidence.boxes.shape, evidence.support_boxes.shape
+        ((4, 2, 2), (4, 2, 3, 2, 2))
         """
         check_is_fitted(self)
-        n_supports = len(self.support_indices_)
-        if not isinstance(n_neighbors, Integral) or not 1 <= n_neighbors <= n_supports:
+        most = np.bincount(self.support_codes_).max()
+        if not isinstance(n_neighbors, Integral) or not 1 <= n_neighbors <= most:
             raise ValueError(
-                f"n_neighbors={n_neighbors!r} must be an integer from 1 to the number of supports, "
-                f"{n_supports}."
+                f"n_neighbors={n_neighbors!r} must be an integer from 1 to the number of supports "
+                f"of a class, {most}."
             )
-        queries, bank = self._encode(self._read(X)).patches, self._bank()
-        head = self.net_.module_.head
-        found, scores, maps = [], [], []
-        for part in self._chunks(queries.clone()):  # inference tensors take no gradient
-            with torch.no_grad():
-                top = self._pair_logits(part, bank).sigmoid().topk(n_neighbors, dim=1)
-            # Gradient times input, on the squares that the scorer reads.
-            squares = torch.einsum("qlc,qsmc->qslm", part, bank[top.indices]).square()
-            squares = squares.detach().requires_grad_()
-            z = head.scorer(squares.flatten(-2))
-            (gradient,) = torch.autograd.grad(z.sum(), squares)
-            found.append(top.indices)
-            scores.append(top.values)
-            maps.append((gradient * squares).detach())
-        indices = torch.cat(found).cpu().numpy()
+        images, places = self._read(X), Places(self.image_shape_, n_places)
+        bank_images = None if supports is None else self._read(supports)
+        compare, members = self._comparison(), self._members()
+        block = inference_block(self.image_shape_, torch.device(self.net_.device))
+
+        def measure(batch: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            scores, z, patches = compare(batch)
+            best = scores.argmax(dim=1)
+            near_z, near = z[:, None].masked_fill(~members, -torch.inf).topk(n_neighbors)
+
+            def left(images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+                scores, z, _ = compare(images)
+                log_odds = _log_odds(scores, best[rows])
+                return torch.cat([log_odds[:, None], z.gather(1, near.flatten(1)[rows])], dim=1)
+
+            log_odds = _log_odds(scores, best)
+            whole = torch.cat([log_odds[:, None], near_z.flatten(1)], dim=1)
+            falls = whole[..., None] - places.without_each(batch, block, left).transpose(1, 2)
+            near_falls = falls[:, 1:].unflatten(1, near.shape[1:])
+            return best, log_odds, falls[:, 0], near, near_z, near_falls, patches
+
+        best, log_odds, falls, near, near_z, near_falls, patches = self._map(images, measure)
+        present = near_z.isfinite()
+        indices = np.where(present.cpu().numpy(), self.support_indices_[near.cpu().numpy()], -1)
+        support_maps = None
+        if bank_images is not None:
+            known = torch.as_tensor(indices >= 0, device=near.device)
+            with torch.inference_mode(), one_thread_in_workers():
+                support_maps = self._support_falls(bank_images, places, patches, near, known)
+        as_maps = lambda falls: falls.unflatten(-1, places.grid).cpu().numpy()  # noqa: E731
         return Evidence(
-            self.support_indices_[indices],
-            self.support_labels_[indices],
-            torch.cat(scores).cpu().numpy(),
-            torch.cat(maps).cpu().numpy(),
+            classes=self.classes_,
+            predicted=self.classes_[best.cpu().numpy()],
+            log_odds=log_odds.cpu().numpy(),
+            maps=as_maps(falls),
+            places=places.boxes,
+            indices=indices,
+            scores=near_z.sigmoid().where(present, torch.nan).cpu().numpy(),
+            query_maps=as_maps(near_falls.where(present[..., None], torch.nan)),
+            support_maps=None if support_maps is None else as_maps(support_maps),
         )
+
+    def _members(self) -> torch.Tensor:
+        """Supports of each class, (n_classes, n_supports); of a repeated row the first one only."""
+        _, first = np.unique(self.support_indices_, return_index=True)
+        distinct = self.support_indices_ < 0
+        distinct[first] = True
+        members = (self.support_codes_ == np.arange(len(self.classes_))[:, None]) & distinct
+        return torch.as_tensor(members, device=self.net_.device)
+
+    def _support_falls(
+        self,
+        images: Images,
+        places: Places,
+        queries: torch.Tensor,
+        near: torch.Tensor,
+        known: torch.Tensor,
+    ) -> torch.Tensor:
+        """By how much z falls without each place of the support, (n, K, m, n_places).
+
+        `near` (n, K, m) numbers supports, `known` says which of these are images of `images`.
+        Every support is encoded once, for all the queries that it is near.
+        """
+        falls = queries.new_full((near.numel(), len(places)), torch.nan)
+        pairs = known.flatten().nonzero()[:, 0]
+        supports, which = near.flatten()[pairs].unique(return_inverse=True)
+        pairs, which = pairs[which.argsort(stable=True)], which.sort().values
+        rows = self.support_indices_[supports.cpu().numpy()]
+        ends = torch.searchsorted(which, torch.arange(len(rows) + 1, device=which.device)).tolist()
+        if rows.max(initial=-1) >= len(images):
+            raise ValueError(
+                f"supports holds {len(images)} images, but support {rows.max()} is a neighbour: "
+                "pass the X of fit, with all its rows."
+            )
+        prepare, encode, bank = self._preprocessor(), self.net_.module_.encode, self._bank()
+        block = inference_block(self.image_shape_, prepare.device)
+
+        def measure(part: slice) -> torch.Tensor:
+            batch = prepare(images.rows(rows[part]))
+            whole = encode(batch).patches
+            stored = bank[supports[part]]
+            odd = (whole - stored).flatten(1).norm(dim=1) > 0.1 * stored.flatten(1).norm(dim=1)
+            if odd.any():  # bfloat16 elsewhere moves patches by .02, another image by .3
+                raise ValueError(
+                    f"supports[{rows[part][odd.cpu().numpy()][0]}] is not the image that this classifier "
+                    "compares with: pass the X of fit, with all its rows in their order."
+                )
+            without = places.without_each(batch, block, lambda some, _: encode(some).patches)
+            without = torch.cat([whole[:, None], without], dim=1)
+            own = slice(ends[part.start], ends[part.stop])
+            query, support = pairs[own] // near[0].numel(), which[own] - part.start
+            size = self._chunk_rows(without.shape[1])
+            z = torch.cat(
+                [
+                    self._map_logits(torch.einsum("ilc,ipmc->iplm", queries[q], without[s]))
+                    for q, s in zip(query.split(size), support.split(size), strict=True)
+                ]
+            )
+            return z[:, :1] - z[:, 1:]
+
+        if len(rows):
+            falls[pairs] = in_blocks(len(rows), block, measure)
+        return falls.view(*near.shape, len(places))

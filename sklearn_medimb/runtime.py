@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -75,6 +76,36 @@ def resolve_device(device: str | torch.device, *, fall_back: bool = False) -> to
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a computation failed for want of memory, on a GPU or on the CPU."""
     return isinstance(error, torch.cuda.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def in_blocks(n: int, block: int, compute: Callable[[slice], Any]) -> Any:
+    """Compute something for n rows in blocks, in smaller ones where memory runs out.
+
+    Parameters
+    ----------
+    n, block : int
+        Rows in all, and at a time.
+    compute : callable
+        From a slice of the rows to a tensor, or a tuple of tensors, with these rows.
+
+    Returns
+    -------
+    result : tensor or tuple of tensors
+        With all n rows.
+    """
+    parts: list[Any] = []
+    done = 0
+    while done < n:
+        try:
+            parts.append(compute(slice(done, min(done + block, n))))
+            done += block
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or block == 1:
+                raise
+            block //= 2
+    if isinstance(parts[0], tuple):
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    return torch.cat(parts)
 
 
 def has_native_bf16(device: torch.device) -> bool:

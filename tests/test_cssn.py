@@ -420,22 +420,6 @@ class TestSupports:
         assert not np.allclose(plain.compare(a, b), plain.compare(b, a))
         assert np.allclose(symmetric.compare(a, b), symmetric.compare(b, a))
 
-    def test_explain_names_the_nearest_supports_and_their_evidence(self, fitted, blobs):
-        X, y = blobs
-        evidence = fitted.explain(X[:5], n_neighbors=4)
-        half = fitted.net_.module_.head.scorer[0].in_features
-        assert evidence.maps.shape[:2] == (5, 4)
-        assert evidence.maps[0, 0].size == half
-        assert (np.diff(evidence.scores, axis=1) <= 0).all()
-        assert np.array_equal(y[evidence.indices], evidence.labels)
-        for column in range(4):
-            p = fitted.compare(X[:5], X[evidence.indices[:, column]])
-            assert np.allclose(p, evidence.scores[:, column], atol=1e-5)
-        queries = fitted._encode(fitted._read(X[:5])).patches
-        with torch.no_grad():
-            best = fitted._pair_logits(queries, fitted._bank())
-        assert np.allclose(best.sigmoid().max(dim=1).values.cpu().numpy(), evidence.scores[:, 0])
-
     def test_single_sample_class_supports_itself(self, tiny):
         X, y = make_blobs((20, 1))
         clf = CSSNClassifier(**tiny).fit(X, y)
