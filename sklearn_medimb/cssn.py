@@ -1052,9 +1052,10 @@ class CSSNClassifier(BaseImageClassifier):
             stored = bank[supports[part]]
             odd = (whole - stored).flatten(1).norm(dim=1) > 0.1 * stored.flatten(1).norm(dim=1)
             if odd.any():  # bfloat16 elsewhere moves patches by .02, another image by .3
+                row = rows[part][odd.cpu().numpy()][0]
                 raise ValueError(
-                    f"supports[{rows[part][odd.cpu().numpy()][0]}] is not the image that this classifier "
-                    "compares with: pass the X of fit, with all its rows in their order."
+                    f"supports[{row}] is not the image that this classifier compares with: pass "
+                    "the X of fit, with all its rows in their order."
                 )
             without = places.without_each(batch, block, lambda some, _: encode(some).patches)
             without = torch.cat([whole[:, None], without], dim=1)
