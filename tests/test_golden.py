@@ -12,6 +12,7 @@ import torch
 
 from sklearn_medimb import losses, metric_losses
 from sklearn_medimb.amimv import thresholded_contrastive
+from sklearn_medimb.cssn import CSSNLoss, PairScores, soft_log_target
 from sklearn_medimb.lmd import (
     batch_relation_loss,
     channel_relation_loss,
@@ -240,6 +241,39 @@ def ratio_formula(merge):
 
 MIXED = 0.3 * ONE_HOT + 0.7 * ONE_HOT[[2, 0, 1, 4, 3]]
 
+
+PAIRS = 1.5 * np.sin(np.arange(25.0) ** 1.3).reshape(5, 5)  # z of all ordered pairs
+COSINES = 0.95 * np.cos(np.arange(25.0) ** 1.2).reshape(5, 5)  # k
+SAME = (Y[:, None] == Y).astype(float)
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+def soft_targets():
+    return SAME * (1 - np.log2(2**0.7 - (2**0.7 - 1) * sigmoid(PAIRS)))
+
+
+def cssn(w, link, *, balance=False, aux=0.0):
+    loss = CSSNLoss(
+        soft_ratio=0.7, class_loss_weight=w, class_link=link, balance_pairs=balance, aux_weight=aux
+    )
+    logits = t(np.concatenate([Z, Z_2])) if aux else None
+    return loss(PairScores(*t(PAIRS, COSINES), logits), t(Y))
+
+
+def cssn_formula(w, link, *, balance=False, aux=0.0):
+    def bce(q, target):
+        return -(target * np.log(q) + (1 - target) * np.log(1 - q))
+
+    q = (1 + COSINES) / 2 if link == "affine" else sigmoid(sigmoid(COSINES))
+    costs = (1 - w) * bce(sigmoid(PAIRS), SAME) + w * bce(q, soft_targets())
+    weight = np.where(SAME, 0.5 / SAME.mean(), 0.5 / (1 - SAME).mean()) if balance else 1.0
+    p = softmax(np.concatenate([Z, Z_2]))
+    return (weight * costs).mean() - aux * np.log(p[np.arange(10), np.tile(Y, 2)]).mean()
+
+
 GOLDEN = {
     "cross-entropy": (
         lambda: of_labels(losses.cross_entropy(t(Z))),
@@ -357,6 +391,36 @@ GOLDEN = {
         lambda: spmix_ratio(*t(MAP_1, MAP_2), 2, merge="pixel")[0],
         lambda: ratio_formula("pixel"),
         [[0.7892006238269821, 0.4693805262443955], [0.6731238427187323, 0.7625719600392793]],
+    ),
+    "CSSN, soft target": (
+        lambda: soft_log_target(*t(SAME, sigmoid(PAIRS)))[0],
+        lambda: soft_targets()[0],
+        [0.6079547678861732, 0.0, 0.0, 0.4254236073505093, 0.0],
+    ),
+    "CSSN, patch branch": (
+        lambda: cssn(0, "affine"),
+        lambda: cssn_formula(0, "affine"),
+        0.9867923270847645,
+    ),
+    "CSSN, class branch": (
+        lambda: cssn(1, "affine"),
+        lambda: cssn_formula(1, "affine"),
+        0.86553840684473,
+    ),
+    "CSSN, double sigmoid": (
+        lambda: cssn(1, "double_sigmoid"),
+        lambda: cssn_formula(1, "double_sigmoid"),
+        0.8650929631433371,
+    ),
+    "CSSN, published": (
+        lambda: cssn(0.01, "double_sigmoid"),
+        lambda: cssn_formula(0.01, "double_sigmoid"),
+        0.9855753334453502,
+    ),
+    "CSSN, ours": (
+        lambda: cssn(0.5, "affine", balance=True, aux=2.0),
+        lambda: cssn_formula(0.5, "affine", balance=True, aux=2.0),
+        3.8878510212389648,
     ),
 }
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import sklearn_medimb
-from sklearn_medimb import AMIMVEncoder, LMDClassifier, SPMixClassifier
+from sklearn_medimb import AMIMVEncoder, CSSNClassifier, LMDClassifier, SPMixClassifier
 from sklearn_medimb.augment import resolve_augmentation
 
 
@@ -135,6 +136,58 @@ PUBLISHED: dict[tuple[type, str], dict[str, Any]] = {
         "probability of colours": Differs("not in four of five"),
         "blur": Differs("deviation of 1 pixel, theirs 2"),
     },
+    (CSSNClassifier, "published"): {
+        "backbone__patch_size": 16,
+        "backbone__width": 384,
+        "backbone__depth": 12,
+        "backbone__n_heads": 6,
+        "backbone__mlp_ratio": 4,
+        "backbone__qkv_bias": True,
+        "backbone__drop_path": 0.5,
+        "start of the backbone": Differs("presumes pre-trained weights"),
+        "n_tokens": 196,
+        "lam": 3.0,
+        "scorer_hidden": 256,
+        "dropout": 0.1,
+        "reference": "self",
+        "passes of image and reference": Differs("theirs two with dropout of their own"),
+        "batch_size": 8,
+        "pair_view": "pair",
+        "pair_weighting": None,
+        "draws of a batch": Differs("theirs on average (weighted draws with replacement)"),
+        "incomplete batches": Differs("theirs drop an incomplete last one"),
+        "soft_ratio": 0.7,
+        "class_loss_weight": 0.01,
+        "class_link": "double_sigmoid",
+        "aux_weight": 0.0,
+        "decision": "auto",  # of the patch branch: there is no auxiliary classifier
+        "symmetric": False,
+        "net_params": {"optimizer": torch.optim.Adam},
+        "lr": 1e-5,
+        "head_lr": 1e-3,
+        "weight_decay": 1e-3,
+        "max_epochs": 70,
+        "lr_schedule": "cosine",
+        "end of the schedule": Differs("Cosine annealing ends at 0, theirs at a fifth"),
+        "precision": "float32",
+        "augment__horizontal_flip": 0.5,
+        "augment__vertical_flip": 0.5,
+        "augment__rotation": 10.0,
+        "probability of a rotation": Differs("Rotation acts on every image, theirs on 7 of 10"),
+        "tone": Differs("contrast, saturation and brightness vary evenly"),
+        "brightness": Differs("brightness shifts, theirs multiplies"),
+        "mean and deviation": Differs("theirs by mean 0.46 and deviation 0.1582"),
+        "grey images": Differs("grey images keep their one channel"),
+        "n_support": 10,
+        "support_strategy": "random",
+        "n_support_draws": 1,
+        "seed of the supports": Differs("Supports are drawn from the seed"),
+        "five draws": Differs("their test values are means over five such draws"),
+        "sum over supports": Differs("mean over a class's supports, theirs the sum"),
+        "choice of the epoch": Differs("theirs the best on the data that is tested on"),
+        "early_stopping": False,
+        "sampler": None,
+    },
 }
 SETTINGS = [(*preset, name) for preset, settings in PUBLISHED.items() for name in settings]
 
@@ -159,8 +212,7 @@ def test_every_preset_is_in_the_table():
         for name, value in vars(cls).items()
         if isinstance(value, classmethod) and "they take precedence" in (value.__doc__ or "")
     }
-    elsewhere = {(sklearn_medimb.CSSNClassifier, "published")}  # in the tests of that class
-    assert presets == set(PUBLISHED) | elsewhere
+    assert presets == set(PUBLISHED)
 
 
 @pytest.mark.parametrize(("cls", "preset"), PUBLISHED)
@@ -184,3 +236,16 @@ def test_views_of_mimv():
         "vertical_flip": 0.0, "blur_probability": 0.5, "blur": 1.0, "brightness": 0.2,
     }  # fmt: skip
     assert {name: views[name] for name in expected} == expected
+
+
+def test_tone_of_cssn_has_the_published_spread():
+    """A factor U(1, 1.5) in a fifth of the images, U(0.5, 1) in another, else 1."""
+    spread = np.sqrt(0.4 * 0.5**2 / 3)
+    views = CSSNClassifier.published().augment
+    assert views.contrast / np.sqrt(3) == pytest.approx(spread, rel=0.1)
+    assert views.saturation / np.sqrt(3) == pytest.approx(spread, rel=0.1)
+    assert views.brightness / np.sqrt(3) == pytest.approx(0.46 * spread, rel=0.1)
+    off = set(views.get_params()) - {"horizontal_flip", "vertical_flip", "rotation"}
+    off -= {"contrast", "saturation", "brightness"}
+    default = type(views)().get_params()
+    assert all(views.get_params()[name] == default[name] for name in off)
