@@ -73,7 +73,11 @@ callbacks : str, list or None, default=None
     "checkpoint_dir": """\
 checkpoint_dir : path-like or None, default=None
         Write the state after each epoch. After a crash, ``fit`` with the same parameters and data
-        resumes there; a finished fit removes its file. Fits can share the directory.""",
+        resumes there; a finished fit removes its file. Fits can share the directory, also the same
+        fit several times at once. What tells fits apart is the content of everything that decides
+        on the result: code of functions, state of objects (where that cannot be read, ``fit``
+        refuses), callbacks unless they only read ``net.history``, every pixel (about a second per
+        gigabyte; lazy images are read once for it).""",
     "image_shape": """\
 image_shape : tuple of int or None, default=None
         Shape of one image where X holds flattened ones: ``(H, W)``, ``(C, H, W)``,

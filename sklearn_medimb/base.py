@@ -268,19 +268,22 @@ class BaseImageEstimator(
             device = resolve_device(self.device)
             distributed.join(device)
 
-            labels = data.y, data.weight, groups, data.unlabelled
-            checkpoint = None
-            if self.checkpoint_dir is not None and not partial:
-                start = {} if fresh else self._network_weights()
-                token = fingerprint(self, device, start, data.images, *labels)
+            several, checkpoint = distributed.world_size() > 1, None
+            saves = self.checkpoint_dir is not None and not partial
+            given_data = ""
+            if saves or several:
+                labels = data.y, data.weight, groups, data.unlabelled, data.unlabelled_groups
+                given_data = data_digest(data.images, data.rows, *labels)
+            if saves:
+                token = fingerprint(self, device, {} if fresh else self.weights_, given_data)
                 checkpoint = Checkpoint(self.checkpoint_dir, token).open()
             seed = int(check_random_state(self.random_state).randint(2**31 - 1))
             if checkpoint is not None and checkpoint.seed is not None:
                 seed = checkpoint.seed
             elif previous is not None:  # further training must not repeat the first one's draws
                 seed = _mixed(seed, len(previous.history))
-            if distributed.world_size() > 1:
-                seed = distributed.agree(seed, data_digest(data.images, *labels))
+            if several:
+                seed = distributed.agree(seed, given_data)
             rng = np.random.default_rng(seed)
             generator, draws = make_generator(seed, device), Draws(seed, device)
             self.random_seed_ = seed
