@@ -900,11 +900,9 @@ class CSSNClassifier(BaseImageClassifier):
         p : ndarray of shape (n,)
             ``sigmoid(z(a_i, b_i))``; not symmetric unless ``symmetric=True``.
         """
-        check_is_fitted(self)
-        a, b = (self._encode(self._read(X)).patches for X in (XA, XB))
-        check_consistent_length(a, b)
+        maps = self._maps_of_pairs(XA, XB)
         with torch.inference_mode(), one_thread_in_workers():
-            return self._map_logits(a @ b.transpose(1, 2)).sigmoid().cpu().numpy()
+            return self._map_logits(maps).sigmoid().cpu().numpy()
 
     def patch_similarity(self, XA: Any, XB: Any) -> np.ndarray:
         """Similarities M of the patches of the i-th image of `XA` with those of the i-th of `XB`.
@@ -926,11 +924,14 @@ class CSSNClassifier(BaseImageClassifier):
             Patches of `XA` on axis 1, of `XB` on axis 2. Patch i is the mean of the tokens 2 i and
             2 i + 1 of the backbone's grid, pooled to `n_tokens` at most, in raster order.
         """
+        return self._maps_of_pairs(XA, XB).cpu().numpy()
+
+    def _maps_of_pairs(self, XA: Any, XB: Any) -> torch.Tensor:
         check_is_fitted(self)
         a, b = (self._encode(self._read(X)).patches for X in (XA, XB))
         check_consistent_length(a, b)
         with torch.inference_mode(), one_thread_in_workers():
-            return (a @ b.transpose(1, 2)).cpu().numpy()
+            return a @ b.transpose(1, 2)
 
     def explain(
         self, X: Any, n_neighbors: int = 3, *, supports: Any = None, n_places: int = 100

@@ -22,7 +22,16 @@ class Places:
     image_shape : tuple of int
         ``(C, *spatial)`` or ``(d,)``, whose places are ranges of features.
     n_places : int
-        Largest number of boxes.
+        Largest number of boxes, at least 2.
+
+    Attributes
+    ----------
+    grid : tuple of int
+        Number of boxes along each axis.
+    boxes : ndarray of int of shape (*grid, n_axes, 2)
+        Start and stop along each axis.
+    numbers : ndarray of int of shape spatial
+        Which box holds each pixel, in raster order.
     """
 
     def __init__(self, image_shape: tuple[int, ...], n_places: int) -> None:
@@ -37,7 +46,7 @@ class Places:
         numbers = np.arange(len(self)).reshape(self.grid)
         for axis, edge in enumerate(edges):
             numbers = np.repeat(numbers, np.diff(edge), axis=axis)
-        self.numbers: np.ndarray = numbers  # of the place that holds each pixel
+        self.numbers: np.ndarray = numbers
 
     def __len__(self) -> int:
         return math.prod(self.grid)
@@ -116,6 +125,16 @@ class Evidence:
     support_maps : ndarray of shape (n, K, m, *grid) or None
         The same for the places of the support; NaN where there is no image. None without
         `supports`.
+
+    Notes
+    -----
+    A query with its map and its strongest place, in matplotlib::
+
+        ax.imshow(X[i])
+        ax.imshow(evidence.to_pixels(evidence.maps[i]), cmap="coolwarm", norm=CenteredNorm(),
+                  alpha=0.5)
+        (top, bottom), (left, right) = evidence.boxes[i]
+        ax.add_patch(Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False))
     """
 
     classes: np.ndarray
