@@ -589,6 +589,8 @@ class AMIMVClassifier(TwoStageClassifier):
             )
         return data, groups
 
+    _unlabelled_advice = "use -1 for images without a label"
+
     def _unlabelled(self, y: np.ndarray) -> np.ndarray | None:
         if y.dtype.kind in "USO" and (y == "-1").any():
             raise ValueError(

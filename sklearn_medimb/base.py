@@ -45,6 +45,7 @@ from sklearn_medimb.gpu_queue import turn
 from sklearn_medimb.images import (
     INPUT_CONSTRAINTS,
     Images,
+    Layout,
     channel_statistics,
     check_pixel_range,
     read_images,
@@ -627,6 +628,49 @@ class BaseImageEstimator(
         """Whether it is fitted, or was, when a file was written that leaves out its weights."""
         return hasattr(self, "image_shape_")
 
+    # Kind of dtype, first size (C channels, K classes, S supports) and axes of fitted arrays.
+    _array_kinds: ClassVar[dict[str, tuple[str, str, int]]] = {
+        "pixel_mean_": ("f", "C", 1),
+        "pixel_std_": ("f", "C", 1),
+    }
+
+    def _sizes(self) -> dict[str, int]:
+        """Sizes that fitted arrays must have, by letter."""
+        return {"C": self.image_shape_[0]}
+
+    def _answer(self, images: Images) -> tuple[np.ndarray, int]:
+        """What predictions come from, and how many numbers it has per image."""
+        module = self.net_.module_
+        return self._map(images, module.features).cpu().numpy(), module.n_features
+
+    def _check_learned(self) -> None:
+        """Refuse fitted arrays that do not fit together: there must be an answer for blank input.
+
+        Raises
+        ------
+        ValueError
+            If one has another size or kind of numbers, or is not finite.
+        """
+        sizes = self._sizes()
+        for name, (kinds, size, n_axes) in self._array_kinds.items():
+            if name not in vars(self):
+                continue
+            array = vars(self)[name]
+            sizes.setdefault(size, len(array))
+            if array.ndim != n_axes or array.dtype.kind not in kinds or len(array) != sizes[size]:
+                raise ValueError(f"{name} has shape {array.shape} and dtype {array.dtype}.")
+        for name, array in self.weights_.items():
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise ValueError(f"the weights {name} are not finite.")
+        if not (self.pixel_std_ > 0).all():
+            raise ValueError("pixel_std_ must be above 0.")
+        if self.compile:  # an answer would compile the network now
+            return
+        shape = self.image_shape_
+        blank = Images(np.zeros((1, *shape), np.float32), Layout(shape), np.dtype(np.float32))
+        answer, n_numbers = self._answer(blank)
+        check_answer(answer, (1, n_numbers))
+
     # Fitted arrays that prediction needs beside the network's weights.
     _inference_arrays: ClassVar[tuple[str, ...]] = ("pixel_mean_", "pixel_std_")
 
@@ -647,16 +691,33 @@ class BaseImageEstimator(
     def weights_(self, weights: dict[str, np.ndarray]) -> None:
         check_is_fitted(self)
         weights = {name: np.array(value) for name, value in weights.items()}
-        expected = self._network_weights()
-        # The bank of CSSN may hold another number of supports; everything else must fit.
-        odd = set(weights) ^ (set(expected) | set(self._inference_arrays))
-        odd |= {k for k in set(expected) & set(weights) if expected[k].shape != weights[k].shape}
+        network = self._network_weights()
+        arrays = {name: getattr(self, name) for name in self._inference_arrays}
+        kinds = {"u": "i"}  # whole numbers are whole numbers
+
+        def differs(name: str, own: np.ndarray) -> bool:
+            new = weights[name]
+            # A bank may hold another number of supports; `_check_learned` knows what may vary.
+            same = new.shape == own.shape if name in network else new.shape[1:] == own.shape[1:]
+            return not same or len({kinds.get(a.dtype.kind, a.dtype.kind) for a in (own, new)}) > 1
+
+        expected = network | arrays
+        odd = set(weights) ^ set(expected)
+        odd |= {name for name, own in expected.items() if name in weights and differs(name, own)}
         if odd:
             raise ValueError(
                 f"weights_ of another network cannot be assigned: {sorted(odd)[:5]} differ."
             )
-        self._set_fitted({name: weights.pop(name) for name in self._inference_arrays})
-        self._load(weights)
+        try:
+            self._set_fitted({name: weights.pop(name) for name in arrays})
+            self._load(weights)
+            self._check_learned()
+        except BaseException as error:
+            self._set_fitted(arrays)
+            self._load(network)
+            if not isinstance(error, Exception):
+                raise
+            raise ValueError(f"weights_ cannot be assigned: {error}") from error
 
     def _load(self, weights: dict[str, np.ndarray]) -> None:
         state = {name: torch.tensor(value) for name, value in weights.items()}
@@ -694,6 +755,12 @@ class BaseImageEstimator(
 
 # Any fitted estimator of the package can be the start of another one.
 BaseImageEstimator._parameter_constraints["backbone"].append(BaseImageEstimator)
+
+
+def check_answer(answer: np.ndarray, shape: tuple[int, int]) -> None:
+    """Refuse an answer for blank input that has another shape or is not finite."""
+    if answer.shape != shape or not np.isfinite(answer).all():
+        raise ValueError(f"its answer for blank input has shape {answer.shape}, or is not finite.")
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from sklearn_medimb.images import Images, wrap_dataset
 from sklearn_medimb.rows import (
     carries_groups,
     group_codes,
+    missing_entries,
     resample,
     takes_groups,
     validation_split,
@@ -87,6 +88,17 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         """Class scores of images, shape (n, n_classes)."""
         return self._map(images, self._score_function()).cpu().numpy().astype(np.float64)
 
+    _array_kinds: ClassVar[dict[str, tuple[str, str, int]]] = {
+        **BaseImageEstimator._array_kinds,
+        "class_counts_": ("iu", "K", 1),
+    }
+
+    def _sizes(self) -> dict[str, int]:
+        return {**super()._sizes(), "K": len(self.classes_)}
+
+    def _answer(self, images: Images) -> tuple[np.ndarray, int]:
+        return self._scores(images), len(self.classes_)
+
     # ---------------------------------------------------------------- training data
 
     def _check_parameters(self) -> None:
@@ -139,8 +151,14 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
                 f"This {type(self).__name__} estimator requires y to be passed, but the target y "
                 "is None."
             )
+        missing = missing_entries(y)
         y = column_or_1d(y, warn=True)
         check_consistent_length(images.data, y)
+        if missing.any():
+            raise ValueError(
+                f"y has no label in row {missing.argmax()} ({missing.sum()} rows in all): "
+                f"{self._unlabelled_advice}."
+            )
         unlabelled = self._unlabelled(y)
         labelled = np.ones(len(y), dtype=bool) if unlabelled is None else ~unlabelled
         if unlabelled is None and y.dtype.kind == "i" and -1 in y and len(np.unique(y)) > 2:
@@ -208,6 +226,12 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
             unlabelled=unlabelled,
             unlabelled_groups=unlabelled_groups,
         ), groups
+
+    # What to do with images that have no label.
+    _unlabelled_advice = (
+        "leave such images out, or give them the label -1 in AMIMVClassifier, which learns from "
+        "unlabelled images too"
+    )
 
     def _unlabelled(self, y: np.ndarray) -> np.ndarray | None:
         """Which rows have no label, for methods that learn from such."""

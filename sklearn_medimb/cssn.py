@@ -491,6 +491,14 @@ class CSSNClassifier(BaseImageClassifier):
         "batch_size": [StrOptions({"auto"}), Interval(Integral, 2, None, closed="left")],
     }
 
+    _array_kinds: ClassVar[dict[str, tuple[str, str, int]]] = {
+        **BaseImageClassifier._array_kinds,
+        "support_indices_": ("iu", "S", 1),
+        "support_codes_": ("iu", "S", 1),
+        "support_weights_": ("f", "S", 1),
+        "support_patches_": ("f", "S", 3),
+        "support_embeddings_": ("f", "S", 2),
+    }
     _inference_arrays: ClassVar[tuple[str, ...]] = (
         *BaseImageClassifier._inference_arrays,
         "support_indices_",
@@ -803,6 +811,12 @@ class CSSNClassifier(BaseImageClassifier):
     def _encode(self, images: Images, rows: np.ndarray | None = None) -> Encoded:
         """Encode images, or some of their rows, each once."""
         return Encoded(*self._map(images, self.net_.module_.encode, rows))
+
+    def _check_learned(self) -> None:
+        """Refuse fitted arrays that do not fit together; every class must have supports."""
+        super()._check_learned()
+        if set(self.support_codes_.tolist()) != set(range(len(self.classes_))):
+            raise ValueError("support_codes_ must hold the number of each class, and no other.")
 
     @property
     def support_labels_(self) -> np.ndarray:

@@ -28,6 +28,7 @@ from sklearn_medimb.base import BaseImageEstimator, Stage, TrainingSet
 from sklearn_medimb.batches import Batches, n_batches, shuffled
 from sklearn_medimb.momentum import follow
 from sklearn_medimb.net import Trunk
+from sklearn_medimb.rows import missing_entries
 
 PRETRAINING = "pre-training"
 
@@ -529,9 +530,11 @@ def _codes(y: Any, images: Any) -> np.ndarray:
     unknown = np.full(len(images), -1)
     if y is None:
         return unknown
+    missing = missing_entries(y)
     y = column_or_1d(y, warn=True)
     check_consistent_length(images.data, y)
-    known = np.asarray(y != -1, dtype=bool)
+    known = ~missing
+    known[known] = y[known] != -1
     labels = np.asarray(y[known].tolist()) if y.dtype == object else y[known]
     codes = unknown.copy()
     try:  # labels that are no classes are left alone: they would not be used anyway

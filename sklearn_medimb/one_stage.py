@@ -65,6 +65,10 @@ class OneStageClassifier(BaseImageClassifier):
         "reweight_after": [StrOptions({"auto"}), Interval(Real, 0, 1, closed="both"), None],
     }
 
+    _array_kinds: ClassVar[dict[str, tuple[str, str, int]]] = {
+        **BaseImageClassifier._array_kinds,
+        "class_prior_": ("f", "K", 1),
+    }
     _inference_arrays: ClassVar[tuple[str, ...]] = (
         *BaseImageClassifier._inference_arrays,
         "class_prior_",

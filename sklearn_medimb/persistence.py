@@ -35,9 +35,8 @@ from sklearn.utils.validation import check_is_fitted
 
 import sklearn_medimb
 from sklearn_medimb.backbones import Backbone
-from sklearn_medimb.base import BaseImageEstimator
+from sklearn_medimb.base import BaseImageEstimator, check_answer
 from sklearn_medimb.classifier import BaseImageClassifier
-from sklearn_medimb.images import Images, Layout
 from sklearn_medimb.rebalance import RebalancedHead
 from sklearn_medimb.runtime import replacing
 
@@ -68,18 +67,6 @@ _REBUILT = {"net_", "_metadata_request"}
 # What the architecture of a network depends on beside parameters.
 _ARCHITECTURE = ("classes_", "image_shape_", "n_samples_fit_")
 
-# Kinds of dtype and leading sizes (C channels, K classes, S supports) of fitted arrays.
-_ARRAYS = {
-    "pixel_mean_": ("f", "C", 1),
-    "pixel_std_": ("f", "C", 1),
-    "class_prior_": ("f", "K", 1),
-    "class_counts_": ("iu", "K", 1),
-    "support_indices_": ("iu", "S", 1),
-    "support_codes_": ("iu", "S", 1),
-    "support_weights_": ("f", "S", 1),
-    "support_patches_": ("f", "S", 3),
-    "support_embeddings_": ("f", "S", 2),
-}
 _TYPES: dict[str, Any] = {
     "classes_": np.ndarray,
     "image_shape_": tuple,
@@ -526,40 +513,14 @@ def _check_result(estimator: Any) -> None:
     check_is_fitted(estimator)
     if isinstance(estimator, RebalancedHead):
         answer = estimator.predict_proba(np.zeros((1, estimator.n_features_in_)))
-        _check_answer(answer, (1, len(estimator.classes_)))
+        check_answer(answer, (1, len(estimator.classes_)))
     if not isinstance(estimator, BaseImageEstimator):
         return
-    sizes = {"C": estimator.image_shape_[0]}
     if isinstance(estimator, BaseImageClassifier):
         classes = estimator.classes_
         if classes.ndim != 1 or len(classes) < 2 or len(np.unique(classes)) != len(classes):
             raise ValueError("classes_ are not at least two different labels.")
-        sizes["K"] = len(classes)
         head = vars(estimator).get("head_")
         if head is not None and not np.array_equal(head.classes_, classes):
             raise ValueError("head_ and the estimator have other classes.")
-    for name, (kinds, size, n_axes) in _ARRAYS.items():
-        if name not in vars(estimator):
-            continue
-        array = vars(estimator)[name]
-        sizes.setdefault(size, len(array))
-        if array.ndim != n_axes or array.dtype.kind not in kinds or len(array) != sizes[size]:
-            raise ValueError(f"{name} has shape {array.shape} and dtype {array.dtype}.")
-    for name, array in estimator.weights_.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError(f"the weights {name} are not finite.")
-    if estimator.compile:  # an answer would compile the network now
-        return
-    shape = estimator.image_shape_
-    blank = Images(np.zeros((1, *shape), np.float32), Layout(shape), np.dtype(np.float32))
-    if isinstance(estimator, BaseImageClassifier):
-        _check_answer(estimator._scores(blank), (1, len(estimator.classes_)))
-        return
-    module = estimator.net_.module_
-    features = estimator._map(blank, module.features).cpu().numpy()
-    _check_answer(features, (1, module.n_features))
-
-
-def _check_answer(answer: np.ndarray, shape: tuple[int, int]) -> None:
-    if answer.shape != shape or not np.isfinite(answer).all():
-        raise ValueError(f"its answer for blank input has shape {answer.shape}, or is not finite.")
+    estimator._check_learned()

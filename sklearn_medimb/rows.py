@@ -38,9 +38,8 @@ def group_codes(groups: Any, y: np.ndarray) -> np.ndarray:
         If an entry is missing (None, NaN, NaT, NA, masked, blank, or one of these as text), since
         unknown patients are not one patient, or if kinds are mixed.
     """
-    masked = np.ma.getmaskarray(groups).ravel() if np.ma.isMaskedArray(groups) else None
-    # A list becomes objects first: NumPy would write NaN and numbers as text beside strings.
-    groups = np.asarray(groups, dtype=None if hasattr(groups, "__array__") else object)
+    missing = missing_entries(groups, texts=True)
+    groups = _as_entries(groups)
     if groups.ndim == 2 and groups.shape[1] == 1:
         groups = groups.ravel()
     if groups.shape != y.shape:
@@ -49,19 +48,15 @@ def group_codes(groups: Any, y: np.ndarray) -> np.ndarray:
             "resampler in a pipeline there are more images than patients' entries: put the "
             "resampler into sampler=.)"
         )
-    if groups.dtype.kind in "mM":
-        missing, kinds = np.isnat(groups), np.full(len(groups), "date")
-    else:
-        entries = groups.tolist()
-        missing = np.fromiter(map(_is_missing, entries), bool, len(entries))
-        kinds = np.array([_kind(entry) for entry in entries])
-    if masked is not None:
-        missing = missing | masked
     if missing.any():
         raise ValueError(
             f"groups has no entry in row {missing.argmax()}: give each unknown patient one of its "
             "own."
         )
+    if groups.dtype.kind in "mM":
+        kinds = np.full(len(groups), "date")
+    else:
+        kinds = np.array([_kind(entry) for entry in groups.tolist()])
     if (other := kinds != kinds[:1]).any():
         row = other.argmax()
         raise ValueError(
@@ -74,11 +69,44 @@ def group_codes(groups: Any, y: np.ndarray) -> np.ndarray:
         raise ValueError(f"groups must hold numbers, strings or dates: {error}") from error
 
 
-def _is_missing(entry: Any) -> bool:
-    """Whether an entry says nothing: also NaN and its kin as `str` writes them."""
+def missing_entries(values: Any, *, texts: bool = False) -> np.ndarray:
+    """Find the entries that say nothing: None, NaN, NaT, NA, masked.
+
+    Parameters
+    ----------
+    values : array-like
+        Labels or patients, in one column or row.
+    texts : bool, default=False
+        Whether blanks, and these as `str` writes them, say nothing either. A class may have such a
+        name.
+
+    Returns
+    -------
+    missing : ndarray of bool of shape (n,)
+        For each entry.
+    """
+    entries = _as_entries(values).ravel()
+    if entries.dtype.kind in "mM":
+        missing = np.isnat(entries)
+    elif entries.dtype.kind in "biu":
+        missing = np.zeros(len(entries), dtype=bool)
+    else:
+        found = (_is_missing(entry, texts) for entry in entries.tolist())
+        missing = np.fromiter(found, bool, len(entries))
+    if np.ma.isMaskedArray(values):
+        missing |= np.ma.getmaskarray(values).ravel()
+    return missing
+
+
+def _as_entries(values: Any) -> np.ndarray:
+    """An array, by way of objects for lists: beside strings NumPy would write NaN as text."""
+    return np.asarray(values, dtype=None if hasattr(values, "__array__") else object)
+
+
+def _is_missing(entry: Any, texts: bool) -> bool:
     if isinstance(entry, (str, bytes)):
         text = entry if isinstance(entry, str) else entry.decode(errors="replace")
-        return text.strip().lower() in ("", "nan", "nat", "none", "<na>")
+        return texts and text.strip().lower() in ("", "nan", "nat", "none", "<na>")
     try:
         return entry is None or entry is np.ma.masked or bool(entry != entry)
     except (TypeError, ValueError, ArithmeticError):  # pandas.NA, Decimal("sNaN") do not compare

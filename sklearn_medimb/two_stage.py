@@ -53,6 +53,11 @@ class TwoStageClassifier(BaseImageClassifier):
         "class_weight": [dict, StrOptions({"balanced"}), None],
     }
 
+    _array_kinds: ClassVar[dict[str, tuple[str, str, int]]] = {
+        **BaseImageClassifier._array_kinds,
+        "class_prior_": ("f", "K", 1),
+    }
+
     def _check_parameters(self) -> None:
         super()._check_parameters()
         resolve_head(self._head())

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 from scipy import sparse
-from sklearn.exceptions import NotFittedError
+from sklearn.exceptions import DataConversionWarning, NotFittedError
 from sklearn.utils._param_validation import InvalidParameterError
 from skorch.callbacks import Callback
 from torch import nn
 
 from sklearn_medimb import (
+    AMIMVClassifier,
     CSSNClassifier,
     LMDClassifier,
     MetricTwoStageClassifier,
     SoftmaxClassifier,
+    SPMixClassifier,
+    SSLEncoder,
 )
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet, ResNet
@@ -326,7 +331,7 @@ def test_no_images(cls):
 
 LABELS = {
     "None": (None, ValueError, "y to be passed"),
-    "NaN": (np.where(Y == 1, np.nan, Y), ValueError, "y contains NaN"),
+    "NaN": (np.where(Y == 1, np.nan, Y), ValueError, "row 1 .8 rows in all.*AMIMVClassifier"),
     "continuous": (Y + 0.5, ValueError, "Unknown label type: continuous"),
     "one-hot": (np.eye(3)[Y], ValueError, "y should be a 1d array"),
     "scalar": (np.array(3), ValueError, "y should be a 1d array"),
@@ -349,6 +354,48 @@ LABELS = {
 def test_labels(cls, case):
     y, error, match = LABELS[case]
     assert_refuses(make(cls), error, match, y=y)
+
+
+NO_LABEL = {
+    "None": lambda: [*"abc" * 7, "a", None, None],
+    "NaN in a list of texts": lambda: [*"abc" * 7, "a", np.nan, np.nan],
+    "NaN in a list": lambda: [*[0, 1, 2] * 7, 0, np.nan, np.nan],
+    "float16": lambda: np.append(Y[:22], [np.nan, np.nan]).astype(np.float16),
+    "masked": lambda: np.ma.MaskedArray(Y, np.arange(24) >= 22),
+    "object": lambda: np.array([*Y[:22], None, np.nan], dtype=object),
+    "Int64": lambda: pandas().Series([*Y[:22], None, None], dtype="Int64"),
+    "Float64": lambda: pandas().array([*Y[:22], None, None], dtype="Float64"),
+    "string": lambda: pandas().Series([*"abc" * 7, "a", None, None], dtype="string"),
+    "category": lambda: pandas().Series([*"abc" * 7, "a", None, None], dtype="category"),
+    "boolean": lambda: pandas().Series([True, False] * 11 + [None] * 2, dtype="boolean"),
+    "NA": lambda: pandas().Series([*Y[:22], pandas().NA, pandas().NaT], dtype=object),
+    "column": lambda: np.append(Y[:22], [np.nan, np.nan]).reshape(-1, 1),
+}
+
+
+def pandas():
+    return pytest.importorskip("pandas")
+
+
+@pytest.mark.parametrize("cls", [*CLASSIFIERS, SPMixClassifier, AMIMVClassifier])
+@pytest.mark.parametrize("case", NO_LABEL)
+def test_rows_without_a_label(cls, case):
+    advice = "use -1" if cls is AMIMVClassifier else "leave such images out, or give .* -1 in AMIMV"
+    match = rf"y has no label in row 22 \(2 rows in all\): {advice}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataConversionWarning)
+        assert_refuses(make(cls), ValueError, match, y=NO_LABEL[case]())
+
+
+@pytest.mark.parametrize("case", NO_LABEL)
+def test_encoders_take_rows_without_a_label_for_unknown(case):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataConversionWarning)
+        unknown = SSLEncoder(**ENCODER).fit(X, NO_LABEL[case]())
+    assert "knn_score" in unknown.history_[0]
+
+
+ENCODER = {"backbone": ConvNet(widths=(4, 8)), "max_epochs": 1, "random_state": 0}
 
 
 WEIGHTS = {

@@ -390,6 +390,65 @@ class TestPersistence:
             two.weights_ = one.weights_
         assert np.array_equal(two.predict_proba(blobs[0]), before)
 
+    @EACH
+    def test_weights_are_assigned_all_or_none(self, Classifier, tiny, blobs):
+        X, y = blobs
+        one = Classifier(**tiny).fit(X, y)
+        two = Classifier(**{**tiny, "random_state": 1}).fit(X // 2, y)
+        before, proba = one.weights_, one.predict_proba(X)
+        network = next(name for name in before if name.startswith("trunk") and "weight" in name)
+        counter = next((name for name in before if "num_batches" in name), network)
+        for name in {network, counter, *one._inference_arrays}:
+            own = before[name]
+            spoils = {
+                "complex": own + 1j,
+                "objects": own.astype(object),
+                "texts": own.astype(str),
+                "longer": np.concatenate([np.atleast_1d(own)] * 2),
+                "deeper": own[np.newaxis],
+                "of the other kind": own.astype(int if own.dtype.kind == "f" else float),
+            }
+            if own.dtype.kind == "f":
+                spoils["NaN"] = np.full_like(own, np.nan)
+                spoils["infinite"] = np.full_like(own, np.inf)
+            if name in ("pixel_mean_", "pixel_std_"):
+                spoils["seven channels"] = np.ones(7)
+            if name == "pixel_std_":
+                spoils |= {"zero": 0 * own, "negative": -own}
+            if name == "support_codes_":
+                spoils |= {"a class too many": own + 1, "a class too few": 0 * own}
+            for what, spoilt in spoils.items():
+                with pytest.raises(ValueError, match="weights_"):
+                    one.weights_ = {**two.weights_, name: spoilt}
+                kept = one.weights_
+                assert all(np.array_equal(kept[k], v) for k, v in before.items()), (name, what)
+        assert np.array_equal(one.predict_proba(X), proba)
+        for partial in ({}, {network: before[network]}, {**before, "more": np.ones(1)}):
+            with pytest.raises(ValueError, match="weights_"):
+                one.weights_ = partial
+        one.weights_ = {k: v.astype(np.float64) if v.dtype.kind == "f" else v
+                        for k, v in two.weights_.items()}  # fmt: skip
+        assert np.array_equal(one.predict_proba(X), two.predict_proba(X))
+
+    def test_an_assignment_that_is_interrupted_changes_nothing(self, tiny, blobs, monkeypatch):
+        X, y = blobs
+        one = SoftmaxClassifier(**tiny).fit(X, y)
+        two = SoftmaxClassifier(**{**tiny, "random_state": 1}).fit(X // 2, y)
+        before, load = one.weights_, one._load
+        calls = []
+
+        def interrupted(weights):
+            load(weights)
+            calls.append(weights)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(one, "_load", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            one.weights_ = two.weights_
+        for key, value in one.weights_.items():
+            assert np.array_equal(value, before[key]), key
+
     def test_editing_weights_does_not_edit_the_model(self, tiny, blobs):
         clf = SoftmaxClassifier(**tiny).fit(*blobs)
         before = clf.predict_proba(blobs[0])
