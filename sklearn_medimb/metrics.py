@@ -7,19 +7,28 @@ of calibration, and intervals that know that images of a patient resemble one an
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
+from copy import copy
 from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
 from imblearn.metrics import geometric_mean_score
-from scipy import stats
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.metrics import check_scoring, get_scorer, get_scorer_names, make_scorer, recall_score
-from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
+from sklearn.metrics import (
+    accuracy_score,
+    check_scoring,
+    get_scorer,
+    get_scorer_names,
+    make_scorer,
+    recall_score,
+)
+from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils.multiclass import unique_labels
+from sklearn.utils.validation import _num_samples, check_is_fitted
 
+from sklearn_medimb.intervals import Interval, as_numbers, profile_interval
 from sklearn_medimb.rows import group_codes
 
 Counts = Mapping[Any, int] | Any
@@ -246,16 +255,8 @@ def _calibration_error(
 # ---------------------------------------------------------------- intervals
 
 
-class Interval(NamedTuple):
-    """A score and its confidence interval."""
-
-    score: float
-    low: float
-    high: float
-
-
 def metric_interval(
-    metric: Callable[[np.ndarray, np.ndarray], float],
+    metric: Callable[[np.ndarray, np.ndarray], Any],
     y_true: Any,
     y_pred: Any,
     *,
@@ -264,46 +265,135 @@ def metric_interval(
     n_resamples: int = 1000,
     random_state: Any = None,
 ) -> Interval:
-    """Bootstrap a metric, by patients where they are known.
+    """Confidence interval of a metric, by patients where they are known.
+
+    It is a score interval: for a recall Wilson's, [.57, 1] where five of five are found, and the
+    same idea for every other metric (:mod:`sklearn_medimb.intervals`).
 
     Parameters
     ----------
     metric : callable
-        ``metric(y_true, y_pred)``, such as :func:`sklearn.metrics.balanced_accuracy_score`.
-    y_true : array-like of shape (n,)
-        True labels.
+        ``metric(y_true, y_pred)``, such as :func:`sklearn.metrics.balanced_accuracy_score`, that
+        gives a number or an array of them, such as the recall of each class.
+    y_true : array-like of shape (n,) or (n, n_outputs)
+        True labels, or numbers.
     y_pred : array-like of shape (n,) or (n, n_classes)
         What `metric` compares them with: labels or probabilities.
     groups : array-like of shape (n,), default=None
-        Patient of each sample: patients are drawn instead of samples, with all their samples.
-        Without them, correlated samples make the interval too narrow.
+        Patient of each sample: the interval then is about further patients, with all their
+        samples. Without them, correlated samples make it too narrow.
     level : float, default=0.95
         Wanted coverage.
     n_resamples : int, default=1000
-        Bootstrap draws.
+        The metric is computed at most about twice as often, on slightly changed samples. Where
+        more samples differ, they are put together at random.
     random_state : int, RandomState or None, default=None
-        Seeds the draws.
+        Puts them together; else nothing is random.
 
     Returns
     -------
     interval : Interval
-        Score of all samples, and the bias-corrected and accelerated interval. Where the score is
-        the same in every draw, both ends are that score.
+        ``score`` of all samples, ``low`` and ``high``: floats, or arrays of the metric's shape.
+
+    Raises
+    ------
+    ValueError
+        If the metric gives no numbers, or NaN, or a patient is unknown.
+
+    Notes
+    -----
+    Of samples that were not seen the interval supposes no more than that they may be predicted as
+    any label, or, where `y_pred` holds scores, as an average sample of another class is.
 
     References
     ----------
-    B. Efron, "Better bootstrap confidence intervals", JASA 1987. Clusters: C. Field and A. Welsh,
-    "Bootstrapping clustered data", JRSS B 2007.
+    E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA
+    1927; K. A. Baggerly, "Empirical likelihood as a goodness-of-fit measure", Biometrika 1998.
+
+    Examples
+    --------
+    >>> from sklearn.metrics import recall_score
+    >>> from sklearn_medimb.metrics import metric_interval
+    >>> y_true, y_pred = [1] * 5 + [0] * 95, [1] * 5 + [0] * 95
+    >>> interval = metric_interval(recall_score, y_true, y_pred)
+    >>> f"{interval.score:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    '1.00 [0.57, 1.00]'
     """
-    y_true, y_pred = np.asarray(y_true), np.asarray(y_pred)
-    check_consistent_length(y_true, y_pred)
+    column = _Column(y_pred)
     return _interval(
-        lambda rows: metric(y_true[rows], y_pred[rows]),
+        lambda y, rows: metric(y, column[rows]),
         y_true,
+        [column],
         groups,
         level,
         n_resamples,
         random_state,
+        _name(metric),
+    )
+
+
+def paired_difference(
+    metric: Callable[[np.ndarray, np.ndarray], Any],
+    y_true: Any,
+    pred_a: Any,
+    pred_b: Any,
+    *,
+    groups: Any = None,
+    level: float = 0.95,
+    n_resamples: int = 1000,
+    random_state: Any = None,
+) -> Interval:
+    """Difference of a metric between two predictions of the same samples, A minus B.
+
+    Two intervals that overlap may still differ: models mostly fail on the same images. Here both
+    are asked about the same samples, or patients.
+
+    Parameters
+    ----------
+    metric, y_true, groups, level, n_resamples, random_state
+        As in :func:`metric_interval`.
+    pred_a, pred_b : array-like of shape (n,) or (n, n_classes)
+        Labels or probabilities of either model.
+
+    Returns
+    -------
+    interval : Interval
+        ``score`` is ``metric(y_true, pred_a) - metric(y_true, pred_b)``. For shares of right
+        answers the interval is that of Tango, not of zero width where both agree everywhere.
+
+    Raises
+    ------
+    ValueError
+        As in :func:`metric_interval`.
+
+    References
+    ----------
+    T. Tango, "Equivalence test and confidence interval for the difference in proportions for the
+    paired-sample design", Statistics in Medicine 1998.
+
+    Examples
+    --------
+    >>> from sklearn.metrics import accuracy_score
+    >>> from sklearn_medimb.metrics import paired_difference
+    >>> y_true = [0, 1] * 20
+    >>> interval = paired_difference(accuracy_score, y_true, y_true, [0] * 40)
+    >>> f"{interval.score:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    '0.50 [0.32, 0.65]'
+    """
+    if hasattr(metric, "fit"):
+        raise TypeError(
+            "paired_difference compares predictions; scorer_difference compares models."
+        )
+    a, b = _Column(pred_a), _Column(pred_b)
+    return _interval(
+        lambda y, of_a, of_b: _minus(metric(y, a[of_a]), metric(y, b[of_b]), _name(metric)),
+        y_true,
+        [a, b],
+        groups,
+        level,
+        n_resamples,
+        random_state,
+        _name(metric),
     )
 
 
@@ -318,7 +408,7 @@ def scorer_interval(
     n_resamples: int = 1000,
     random_state: Any = None,
 ) -> Interval:
-    """Bootstrap a scorer of a fitted classifier, which predicts each sample once.
+    """Confidence interval of a scorer of a fitted classifier, which predicts each sample once.
 
     Parameters
     ----------
@@ -338,91 +428,315 @@ def scorer_interval(
     -------
     interval : Interval
         Score and its interval.
+
+    Raises
+    ------
+    NotFittedError
+        If the classifier is not fitted.
+    ValueError
+        As in :func:`metric_interval`, or if the scorer needs a class that `y` lacks.
     """
     y = column_or_1d(y)
-    check_consistent_length(X, y)
     answered = _Answered(estimator, X)
-    scorer = scorers(scoring)[scoring] if isinstance(scoring, str) else scoring
-    scorer = check_scoring(estimator, scorer)
+    scorer = _scorer(answered, scoring, y)
     return _interval(
-        lambda rows: scorer(answered, rows, y[rows]),
+        lambda y, rows: scorer(answered, rows, y),
         y,
+        [answered],
         groups,
         level,
         n_resamples,
         random_state,
+        _name(scoring),
     )
+
+
+def scorer_difference(
+    estimator_a: Any,
+    estimator_b: Any,
+    X: Any,
+    y: Any,
+    *,
+    scoring: Any = None,
+    groups: Any = None,
+    level: float = 0.95,
+    n_resamples: int = 1000,
+    random_state: Any = None,
+) -> Interval:
+    """Difference of a scorer between two fitted classifiers on the same samples, A minus B.
+
+    Parameters
+    ----------
+    estimator_a, estimator_b : classifier
+        Fitted. Each predicts each sample once.
+    X, y, scoring, groups, level, n_resamples, random_state
+        As in :func:`scorer_interval`.
+
+    Returns
+    -------
+    interval : Interval
+        As of :func:`paired_difference`.
+
+    Raises
+    ------
+    NotFittedError
+        If a classifier is not fitted.
+    ValueError
+        As in :func:`scorer_interval`.
+    """
+    y = column_or_1d(y)
+    a, b = _Answered(estimator_a, X), _Answered(estimator_b, X)
+    score_a, score_b = _scorer(a, scoring, y), _scorer(b, scoring, y)
+    return _interval(
+        lambda y, of_a, of_b: _minus(score_a(a, of_a, y), score_b(b, of_b, y), _name(scoring)),
+        y,
+        [a, b],
+        groups,
+        level,
+        n_resamples,
+        random_state,
+        _name(scoring),
+    )
+
+
+def _interval(
+    score: Callable[..., Any],
+    y: Any,
+    columns: list[Any],
+    groups: Any,
+    level: float,
+    n_resamples: int,
+    random_state: Any,
+    name: str,
+) -> Interval:
+    """Interval of ``score(y[rows], rows, ...)``, with the rows of each column of predictions.
+
+    A column may also be asked for what it would hold of a sample that it did not see: beyond the
+    last row it has two more for each label, see `_with_unseen`.
+    """
+    y = np.asarray(y)
+    check_consistent_length(y, *columns)
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y.ravel()
+    n, every = len(y), np.arange(len(y))
+    units = every if groups is None else group_codes(groups, np.empty(n))
+    classes = np.unique(y) if _are_labels(y) else y[:0]
+    known = {label for column in columns for label in column.labels.tolist()}
+    lacking = known - set(classes.tolist())
+    hint = f" (The true labels lack {sorted(lacking)}.)" if lacking else ""
+    try:
+        observed = as_numbers(score(y, *[every] * len(columns)), name)
+    except ValueError as error:
+        if not hint:
+            raise
+        raise ValueError(f"{error}{hint}") from error
+    if np.isnan(observed).all():
+        raise ValueError(f"{name} is NaN on these samples: there is no interval.{hint}")
+    cells: np.ndarray | None = None
+    donors: Any = [every[:0]]
+    codes = np.zeros(n, dtype=int)
+    n_labels = 1
+    if len(classes):
+        labels = np.unique(np.concatenate([classes, *(column.labels for column in columns)]))
+        if len(labels) == 1:
+            labels = np.unique(np.append(labels, _another(labels.tolist()[0])))
+        n_labels = len(labels)
+        for column in columns:
+            column.extend(labels, y)
+        codes = np.searchsorted(classes, y)
+        own = np.searchsorted(labels, classes)[:, np.newaxis]
+        others = (own + np.arange(1, n_labels)) % n_labels
+        best = own + n_labels
+        donors = n + np.concatenate([best, others], axis=1)
+        if len(columns) == 2:  # one of the two is right
+            pairs = 2 * n_labels * best + others, 2 * n_labels * others + best
+            donors = n + np.concatenate(pairs, axis=1)
+        seen = [column.codes(labels) for column in columns]
+        if all(code is not None for code in seen):
+            cells = codes
+            for code in seen:
+                cells = cells * n_labels + code
+
+    def score_of(i: np.ndarray, j: np.ndarray) -> Any:
+        if len(columns) == 1:
+            return score(y[i], j)
+        both = np.divmod(j - n, 2 * n_labels)
+        return score(y[i], *(np.where(j < n, j, n + one) for one in both))
+
+    return profile_interval(
+        score_of,
+        observed,
+        units=units,
+        classes=codes,
+        cells=cells,
+        donors=donors,
+        alike=len(columns) == 1,
+        level=level,
+        n_resamples=n_resamples,
+        random_state=random_state,
+        name=name,
+    )
+
+
+def _are_labels(values: np.ndarray) -> bool:
+    """Whether an array holds classes, not numbers."""
+    if values.ndim != 1 or values.dtype.kind == "c":
+        return False
+    return values.dtype.kind != "f" or bool((values == np.rint(values)).all())
+
+
+def _another(label: Any) -> Any:
+    """A second label where there is one only."""
+    if isinstance(label, str):
+        return "not " + label
+    return type(label)(not label) if isinstance(label, (bool, int, float)) else label
+
+
+def _minus(a: Any, b: Any, name: str) -> Any:
+    return as_numbers(a, name) - as_numbers(b, name)
+
+
+def _name(metric: Any) -> str:
+    """What a user calls a metric or scorer."""
+    if metric is None or isinstance(metric, str):
+        return f"scoring={metric!r}"
+    while isinstance(metric, partial):
+        metric = metric.func
+    return getattr(metric, "__name__", None) or repr(metric)
+
+
+def _with_unseen(values: np.ndarray, labels: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Scores; then of each label those of an average sample; then the best that any got for it."""
+    means = [values[y == label] if (y == label).any() else values for label in labels]
+    if values.ndim == 1:  # of the greatest label
+        best = np.append(np.full(len(labels) - 1, values.argmin()), values.argmax())
+    elif values.shape[1:] == labels.shape:
+        best = values.argmax(axis=0)
+    else:
+        best = np.zeros(len(labels), dtype=int)
+    return np.concatenate([values, [rows.mean(axis=0) for rows in means], values[best]])
+
+
+class _Column:
+    """Predictions of every sample."""
+
+    def __init__(self, values: Any) -> None:
+        values = np.asarray(values)
+        self.values = values.ravel() if values.shape[1:] == (1,) else values
+        self.are_labels = _are_labels(self.values)
+        self.labels = np.unique(self.values) if self.are_labels else self.values[:0].ravel()
+        self.extended = self.values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return self.extended[rows]
+
+    def extend(self, labels: np.ndarray, y: np.ndarray) -> None:
+        if self.are_labels:
+            self.extended = np.concatenate([self.values, labels, labels])
+        else:
+            self.extended = _with_unseen(self.values, labels, y)
+
+    def codes(self, labels: np.ndarray) -> np.ndarray | None:
+        return np.searchsorted(labels, self.values) if self.are_labels else None
 
 
 class _Answered(ClassifierMixin, BaseEstimator):
     """A classifier that has predicted all of X, asked again by row numbers."""
 
     def __init__(self, estimator: Any, X: Any) -> None:
+        check_is_fitted(estimator)
+        if not isinstance(getattr(estimator, "classes_", None), np.ndarray):
+            raise TypeError(
+                f"{type(estimator).__name__} has no classes_: only fitted classifiers are scored "
+                "here. metric_interval takes any predictions."
+            )
         self.estimator = estimator
         self.X = X
-        self.classes_ = estimator.classes_
-        self._answers: dict[str, np.ndarray] = {}
+        self.classes_ = self.labels = estimator.classes_
+        self.answers: dict[str, np.ndarray] = {}
+        self.extended: dict[str, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return _num_samples(self.X)
 
     def __getattr__(self, name: str) -> Any:
-        if name not in ("predict", "predict_proba", "decision_function"):
+        if name.startswith("_"):
             raise AttributeError(name)
-        method = getattr(self.estimator, name)
+        found = getattr(self.estimator, name)
+        if name not in ("predict", "predict_proba", "decision_function"):
+            if callable(found):  # it would take numbers of rows for samples
+                raise AttributeError(name)
+            return found
 
         def answer(rows: np.ndarray) -> np.ndarray:
-            if name not in self._answers:
-                self._answers[name] = method(self.X)
-            return self._answers[name][rows]
+            if name not in self.answers:
+                self.answers[name] = np.asarray(found(self.X))
+            return self.extended.get(name, self.answers[name])[rows]
 
         answer.__name__ = name  # scikit-learn asks for it
         return answer
 
+    def extend(self, labels: np.ndarray, y: np.ndarray) -> None:
+        for name, values in self.answers.items():
+            self.extended[name] = (
+                np.concatenate([values, labels, labels])
+                if name == "predict"
+                else _with_unseen(values, labels, y)
+            )
 
-def _interval(
-    score_of: Callable[[np.ndarray], float],
-    y: np.ndarray,
-    groups: Any,
-    level: float,
-    n_resamples: int,
-    random_state: Any,
-) -> Interval:
-    """Bootstrap a function of row numbers."""
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} must lie between 0 and 1.")
-    clusters, n_units = None, len(y)
-    if groups is not None:
-        codes = group_codes(groups, y)
-        sizes = np.bincount(codes)
-        clusters = np.split(np.argsort(codes, kind="stable"), np.cumsum(sizes)[:-1])
-        n_units = len(clusters)
-    if n_units < 2:
-        raise ValueError("An interval needs at least two samples, or two groups.")
-    units = np.arange(n_units)
+    def codes(self, labels: np.ndarray) -> np.ndarray | None:
+        if set(self.answers) != {"predict"}:
+            return None
+        return np.searchsorted(labels, self.answers["predict"])
 
-    def statistic(drawn: np.ndarray) -> float:
-        rows = drawn if clusters is None else np.concatenate([clusters[k] for k in drawn])
-        return score_of(rows)
 
-    seed = check_random_state(random_state).randint(2**31 - 1)
-    with warnings.catch_warnings(), np.errstate(all="ignore"):  # BCa divides by the spread
-        warnings.filterwarnings("ignore", "y_pred contains classes not in y_true")
-        warnings.filterwarnings("ignore", category=stats.DegenerateDataWarning)
-        score = float(statistic(units))
-        result = stats.bootstrap(
-            (units,),
-            statistic,
-            n_resamples=n_resamples,
-            confidence_level=level,
-            method="BCa",
-            vectorized=False,
-            rng=np.random.default_rng(seed),
-        )
-    low, high = result.confidence_interval
-    draws = result.bootstrap_distribution
-    if np.ptp(draws) == 0:
-        return Interval(score, score, score)
-    if np.isnan([low, high]).any():  # BCa is undefined: the score lies at an end of all draws
-        low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(score, float(low), float(high))
+def _scorer(answered: _Answered, scoring: Any, y: np.ndarray) -> Any:
+    """The scorer that is meant, which knows every class of the classifier."""
+    check_consistent_length(answered, y)
+    estimator = answered.estimator
+    if isinstance(scoring, (list, tuple, set, dict)):
+        raise ValueError(f"scoring={scoring!r}: an interval is that of one scorer.")
+    own = type(estimator).score
+    if scoring is None and callable(getattr(estimator, "scorer_", None)):
+        scoring = estimator.scorer_  # of a search
+    elif scoring is None and own is not ClassifierMixin.score:
+        accuracy = accuracy_score(y, answered.predict(np.arange(len(y))))
+        if not np.isclose(estimator.score(answered.X, y), accuracy):
+            raise ValueError(
+                f"The score of {type(estimator).__name__} is not its accuracy: pass scoring=..."
+            )
+    scorer = scorers(scoring)[scoring] if isinstance(scoring, str) else scoring
+    return with_labels(check_scoring(estimator, scorer), answered.classes_)
+
+
+def with_labels(scorer: Any, classes: np.ndarray) -> Any:
+    """Tell a scorer of probabilities the classes of their columns, lest it take those in y.
+
+    Scorers of predicted labels, and those that do not ask, stay as they are.
+
+    Parameters
+    ----------
+    scorer : callable
+        Of scikit-learn's kind.
+    classes : ndarray of shape (n_classes,)
+        Classes of the classifier.
+
+    Returns
+    -------
+    scorer : callable
+        A copy that knows them.
+    """
+    known = getattr(scorer, "__dict__", {})
+    if known.get("_response_method", "predict") == "predict" or (
+        "labels" not in signature(known["_score_func"]).parameters
+    ):
+        return scorer
+    scorer = copy(scorer)
+    vars(scorer)["_kwargs"] = {"labels": classes, **known["_kwargs"]}
+    return scorer
 
 
 # ---------------------------------------------------------------- scorers

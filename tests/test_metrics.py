@@ -5,21 +5,42 @@ from __future__ import annotations
 import math
 import pickle
 import warnings
+from functools import partial
 
 import numpy as np
 import pandas as pd
 import pytest
 from imblearn.metrics import geometric_mean_score
+from scipy.stats import binomtest, norm
 from sklearn.datasets import make_classification
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, get_scorer
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    classification_report,
+    cohen_kappa_score,
+    confusion_matrix,
+    f1_score,
+    get_scorer,
+    log_loss,
+    matthews_corrcoef,
+    precision_score,
+    recall_score,
+    roc_auc_score,
+)
 from sklearn.model_selection import GridSearchCV, cross_validate
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from sklearn_medimb import SoftmaxClassifier
+from benchmarks import interval_coverage
+from sklearn_medimb import CSSNClassifier, SoftmaxClassifier
 from sklearn_medimb.metrics import (
     expected_calibration_error,
     head_tail_gap,
     metric_interval,
+    paired_difference,
+    scorer_difference,
     scorer_interval,
     scorers,
     shot_recall,
@@ -249,20 +270,276 @@ def test_interval_of_a_scorer_predicts_once_and_equals_that_of_the_metric():
         assert found.score == pytest.approx(scorer(fitted, X[60:], y[60:]))
 
 
-def test_wider_level_gives_a_wider_interval_and_certainty_none():
+def test_wider_level_gives_a_wider_interval():
     y, p = predictions()
-    wide, narrow = (
-        metric_interval(accuracy_score, y, p, level=level, n_resamples=200, random_state=0)
-        for level in (0.95, 0.5)
-    )
+    wide, narrow = (metric_interval(accuracy_score, y, p, level=level) for level in (0.95, 0.5))
     assert wide.low < narrow.low < narrow.high < wide.high
-    assert metric_interval(accuracy_score, y, y, n_resamples=20) == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("n", [5, 20])
+def test_interval_of_a_proportion_is_that_of_wilson(n):
+    y = np.repeat([1, 0], [n, 30])
+    for hits in range(n + 1):
+        p = np.repeat([1, 0], [hits, n + 30 - hits])
+        wanted = binomtest(hits, n).proportion_ci(method="wilson")
+        for metric in (recall_score, lambda y, p: (p[y == 1] == 1).mean()):
+            found = metric_interval(metric, y, p)
+            np.testing.assert_allclose(found, [hits / n, *wanted], atol=2e-3)
+
+
+@pytest.mark.parametrize("label", [1, 0, 7, "a", True])
+def test_interval_where_all_is_right_and_one_label_is_seen(label):
+    y = np.array([label] * 5)
+    found = metric_interval(accuracy_score, y, y)
+    np.testing.assert_allclose(found, [1, 0.566, 1], atol=2e-3)
+
+
+def test_interval_where_all_agree_counts_patients():
+    y = np.repeat([1, 0], [30, 60])
+    for p, wanted in ((y, [1, 0.722, 1]), (0 * y, [0, 0, 0.278])):
+        found = metric_interval(recall_score, y, p, groups=np.arange(90) // 3)
+        np.testing.assert_allclose(found, wanted, atol=2e-3)  # Wilson's of 10 of 10
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [balanced_accuracy_score, precision_score, f1_score, cohen_kappa_score, matthews_corrcoef],
+)
+def test_no_perfect_score_is_certain(metric):
+    y = np.repeat([1, 0], [5, 60])
+    score, low, high = metric_interval(metric, y, y)
+    assert score == high == 1
+    assert 0.5 < low < 0.85
+
+
+def test_scores_that_part_the_classes_are_not_certain_to():
+    y = np.repeat([1, 0], [5, 60])
+    score, low, high = metric_interval(roc_auc_score, y, y + np.linspace(0, 0.9, 65))
+    assert score == high == 1
+    assert 0.6 < low < 0.9
+
+
+def test_intervals_of_recalls_in_simulated_studies():
+    """A short run of the benchmark, of patients; single samples are Wilson's exactly."""
+    covered = []
+    for icc in (0.3, 0.6):
+        rng = np.random.default_rng(0)
+        for n in (10, 20):
+            for p in (0.5, 0.7, 0.8, 0.9, 0.95, 0.99):
+                for _ in range(12):
+                    interval, truth = interval_coverage.recalls(rng, n, p, icc)
+                    covered.append(interval.low - 1e-4 <= truth <= interval.high + 1e-4)
+    error = math.sqrt(0.95 * 0.05 / len(covered))
+    assert abs(np.mean(covered) - 0.95) < 3 * error
+
+
+def test_interval_of_an_array_is_that_of_each_entry():
+    y, p = predictions(n_classes=3)
+    groups = np.arange(len(y)) // 2
+    for given in (None, groups):
+        every = metric_interval(partial(recall_score, average=None), y, p, groups=given)
+        assert all(part.shape == (3,) for part in every)
+        for k in range(3):
+            alone = metric_interval(
+                partial(recall_score, labels=[k], average="macro"), y, p, groups=given
+            )
+            np.testing.assert_allclose([part[k] for part in every], alone, atol=1e-3)
+    table = partial(confusion_matrix, normalize="true")
+    assert metric_interval(table, y, p).high.shape == (3, 3)
+    shots = metric_interval(partial(shot_recall, train_counts={0: 9, 1: 5, 2: 5}), y, p)
+    assert np.isnan(shots.low).tolist() == [False, True, False]
+
+
+def test_many_samples_are_put_together_at_random():
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], [500, 60])
+    s = y + rng.normal(size=len(y))
+    full = metric_interval(roc_auc_score, y, s, n_resamples=600)
+    one, again, other = (
+        metric_interval(roc_auc_score, y, s, n_resamples=100, random_state=seed)
+        for seed in (0, 0, 1)
+    )
+    assert one == again != other
+    np.testing.assert_allclose(one, full, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        (partial(classification_report, output_dict=True), "classification_report returned a dict"),
+        (classification_report, "returned a str"),
+        (confusion_matrix, "confusion_matrix grows with the number of samples"),
+        (lambda y, p: math.nan, "<lambda> is NaN"),
+    ],
+)
+def test_what_has_no_interval_is_named(metric, message):
+    y, p = predictions()
+    with pytest.raises(ValueError, match=message):
+        metric_interval(metric, y, p)
+
+
+@pytest.fixture(scope="module")
+def rare():
+    """A classifier of three classes, and test samples with three of the last."""
+    X, y = make_classification(
+        600, n_classes=3, n_informative=6, weights=[0.8, 0.17], flip_y=0.05, random_state=0
+    )
+    fitted = LogisticRegression(max_iter=500).fit(X[:300], y[:300])
+    X, y = X[300:400], y[300:400]
+    kept = np.concatenate([np.flatnonzero(y < 2), np.flatnonzero(y == 2)[:3]])
+    return fitted, X[kept], y[kept]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "roc_auc_ovr",
+        "roc_auc_ovo",
+        "neg_log_loss",
+        "top_k_accuracy",
+        "average_precision",
+        "f1_macro",
+        *scorers(),
+    ],
+)
+def test_a_class_of_three_never_goes_missing(rare, name):
+    clf, X, y = rare
+    score, low, high = scorer_interval(clf, X, y, scoring=name, groups=np.arange(len(y)) // 2)
+    assert score == pytest.approx(scorers(name)[name](clf, X, y))
+    assert low < score < high
+
+
+def test_calibration_error_with_a_class_of_three_has_an_interval(rare):
+    clf, X, y = rare
+    for class_wise in (False, True):
+        metric = partial(expected_calibration_error, class_wise=class_wise)
+        score, low, high = metric_interval(metric, y, clf.predict_proba(X))
+        assert low < score < high
+
+
+@pytest.mark.filterwarnings("ignore:Only one class is present", "ignore:No positive class")
+def test_a_class_that_the_samples_lack(rare):
+    clf, X, y = rare
+    X, y = X[y < 2], y[y < 2]
+    for name in ("neg_log_loss", "top_k_accuracy", "neg_calibration_error"):
+        score, low, high = scorer_interval(clf, X, y, scoring=name)
+        assert low < score <= high
+    assert scorer_interval(clf, X, y, scoring="neg_log_loss").score == pytest.approx(
+        -log_loss(y, clf.predict_proba(X), labels=[0, 1, 2])
+    )
+    for name in ("roc_auc_ovr", "average_precision"):
+        with pytest.raises(ValueError, match=r"The true labels lack \[2\]"):
+            scorer_interval(clf, X, y, scoring=name)
+
+
+def test_only_fitted_classifiers_have_scorer_intervals(rare, tiny, blobs):
+    clf, X, y = rare
+    for unfitted in (LogisticRegression(), SoftmaxClassifier(), CSSNClassifier()):
+        with pytest.raises(NotFittedError, match=f"This {type(unfitted).__name__} instance"):
+            scorer_interval(unfitted, X, y)
+        with pytest.raises(NotFittedError):
+            scorer_difference(clf, unfitted, X, y)
+    with pytest.raises(TypeError, match="LinearRegression has no classes_"):
+        scorer_interval(LinearRegression().fit(X, y), X, y, scoring="r2")
+    with pytest.raises(ValueError, match="one scorer"):
+        scorer_interval(clf, X, y, scoring=["accuracy", "f1_macro"])
+
+
+def test_the_own_score_is_the_estimators_own(rare, tiny, blobs):
+    clf, X, y = rare
+    search = GridSearchCV(clf, {"C": [1.0]}, scoring="f1_macro", cv=3)
+    pipeline = make_pipeline(StandardScaler(), clf)
+    for estimator in (search, pipeline):
+        estimator.fit(X, y)
+        assert scorer_interval(estimator, X, y).score == pytest.approx(estimator.score(X, y))
+
+    class Proud(LogisticRegression):
+        def score(self, X, y, sample_weight=None):
+            return 1.0
+
+    with pytest.raises(ValueError, match="score of Proud is not its accuracy"):
+        scorer_interval(Proud().fit(X, y), X, y)
+
+    images, labels = blobs
+    trained = SoftmaxClassifier(**tiny).fit(images, labels)
+    rows = np.concatenate([np.flatnonzero(labels == k)[:8] for k in range(3)])
+    found = scorer_interval(trained, images[rows], labels[rows], scoring="few_shot_recall")
+    assert found.score == scorers()["few_shot_recall"](trained, images[rows], labels[rows])
+
+
+# ---------------------------------------------------------------- differences
+
+
+def test_equal_predictions_differ_by_nothing_but_chance(rare):
+    y, p = predictions(n=60, n_classes=2)
+    score, low, high = paired_difference(accuracy_score, y, p, p)
+    assert score == 0
+    tango = 1.96**2 / (60 + 1.96**2)
+    np.testing.assert_allclose([low, high], [-tango, tango], atol=2e-3)
+    score, low, high = paired_difference(accuracy_score, y, p, p, groups=np.arange(60) // 2)
+    assert (score, -low) == (0, pytest.approx(high))
+    assert high > 0
+    clf, X, y = rare
+    for name in ("f1_macro", "roc_auc_ovr"):
+        score, low, high = scorer_difference(clf, clf, X, y, scoring=name)
+        assert low < score == 0 < high
+
+
+def test_a_pair_knows_more_than_two_intervals():
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 300)
+    b = np.where(rng.random(300) < 0.7, y, (y + 1) % 3)
+    a = np.where(rng.random(300) < 0.2, y, b)  # the same, but for what it mends
+    score, low, high = paired_difference(accuracy_score, y, a, b)
+    assert score == accuracy_score(y, a) - accuracy_score(y, b)
+    assert 0 < low < score < high
+    alone_a, alone_b = (metric_interval(accuracy_score, y, one) for one in (a, b))
+    assert alone_a.low < alone_b.high
+    back = paired_difference(accuracy_score, y, b, a)
+    np.testing.assert_allclose(back, [-score, -high, -low], atol=1e-3)
+    recalls = paired_difference(partial(recall_score, average=None), y, a, b)
+    assert recalls.low.shape == (3,)
+
+
+def test_differences_in_simulated_studies():
+    covered = []
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        groups = np.arange(180) // 3
+        y = rng.integers(0, 2, 60)[groups]
+        ease = rng.normal(size=60)[groups] * 0.6 + rng.normal(size=180) * 0.8
+        a, b = (
+            np.where(0.8 * ease + 0.6 * rng.normal(size=180) < norm.ppf(share), y, 1 - y)
+            for share in (0.85, 0.75)
+        )
+        found = paired_difference(share_right, y, a, b, groups=groups)
+        covered.append(found.low <= 0.1 <= found.high)
+    assert abs(np.mean(covered) - 0.95) < 3 * math.sqrt(0.95 * 0.05 / len(covered))
+
+
+def test_difference_of_models_predicts_once_each_and_equals_that_of_predictions(rare):
+    _, X, y = rare
+
+    class Counting(LogisticRegression):
+        calls = 0
+
+        def predict(self, X):
+            Counting.calls += 1
+            return super().predict(X)
+
+    a, b = Counting(C=10.0).fit(X[::2], y[::2]), Counting(C=0.01).fit(X[::2], y[::2])
+    found = scorer_difference(a, b, X, y, scoring="balanced_accuracy")
+    assert Counting.calls == 2
+    assert found == paired_difference(balanced_accuracy_score, y, a.predict(X), b.predict(X))
+    with pytest.raises(TypeError, match="scorer_difference"):
+        paired_difference(a, b, X, y)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         ({"level": 1.0}, "level=1.0"),
+        ({"n_resamples": 0}, "n_resamples=0"),
         ({"groups": [1, 1, 1]}, "two groups"),
         ({"groups": [1, 2]}, "one entry per image"),
         ({"groups": ["a", "", "b"]}, "groups has no entry in row 1"),
@@ -272,6 +549,8 @@ def test_wider_level_gives_a_wider_interval_and_certainty_none():
 def test_intervals_refuse_wrong_input(call, message):
     with pytest.raises(ValueError, match=message):
         metric_interval(accuracy_score, [0, 1, 1], [0, 1, 0], **call)
+    with pytest.raises(ValueError, match=message):
+        paired_difference(accuracy_score, [0, 1, 1], [0, 1, 0], [0, 1, 1], **call)
 
 
 # ---------------------------------------------------------------- scorers

@@ -1,0 +1,276 @@
+"""Confidence intervals of any score, good where it is 0 or 1: Wilson's idea beyond proportions.
+
+A bootstrap draws from what was seen. Where five of five are right, every draw is, and the interval
+is a point; Wilson's asks instead which true rates would not be surprised by five of five. Here the
+same question is put to any score: among the distributions of units (samples, or patients with all
+their samples) that Pearson's test does not reject, the one with the lowest and the one with the
+highest score are the ends,
+
+    sum over strata s, units i of  n_s (p_i - q_i)^2 / q_i  <=  z^2,
+
+p_i being the observed and q_i the other distribution within a stratum. Strata are the classes (or
+the sets of classes of a patient); their own shares are one further such sum. Where a stratum's
+units are right or wrong this is Wilson's interval to the digit; of the difference of two models
+that agree everywhere it is Tango's. Each class may also hold units that were not seen: of that
+class, but predicted as another one. The score is followed along its least favourable direction,
+found by its change when one further unit of each kind is added, so that no class is ever lacking.
+
+References
+----------
+E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927.
+K. A. Baggerly, "Empirical likelihood as a goodness-of-fit measure", Biometrika 1998 (this family).
+T. DiCiccio and B. Efron, "Bootstrap confidence intervals", Statistical Science 1996 (least
+favourable directions). T. Tango, "Equivalence test and confidence interval for the difference in
+proportions for the paired-sample design", Statistics in Medicine 1998.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import optimize, stats
+from sklearn.utils import check_random_state
+
+UNSEEN = 1e-5  # share of units that were not seen: none, but a number to divide by
+FEWEST_BLOCKS = 50  # of a class, where there are too many samples to look at each
+
+# Score of predictions `j` beside the true labels of rows `i`; beyond the last row `j` names
+# predictions that nobody got, one for each label.
+ScoreOf = Callable[[np.ndarray, np.ndarray], Any]
+
+
+class Interval(NamedTuple):
+    """A score and its confidence interval: floats, or arrays of one shape."""
+
+    score: Any
+    low: Any
+    high: Any
+
+
+@dataclass
+class Units:
+    """What may be drawn together, of one stratum: `n` units with these rows and predictions."""
+
+    rows: np.ndarray
+    predictions: np.ndarray
+    stratum: int
+    share: float
+    n: int = 1
+    cost: float = 1.0
+
+
+def profile_interval(
+    score_of: ScoreOf,
+    observed: Any,
+    *,
+    units: np.ndarray,
+    classes: np.ndarray,
+    cells: np.ndarray | None,
+    donors: Any,
+    alike: bool,
+    level: float,
+    n_resamples: int,
+    random_state: Any,
+    name: str,
+) -> Interval:
+    """Lowest and highest score among distributions near the observed one.
+
+    Parameters
+    ----------
+    score_of : callable
+        ``score_of(i, j)``: a number, or an array of them.
+    observed : float or array-like
+        Score of all rows with their own predictions.
+    units : ndarray of int of shape (n,)
+        Patient of each row, or its own number, from 0.
+    classes : ndarray of int of shape (n,)
+        Class of each row, from 0.
+    cells : ndarray of int of shape (n,) or None
+        Rows with equal numbers have the same label and prediction. None where all differ.
+    donors : sequence of ndarray of int, or ndarray of int of shape (n_classes, n_donors)
+        For each class the predictions `j` that its rows might have got.
+    alike : bool
+        Whether a patient that was not seen has all samples of a class predicted so, or half.
+    level : float
+        Wanted coverage.
+    n_resamples : int
+        About how many changed samples are scored at most; where there are more units they are put
+        together at random.
+    random_state : int, RandomState or None
+        Puts them together.
+    name : str
+        The metric, for errors.
+
+    Returns
+    -------
+    interval : Interval
+        Of the shape that `score_of` returns.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} must lie between 0 and 1.")
+    if not n_resamples >= 1:
+        raise ValueError(f"n_resamples={n_resamples} must be at least 1.")
+    n_units = int(units.max()) + 1 if len(units) else 0
+    if n_units < 2:
+        raise ValueError("An interval needs at least two samples, or two groups.")
+    every = np.arange(len(units))
+    observed = as_numbers(observed, name)
+    support, sizes = _support(units, classes, cells, donors, alike, n_resamples, random_state)
+    share, cost, stratum, n = (
+        np.array([getattr(one, key) for one in support])
+        for key in ("share", "cost", "stratum", "n")
+    )
+
+    def changed(i: list[np.ndarray], j: list[np.ndarray]) -> np.ndarray:
+        value = as_numbers(score_of(np.concatenate(i), np.concatenate(j)), name)
+        if value.shape != observed.shape or (np.isnan(value) > np.isnan(observed)).any():
+            raise ValueError(
+                f"{name} gives {value} where one more sample like those of y_true is added, but "
+                f"{observed} without it: it has no interval."
+            )
+        return value.ravel()
+
+    score, z = observed.ravel(), stats.norm.ppf((1 + level) / 2)
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")  # the score of all samples has warned already
+        added = [changed([every, one.rows], [every, one.predictions]) for one in support]
+        influence = (np.array(added) - score) * ((n_units + n) / n)[:, np.newaxis]
+        # Copies of the units, in proportion to their shares: a score need not take weights.
+        n_rows = np.clip(50 * len(units), 20_000, max(200_000, 4 * len(units)))
+        n_copies = n_rows // len(units) * n_units
+        many = [np.tile(every, n_rows // len(units))]
+        of_copies = changed(many, many)
+        if (np.abs(of_copies - score) > 0.5 * np.abs(score) + 0.5).any():
+            raise ValueError(f"{name} grows with the number of samples: divide by it.")
+        ends = np.tile(score, (2, 1))
+        for k in np.flatnonzero(np.isfinite(score)):
+            for end, sign in enumerate((-1, 1)):
+                wanted = _extreme(sign * influence[:, k], share, cost, stratum, sizes, z)
+                copies = np.rint(n_copies * wanted / n).astype(int)
+                i, j = (
+                    [np.tile(getattr(one, key), m) for one, m in zip(support, copies, strict=True)]
+                    for key in ("rows", "predictions")
+                )
+                rest = wanted - copies * n / (copies * n).sum()
+                change = (changed(i, j) - of_copies)[k] + rest @ influence[:, k]
+                ends[end, k] = score[k] + change
+    low, high = np.minimum(ends[0], score), np.maximum(ends[1], score)
+    if observed.ndim == 0:
+        return Interval(float(observed), float(low[0]), float(high[0]))
+    return Interval(observed, low.reshape(observed.shape), high.reshape(observed.shape))
+
+
+def as_numbers(value: Any, name: str) -> np.ndarray:
+    """Return a score as an array of floats, or refuse what is none."""
+    try:
+        if isinstance(value, dict):
+            raise TypeError("a dict")
+        return np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} returned a {type(value).__name__}: an interval needs a number, or an array of "
+            "numbers. Wrap it in a function that picks one."
+        ) from error
+
+
+def _support(
+    units: np.ndarray,
+    classes: np.ndarray,
+    cells: np.ndarray | None,
+    donors: Any,
+    alike: bool,
+    n_resamples: int,
+    random_state: Any,
+) -> tuple[list[Units], np.ndarray]:
+    """Kinds of units that were seen, and that might have been seen; units in each stratum."""
+    order = np.argsort(units, kind="stable")
+    rows_of = np.split(order, np.cumsum(np.bincount(units))[:-1])
+    has = np.zeros((len(rows_of), int(classes.max()) + 1), dtype=bool)
+    has[units, classes] = True
+    kinds, stratum = np.unique(has, axis=0, return_inverse=True)
+    stratum = stratum.ravel()
+    blocks: dict[Any, list[int]] = {}
+    for unit, rows in enumerate(rows_of):  # units that no score can tell apart
+        same = unit if cells is None else tuple(np.sort(cells[rows]).tolist())
+        blocks.setdefault((stratum[unit], same), []).append(unit)
+    n_strata = np.bincount(stratum)
+    support = []
+    if len(blocks) <= n_resamples:
+        for (s, _), members in blocks.items():
+            rows, n = rows_of[members[0]], n_strata[s]
+            support.append(Units(rows, rows, s, len(members) / n, cost=n))
+    else:
+        rng = check_random_state(random_state)
+        for s, n in enumerate(n_strata):
+            shuffled = rng.permutation(np.flatnonzero(stratum == s))
+            n_blocks = max(FEWEST_BLOCKS, round(n_resamples * n / len(rows_of)))
+            for block in np.array_split(shuffled, min(n, n_blocks)):
+                rows, b = np.concatenate([rows_of[unit] for unit in block]), len(block)
+                support.append(Units(rows, rows, s, b / n, n=b, cost=n / b))
+    n_each = max(2, n_resamples // max(kinds.sum(), 1))
+    sizes = np.array([len(rows) for rows in rows_of])
+    for s, kind in enumerate(kinds):
+        those = np.flatnonzero(stratum == s)
+        middle = those[np.argsort(sizes[those], kind="stable")[len(those) // 2]]
+        rows = rows_of[middle]
+        for k in np.flatnonzero(kind):
+            changes = classes[rows] == k
+            if not alike:
+                changes &= np.cumsum(changes) <= (changes.sum() + 1) // 2
+            for donor in donors[k][:n_each]:
+                predictions = np.where(changes, donor, rows)
+                support.append(Units(rows, predictions, s, UNSEEN, cost=n_strata[s]))
+    support.sort(key=lambda one: one.stratum)
+    return support, n_strata
+
+
+def _extreme(
+    value: np.ndarray,
+    share: np.ndarray,
+    cost: np.ndarray,
+    stratum: np.ndarray,
+    sizes: np.ndarray,
+    z: float,
+) -> np.ndarray:
+    """Shares of all units with the greatest mean value that Pearson's test does not reject.
+
+    With a multiplier for the sum of squares and one for each sum of shares to be 1, the extreme is
+    q = p / sqrt(1 - (t v - a_s) / n_s) in closed form.
+    """
+    n_strata, n = len(sizes), sizes.sum()
+    of_stratum = sizes / n
+    starts = np.searchsorted(stratum, np.arange(n_strata))
+    # One more stratum holds the strata themselves.
+    p = np.concatenate([share, of_stratum])
+    v = np.concatenate([of_stratum[stratum] * value, np.add.reduceat(share * value, starts)])
+    c = np.concatenate([cost, np.full(n_strata, n)])
+    starts = np.append(starts, len(share))
+    of = np.concatenate([stratum, np.full(n_strata, n_strata)])
+    v = v - np.add.reduceat(p * v, starts)[of]
+    scale = np.abs(v).max()
+
+    def shares(t: float) -> np.ndarray:
+        x = t * v - c
+        a = np.maximum.reduceat(x + c * p**2, starts)  # left of the root of a convex function
+        for _ in range(100):
+            root = np.sqrt(np.maximum(a[of] - x, 1e-300) / c)
+            excess = np.add.reduceat(p / root, starts) - 1
+            if excess.max() < 1e-10:
+                break
+            a = a + 2 * excess / np.add.reduceat(p / (c * root**3), starts)
+        return p / root
+
+    def excess(log_t: float) -> float:
+        q = shares(np.exp(log_t))
+        return float(np.log(max((c * (p - q) ** 2 / q).sum(), 1e-300) / z**2))
+
+    low, high = np.log(1e-6 / max(scale, 1e-300)), np.log(1e6 * n / max(scale, 1e-300))
+    if scale <= 1e-12 or excess(high) < 0:  # nothing changes the score
+        q = p
+    else:
+        q = shares(np.exp(optimize.brentq(excess, low, high, xtol=1e-6)))
+    return q[: len(share)] * q[len(share) :][stratum]
