@@ -512,7 +512,7 @@ def _interval(
     """Interval of ``score(y[rows], rows, ...)``, with the rows of each column of predictions.
 
     A column may also be asked for what it would hold of a sample that it did not see: beyond the
-    last row it has two more for each label, see `_with_unseen`.
+    last row it has three more for each label, see `_with_unseen`.
     """
     y = np.asarray(y)
     check_consistent_length(y, *columns)
@@ -546,10 +546,10 @@ def _interval(
         codes = np.searchsorted(classes, y)
         own = np.searchsorted(labels, classes)[:, np.newaxis]
         others = (own + np.arange(1, n_labels)) % n_labels
-        best = own + n_labels
-        donors = n + np.concatenate([best, others], axis=1)
+        best, wrong = own + n_labels, np.concatenate([own + 2 * n_labels, others], axis=1)
+        donors = n + np.concatenate([best, wrong], axis=1)
         if len(columns) == 2:  # one of the two is right
-            pairs = 2 * n_labels * best + others, 2 * n_labels * others + best
+            pairs = 3 * n_labels * best + wrong, 3 * n_labels * wrong + best
             donors = n + np.concatenate(pairs, axis=1)
         seen = [column.codes(labels) for column in columns]
         if all(code is not None for code in seen):
@@ -560,7 +560,7 @@ def _interval(
     def score_of(i: np.ndarray, j: np.ndarray) -> Any:
         if len(columns) == 1:
             return score(y[i], j)
-        both = np.divmod(j - n, 2 * n_labels)
+        both = np.divmod(j - n, 3 * n_labels)
         return score(y[i], *(np.where(j < n, j, n + one) for one in both))
 
     return profile_interval(
@@ -606,15 +606,23 @@ def _name(metric: Any) -> str:
 
 
 def _with_unseen(values: np.ndarray, labels: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Scores; then of each label those of an average sample; then the best that any got for it."""
-    means = [values[y == label] if (y == label).any() else values for label in labels]
-    if values.ndim == 1:  # of the greatest label
-        best = np.append(np.full(len(labels) - 1, values.argmin()), values.argmax())
+    """Scores of every sample, and of three that nobody saw for each label.
+
+    The first has the mean scores of a sample with that label, as one of another class may have
+    them. The second has the best that any sample got for it. The third is the first but for the
+    probability of the label, which is exchanged for the smallest, so that it counts as an error
+    however many guesses are allowed.
+    """
+    those = [values[y == label] if (y == label).any() else values for label in labels]
+    mean = np.array([rows.mean(axis=0) for rows in those])
+    best, worst = values[np.full(len(labels), values.argmin() if values.ndim == 1 else 0)], mean
+    if values.ndim == 1:  # scores of the greatest label
+        best[-1] = values.max()
     elif values.shape[1:] == labels.shape:
-        best = values.argmax(axis=0)
-    else:
-        best = np.zeros(len(labels), dtype=int)
-    return np.concatenate([values, [rows.mean(axis=0) for rows in means], values[best]])
+        each, least = np.arange(len(labels)), mean.argmin(axis=1)
+        best, worst = values[values.argmax(axis=0)], mean.copy()
+        worst[each, each], worst[each, least] = mean[each, least], mean[each, each]
+    return np.concatenate([values, mean, best, worst])
 
 
 class _Column:
@@ -635,7 +643,7 @@ class _Column:
 
     def extend(self, labels: np.ndarray, y: np.ndarray) -> None:
         if self.are_labels:
-            self.extended = np.concatenate([self.values, labels, labels])
+            self.extended = np.concatenate([self.values, labels, labels, labels])
         else:
             self.extended = _with_unseen(self.values, labels, y)
 
@@ -682,7 +690,7 @@ class _Answered(ClassifierMixin, BaseEstimator):
     def extend(self, labels: np.ndarray, y: np.ndarray) -> None:
         for name, values in self.answers.items():
             self.extended[name] = (
-                np.concatenate([values, labels, labels])
+                np.concatenate([values, labels, labels, labels])
                 if name == "predict"
                 else _with_unseen(values, labels, y)
             )
