@@ -158,6 +158,7 @@ class BaseImageEstimator(
 
     net_: Net
     image_shape_: tuple[int, ...]
+    pixel_range_: str | float | None
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "backbone": [str, nn.Module, Backbone, type, FrozenEstimator],
@@ -316,6 +317,7 @@ class BaseImageEstimator(
                     reporter = SklearnCallbacks(self, X, y, lambda: self._inference_state(train))
                 optimizer = previous.optimizer_state("constant") if partial and previous else None
                 self._train(stages, best, checkpoint, reporter, optimizer)
+                train.images.conclude()
                 self._set_fitted(self._inference_state(train))
                 if reporter is not None:
                     reporter.finish()
@@ -346,6 +348,8 @@ class BaseImageEstimator(
                 train.weight,
                 block=inference_block(train.images.image_shape, torch.device("cpu")),
             )
+            if self.pixel_range_ is None:
+                self.pixel_range_ = train.images.peak
             return
         if not start.__sklearn_is_fitted__():
             raise ValueError(
@@ -360,6 +364,8 @@ class BaseImageEstimator(
             )
         check_pixel_range(start, train.images, reset=False)
         self.pixel_mean_, self.pixel_std_ = start.pixel_mean_.copy(), start.pixel_std_.copy()
+        if self.pixel_range_ is None:
+            self.pixel_range_ = 1.0 if start.pixel_range_ == "uint8" else start.pixel_range_
 
     def _train(
         self,
@@ -579,7 +585,24 @@ class BaseImageEstimator(
             result = in_blocks(
                 len(rows), block, lambda part: forward(prepare(images.rows(rows[part])))
             )
-        return tuple(part[:n] for part in result) if isinstance(result, tuple) else result[:n]
+        images.conclude()
+        parts = result if isinstance(result, tuple) else (result,)
+        parts = tuple(part[:n] for part in parts)
+        for part in parts:
+            self._refuse_non_finite(part, rows)
+        return parts if isinstance(result, tuple) else parts[0]
+
+    def _refuse_non_finite(self, result: torch.Tensor, rows: np.ndarray) -> None:
+        """Refuse output that no answer can be made of; one look for all rows."""
+        if torch.isfinite(result.sum()):
+            return
+        odd = (~torch.isfinite(result.flatten(1)).all(dim=1)).nonzero()
+        if len(odd):  # else the sum overflows, no value does
+            raise ValueError(
+                f"{type(self).__name__} gives NaN or infinity for row {rows[int(odd[0])]} of X: its "
+                "values are too large for the network, or the weights of the network have diverged "
+                "in training (lower lr)."
+            )
 
     def transform(self, X: Any) -> np.ndarray:
         """Embed images with the trained backbone.

@@ -6,12 +6,12 @@ The only file that knows how callers store images. Everywhere else a batch is a 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -32,6 +32,8 @@ INPUT_CONSTRAINTS: dict[str, list[Any]] = {
     "spatial_dims": [None, Interval(Integral, 2, 3, closed="both")],
 }
 UNIT_MAX = 1.5  # floats up to here may be pixels scaled to [0, 1], with some overshoot
+FOLD = 16.0  # a change of scale: nearer to 255 than to 1, on a log scale
+BROKEN = 1e6  # so many times the typical largest value of an image is no pixel
 
 
 @dataclass(frozen=True)
@@ -194,14 +196,29 @@ class Images:
         Its axes.
     dtype : numpy dtype
         dtype of the batches: uint8, float32 or float64.
+    peak : float, default=0.0
+        Largest absolute value of floats, as far as they have been read.
+    scale : PixelScale, default=None
+        What lazy floats must agree with as they are read.
     """
 
-    def __init__(self, data: Any, layout: Layout, dtype: np.dtype) -> None:
+    def __init__(
+        self,
+        data: Any,
+        layout: Layout,
+        dtype: np.dtype,
+        *,
+        peak: float = 0.0,
+        scale: PixelScale | None = None,
+    ) -> None:
         self.data = data
         self.layout = layout
         self.dtype = dtype
+        self.peak = peak
+        self.scale = scale
         self.lazy = not isinstance(data, np.ndarray)
         self.in_blocks = isinstance(data, (np.ndarray, MappedImages))
+        self._first: tuple[int, np.dtype] | None = None  # row and dtype read first
 
     def __len__(self) -> int:
         return len(self.data)
@@ -217,12 +234,24 @@ class Images:
             # A block copy: NumPy's take is faster here than torch's fancy indexing, and the copy is
             # writable even where the caller's array is a read-only memory map.
             block = self.data.take(rows, axis=0)
-            if self.lazy:
-                block = _cast(block, self.dtype, names=rows)
         else:
             images = [self._announced(_one_image(self.data, int(row)), row) for row in rows]
-            block = _cast(np.stack(images), self.dtype, names=rows)
+            block = np.stack(images)
+        if self.lazy:
+            block, peak = _cast(block, self.dtype, names=rows)
+            self.peak = max(self.peak, peak)
+            if self.scale is not None:
+                self.scale.check(block, rows, peak)
         return self.layout.canonical(torch.from_numpy(block))
+
+    def holding(self, data: Any, layout: Layout) -> Images:
+        """Give other rows of the same images, or mixes of them, the same bounds."""
+        return Images(data, layout, self.dtype, peak=self.peak, scale=self.scale)
+
+    def conclude(self) -> None:
+        """Refuse lazy images, all of them read by now, that are on a darker scale throughout."""
+        if self.scale is not None:
+            self.scale.conclude()
 
     def _announced(self, image: np.ndarray, row: int) -> np.ndarray:
         """Pass an image on if it is what the container announces."""
@@ -233,6 +262,12 @@ class Images:
             raise ValueError(
                 f"X announces images of shape {shape} and dtype {dtype}, but row {row} has shape "
                 f"{image.shape} and dtype {image.dtype}."
+            )
+        first, known = self._first = self._first or (row, image.dtype)
+        if _kind(known) != _kind(image.dtype):
+            raise ValueError(
+                f"X mixes images whose scales may differ: row {first} has dtype {known}, row {row} "
+                f"has dtype {image.dtype}. Bring them to one dtype."
             )
         return image
 
@@ -300,7 +335,7 @@ class DatasetImages(_ImageRows):
     An item is an image (array, tensor, PIL image), a tuple or list that begins with one, or a
     mapping with the key "image". Labels in the items are ignored: pass them as ``y``. All images
     must have the shape of the first, whether they are uint8 included, which is checked as they
-    are read.
+    are read. PIL images are read as gray, RGB or RGBA, whatever their mode.
 
     ``X[i]`` reads an image; a slice, mask or index array gives a further container, so that
     scikit-learn's cross-validation reads nothing it does not need.
@@ -364,7 +399,7 @@ class DatasetImages(_ImageRows):
                 "an item must be an image, a tuple that begins with one, or a dict with the key "
                 f'"image"; the place of the image holds {type(item).__name__}'
             )
-        return np.asarray(_from_torch(item))
+        return as_pixel_array(item)
 
 
 class MappedImages(_ImageRows):
@@ -372,7 +407,9 @@ class MappedImages(_ImageRows):
 
     A selection of rows, as cross-validation makes it, copies no image, and what travels to another
     process is the path and the row numbers: all workers of a search share the pages of one file.
-    Machines of a cluster need the file at the same place.
+    Machines of a cluster need the file at the same place. A file that was replaced by another one
+    since, or cut, is refused as soon as it is noticed: shape, dtype and some of its bytes must be
+    what they were.
 
     ``X[i]`` reads an image; a slice, mask or index array gives a further container.
 
@@ -404,17 +441,12 @@ class MappedImages(_ImageRows):
     ((5, 3, 8, 8), (2, 3, 8, 8))
     """
 
+    _mapped: tuple[tuple[int, ...], np.ndarray] | None = None
+    _seal: tuple[Any, ...] | None = None
+
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path).absolute()
-        try:
-            array = self._array
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{str(self.path)!r} is no .npy file of images: {error}") from error
-        if not isinstance(array, np.ndarray):
-            raise ValueError(
-                f"{str(self.path)!r} is an archive: numpy.save the array of images in it to a "
-                ".npy file."
-            )
+        array = self._array
         if array.ndim < 3 or not len(array):
             raise ValueError(
                 f"{str(self.path)!r} holds an array of shape {array.shape}, not images: (n, H, W), "
@@ -424,15 +456,27 @@ class MappedImages(_ImageRows):
         self.dtype = array.dtype
         self._image_shape = array.shape[1:]
 
-    @cached_property
+    @property
     def _array(self) -> np.ndarray:
-        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+        """The file, mapped anew where it is not the one that was mapped last."""
+        status = self.path.stat()
+        version = status.st_ino, status.st_size, status.st_mtime_ns
+        if self._mapped is None or self._mapped[0] != version:
+            array = _map_file(self.path)
+            seal = _seal(array)
+            if self._seal not in (None, seal):
+                raise ValueError(
+                    f"{str(self.path)!r} is not the file that it was: it holds {array.dtype} of "
+                    f"shape {array.shape} now. Make a new MappedImages of it."
+                )
+            self._mapped, self._seal = (version, array), seal
+        return self._mapped[1]
 
     def __repr__(self) -> str:
         return f"MappedImages({str(self.path)!r}, shape={self.shape}, dtype={self.dtype})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_array"}
+        return {name: value for name, value in vars(self).items() if name != "_mapped"}
 
     def take(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
         """Read several images at once.
@@ -457,6 +501,33 @@ class MappedImages(_ImageRows):
         return np.asarray(self._array[row])
 
 
+def _map_file(path: Path) -> np.ndarray:
+    """Map the array in a ``.npy`` file, whatever its header claims."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # a header that makes no sense shows in many ways
+        raise ValueError(f"{str(path)!r} is no .npy file of images: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise ValueError(
+            f"{str(path)!r} is an archive: numpy.save the array of images in it to a .npy file."
+        )
+    return array
+
+
+def _seal(array: np.ndarray, n_places: int = 16, n_bytes: int = 4096) -> tuple[Any, ...]:
+    """Shape, dtype, and a digest of some bytes of a contiguous array: what tells files apart.
+
+    A file's time does not: copies on other machines have another one.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    flat = array.ravel(order="K").view(np.uint8)
+    for start in np.linspace(0, max(len(flat) - n_bytes, 0), n_places).astype(int):
+        digest.update(flat[start : start + n_bytes].tobytes())
+    return array.shape, array.dtype.str, array.flags.c_contiguous, digest.digest()
+
+
 def wrap_dataset(X: Any) -> Any:
     """Turn a torch data set into a lazy sequence, unless it is one; leave everything else."""
     is_sequence = all(hasattr(X, name) for name in ("shape", "ndim", "dtype"))
@@ -474,7 +545,7 @@ def _row_key(key: Any) -> Any:
 
 def _one_image(data: Any, row: int) -> np.ndarray:
     try:
-        return np.asarray(_from_torch(data[row]))
+        return as_pixel_array(data[row])
     except Exception as error:
         raise ValueError(f"Row {row} of X could not be read: {error!r}.") from error
 
@@ -514,11 +585,13 @@ def read_images(
     Raises
     ------
     ValueError
-        If `X` is empty, ragged, ambiguous, not finite, or of another shape than in ``fit``.
+        If `X` is empty, ragged, ambiguous, not finite, of another shape than in ``fit``, or mixes
+        images whose scales differ.
     TypeError
         If `X` is sparse, not numeric, or a data set that can only be iterated.
     """
-    X = as_array(wrap_dataset(X))
+    _refuse_mixed_columns(X, image_shape)
+    X = as_array(wrap_dataset(X), float_dtype)
     if not is_lazy(X) and getattr(X, "ndim", 2) <= 2:
         X = validate_data(estimator, X, reset=reset, dtype="numeric", ensure_all_finite=False)
     elif not is_lazy(X):
@@ -554,7 +627,10 @@ def read_images(
     if dtype.itemsize > 8:
         raise ValueError(f"X of dtype {dtype} cannot be read as images: convert it to float64.")
     dtype = dtype.newbyteorder("=")
-    return Images(X if is_lazy(X) else _cast(X, dtype), layout, dtype)
+    peak = 0.0
+    if not is_lazy(X):
+        X, peak = _cast(X, dtype)
+    return Images(X, layout, dtype, peak=peak)
 
 
 def warn_of_flat_images(estimator: Any, images: Images) -> None:
@@ -567,27 +643,185 @@ def warn_of_flat_images(estimator: Any, images: Images) -> None:
         )
 
 
-def as_array(X: Any) -> Any:
-    """Turn tensors and lists of images into arrays; leave everything else to scikit-learn."""
-    X = _from_torch(X)
+def as_array(X: Any, float_dtype: type[np.floating] | None = None) -> Any:
+    """Turn tensors and lists of images into arrays, on one scale; leave the rest to scikit-learn.
+
+    Parameters
+    ----------
+    X : object
+        An object array or a column of a table whose entries are images counts as a list of them.
+    float_dtype : {numpy.float32, numpy.float64} or None, default=None
+        dtype of uint8 images that stand beside floats; None is float64.
+
+    Returns
+    -------
+    X : ndarray or the object given
+        See :func:`on_one_scale`.
+    """
+    given = _from_torch(X)
+    X = as_list(given)
     if not (isinstance(X, (list, tuple)) and len(X)):
-        return X
+        return given
     if not (isinstance(X[0], (list, tuple)) or is_image(X[0])):
-        return X
+        return given
     images = [_one_image(X, row) for row in range(len(X))]
     shapes = [image.shape for image in images]
     odd = next((row for row, shape in enumerate(shapes) if shape != shapes[0]), None)
     if odd is not None:
+        if _is_picture(X[0]) and _is_picture(X[odd]) and X[0].mode != X[odd].mode:
+            raise ValueError(
+                f"X is a list of images of different modes: row 0 is {X[0].mode}, row {odd} is "
+                f"{X[odd].mode}. Convert them to one mode first."
+            )
         raise ValueError(
             f"X is a list of images of different sizes: row 0 has shape {shapes[0]}, row {odd} "
             f"has shape {shapes[odd]}. Resize them to one size first."
         )
-    return np.stack(images)
+    plain = [isinstance(entry, (list, tuple)) and not holds_images(entry) for entry in X]
+    return on_one_scale(images, plain, float_dtype)
+
+
+def as_list(X: Any) -> Any:
+    """Take an object array, or a column of a table, for the list of its entries; leave the rest."""
+    is_array = isinstance(X, np.ndarray) or hasattr(X, "iloc")
+    return list(X) if is_array and X.ndim != 2 and X.dtype.kind == "O" else X
+
+
+def on_one_scale(
+    images: Sequence[np.ndarray],
+    plain: Sequence[bool] | None = None,
+    float_dtype: type[np.floating] | None = None,
+) -> np.ndarray:
+    """Stack images, each of them on the scale that its own dtype has.
+
+    uint8 counts as [0, 1] and so does bool; other numbers are taken as they are. uint8 and bool
+    may stand beside one another, and beside floats within [0, 1]; what else is mixed would be
+    images on different scales. Floats of any width, or whole numbers of any other width than
+    uint8, may stand beside one another.
+
+    Parameters
+    ----------
+    images : sequence of ndarray
+        Of one shape.
+    plain : sequence of bool, default=None
+        Which of them come from Python's numbers, of which whole ones count as floats.
+    float_dtype : {numpy.float32, numpy.float64} or None, default=None
+        dtype of uint8 images that stand beside floats; None is float64.
+
+    Returns
+    -------
+    stacked : ndarray
+        uint8 where that loses nothing.
+
+    Raises
+    ------
+    ValueError
+        If the scales differ; the message names the rows.
+    """
+    if len({image.dtype for image in images}) == 1:
+        return np.stack(images)
+    kinds = [_kind(image.dtype) for image in images]
+    if plain is not None:
+        kinds = ["float" if p and k == "whole" else k for p, k in zip(plain, kinds, strict=True)]
+    if len(set(kinds)) == 1:
+        return np.stack(images)
+
+    def described(row: int) -> str:
+        return f"row {row} has dtype {images[row].dtype}"
+
+    if "whole" in kinds:
+        row = kinds.index("whole")
+        other = next(k for k, kind in enumerate(kinds) if kind != "whole")
+        raise ValueError(
+            f"X mixes images whose scales may differ: {described(row)}, {described(other)}. Only "
+            "uint8, bool and floats in [0, 1] have one scale: bring X to one dtype."
+        )
+    unit = next(k for k, kind in enumerate(kinds) if kind in ("uint8", "bool"))
+    for row, (image, kind) in enumerate(zip(images, kinds, strict=True)):
+        # Rounding may exceed the bounds; NaN passes, to be reported as such.
+        if kind == "float" and image.size and (image.min() < -1e-5 or image.max() > 1 + 1e-5):
+            raise ValueError(
+                f"X mixes images whose scales may differ: {described(unit)} and counts as [0, 1], "
+                f"{described(row)} and values from {image.min():g} to {image.max():g}. Bring them "
+                "to one dtype, or the floats to [0, 1]."
+            )
+    if "float" in kinds:
+        levels = (np.arange(256) / 255).astype(float_dtype or np.float64)
+        return np.stack(
+            [levels[i] if k == "uint8" else i for i, k in zip(images, kinds, strict=True)]
+        )
+    return np.stack(
+        [i if k == "uint8" else i * np.uint8(255) for i, k in zip(images, kinds, strict=True)]
+    )
+
+
+def _kind(dtype: np.dtype) -> str:
+    """What an image's dtype says of its scale: uint8 and bool count as [0, 1]."""
+    if dtype == np.uint8:
+        return "uint8"
+    return {"b": "bool", "i": "whole", "u": "whole", "f": "float"}.get(dtype.kind, "other")
+
+
+def _refuse_mixed_columns(X: Any, image_shape: Sequence[int] | None) -> None:
+    """Refuse a table of pixels some of whose columns are uint8: an array of it is on no scale."""
+    if image_shape is None or not hasattr(X, "dtypes") or np.ndim(X) != 2:
+        return
+    kinds = [_kind(np.dtype(getattr(dtype, "numpy_dtype", dtype))) for dtype in X.dtypes]
+    if len(set(kinds)) > 1 and set(kinds) & {"uint8", "whole"}:
+        odd = next(column for column, kind in enumerate(kinds) if kind != kinds[0])
+        raise ValueError(
+            f"X mixes columns whose scales may differ: {X.columns[0]} has dtype "
+            f"{X.dtypes.iloc[0]}, {X.columns[odd]} has dtype {X.dtypes.iloc[odd]}. Bring X to one "
+            "dtype."
+        )
 
 
 def is_image(image: Any) -> bool:
     """Whether an entry of a list is an array, a tensor or a PIL image."""
+    if isinstance(image, np.generic):  # a number
+        return False
     return hasattr(image, "shape") or hasattr(image, "__array_interface__")
+
+
+def _is_picture(image: Any) -> bool:
+    """Whether this is a PIL image, without asking for Pillow."""
+    return isinstance(getattr(image, "mode", None), str) and hasattr(image, "convert")
+
+
+def holds_images(entry: Any) -> bool:
+    """Whether this is a list or tuple of images, such as a pair, and not of plain numbers."""
+    return (
+        isinstance(entry, (list, tuple))
+        and len(entry) > 0
+        and any(is_image(part) or holds_images(part) for part in (entry[0], entry[-1]))
+    )
+
+
+def as_pixel_array(image: Any) -> np.ndarray:
+    """Read one image, or a pair of them: an array, a tensor, a PIL image, nested numbers."""
+    image = _from_torch(image)
+    if _is_picture(image):
+        return _from_pillow(image)
+    if isinstance(image, np.ndarray) and image.dtype.kind == "O":
+        image = image.tolist()
+    if holds_images(image):
+        return on_one_scale([as_pixel_array(part) for part in image])
+    return np.asarray(image)
+
+
+def _from_pillow(image: Any) -> np.ndarray:
+    """Read a PIL image: gray, RGB and RGBA as they are, what only codes colours as RGB.
+
+    The numbers of a palette, and of inks or hues, are no intensities.
+    """
+    mode = image.mode
+    if mode in ("1", "L", "LA", "RGB", "RGBA", "I", "F") or mode.startswith("I;16"):
+        return np.asarray(image)
+    clear = mode in ("PA", "RGBa") or "transparency" in image.info
+    try:
+        return np.asarray(image.convert("RGBA" if clear else "RGB"))
+    except ValueError as error:
+        raise ValueError(f"a PIL image of mode {mode} cannot be read as RGB: {error}") from error
 
 
 def _from_torch(X: Any) -> Any:
@@ -598,49 +832,131 @@ def _from_torch(X: Any) -> Any:
     return (X.float() if X.dtype == torch.bfloat16 else X).numpy()
 
 
-def _cast(X: np.ndarray, dtype: np.dtype, names: np.ndarray | None = None) -> np.ndarray:
-    """Bring images to the dtype of the batches; raise, naming the row, where one is not finite."""
+def _cast(
+    X: np.ndarray, dtype: np.dtype, names: np.ndarray | None = None
+) -> tuple[np.ndarray, float]:
+    """Bring images to the dtype of the batches; raise, naming the row, where one is not finite.
+
+    With them comes the largest absolute value, 0 for whole numbers.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         cast = X.astype(dtype, copy=False)
-        # The sum is one pass without a boolean copy; it may overflow where no value does.
-        if dtype.kind != "f" or np.isfinite(cast.sum(dtype=np.float64)):
-            return cast
+        if dtype.kind != "f" or not cast.size:
+            return cast, 0.0
+        # Two passes without a boolean copy; NaN is passed on by either.
+        peak = max(-float(cast.min()), float(cast.max()))
+        if np.isfinite(peak):
+            return cast, peak
     for row, (image, given) in enumerate(zip(cast, X, strict=True)):
         if not np.isfinite(image).all():
             what = f"a value too large for {dtype}" if np.isfinite(given).all() else "infinity"
             what = "NaN" if np.isnan(given).any() else what
             where = row if names is None else names[row]
             raise ValueError(f"Input X contains {what}: see row {where}.")
-    return cast
+    return cast, peak
+
+
+@dataclass
+class PixelScale:
+    """The scale of the images of ``fit``, from which others must not differ 255-fold.
+
+    A row is refused where its largest value and its root mean square are both far above those of
+    ``fit``: a hot pixel, or an image brighter than all, exceeds one of them only. Darker images may
+    be black ones: they are refused where no row of the call has a value near the mean square of
+    ``fit``, and not all are blank.
+
+    Attributes
+    ----------
+    name : str
+        The estimator.
+    peak : float
+        Largest absolute value in ``fit``; 1 for uint8.
+    level : float
+        Root mean square in ``fit``; 0 for feature vectors, which have no common scale.
+    unit : bool
+        Whether ``fit`` saw uint8: floats must then be on the scale [0, 1].
+    """
+
+    name: str
+    peak: float
+    level: float
+    unit: bool
+    _dark: str | None = None
+    _bright_enough: bool = False
+
+    def check(self, images: np.ndarray, rows: np.ndarray, peak: float) -> None:
+        """Check floats (n, ...) whose largest absolute value is `peak`; `rows` are their names."""
+        limit = UNIT_MAX if self.unit else FOLD * self.peak
+        if peak > limit:
+            for row, image in zip(rows, images, strict=True):
+                self._refuse_bright(image, int(row), limit)
+        if FOLD * peak >= self.level:
+            self._bright_enough = True
+        elif self._dark is None and not self._bright_enough:
+            varied = (row for row, i in zip(rows, images, strict=True) if i.min() < i.max())
+            if (row := next(varied, None)) is not None:
+                self._dark = f"X holds floats up to {peak:g} (see row {row})"
+
+    def conclude(self) -> None:
+        """Refuse images that are too dark, once all have been seen."""
+        if self._dark is None or self._bright_enough:
+            return
+        raise ValueError(
+            f"{self._dark}, but {self.name} was fitted on images "
+            f"{'that count as [0, 1]' if self.unit else f'of floats up to {self.peak:g}'}, about "
+            f"{self.level:g} in the mean: bring X to their scale."
+        )
+
+    def _refuse_bright(self, image: np.ndarray, row: int, limit: float) -> None:
+        high = max(-float(image.min()), float(image.max()))
+        if high <= limit:
+            return
+        if self.unit:
+            raise ValueError(
+                f"X holds floats up to {high:g} (see row {row}), but {self.name} was fitted on "
+                "uint8 images, which count as [0, 1]: pass uint8, or divide X by 255."
+            )
+        if np.sqrt(np.square(image, dtype=np.float64).mean()) > FOLD * self.level:
+            raise ValueError(
+                f"X holds floats up to {high:g} (see row {row}), but {self.name} was fitted on "
+                f"floats up to {self.peak:g}: bring X to their scale."
+            )
 
 
 def check_pixel_range(estimator: Any, images: Images, *, reset: bool) -> None:
     """Refuse images that are 255 times brighter or darker than those of ``fit``.
 
     uint8 is divided by 255, floats are taken as they are: one may follow the other only where the
-    floats are on the scale [0, 1]. `pixel_range_` is "uint8", the largest float, or None where that
-    does not matter (feature vectors) or is unknown (floats in a lazy container).
+    floats are on the scale [0, 1], and floats only those of about the same scale. `pixel_range_` is
+    "uint8", or the largest absolute value; None in ``fit`` until lazy floats have been read. What
+    is lazy is checked as it is read.
     """
-    pixels: str | float | None = None
-    if images.dtype == np.uint8:
-        pixels = "uint8"
-    elif len(images.image_shape) > 1 and not images.lazy:
-        pixels = float(images.data.max())
+    whole = images.dtype == np.uint8
     if reset:
-        estimator.pixel_range_ = pixels
+        estimator.pixel_range_ = "uint8" if whole else None if images.lazy else images.peak
         return
     fitted = estimator.pixel_range_
     name = type(estimator).__name__
-    if fitted == "uint8" and isinstance(pixels, float) and pixels > UNIT_MAX:
-        raise ValueError(
-            f"X holds floats up to {pixels:g}, but {name} was fitted on uint8 images, which count "
-            "as [0, 1]: pass uint8, or divide X by 255."
-        )
-    if pixels == "uint8" and isinstance(fitted, float) and fitted > UNIT_MAX:
-        raise ValueError(
-            f"X is uint8, which counts as [0, 1], but {name} was fitted on floats up to "
-            f"{fitted:g}: convert X with X.astype(float) if these were not divided by 255 either."
-        )
+    if whole:
+        if isinstance(fitted, float) and fitted > UNIT_MAX:
+            raise ValueError(
+                f"X is uint8, which counts as [0, 1], but {name} was fitted on floats up to "
+                f"{fitted:g}: convert X with X.astype(float) if these were not divided by 255 "
+                "either."
+            )
+        return
+    vectors = len(images.image_shape) == 1
+    if fitted is None or (fitted != "uint8" and (vectors or fitted <= 0)):
+        return
+    peak = 1.0 if fitted == "uint8" else fitted
+    level = float(np.sqrt(np.mean(estimator.pixel_mean_**2 + estimator.pixel_std_**2)))
+    # The deviation of a constant channel is set to 1, which may exceed every value.
+    scale = PixelScale(name, peak, 0.0 if vectors else min(level, peak), fitted == "uint8")
+    if images.lazy:
+        images.scale = scale
+        return
+    scale.check(images.data, np.arange(len(images)), images.peak)
+    scale.conclude()
 
 
 def channel_statistics(
@@ -666,25 +982,47 @@ def channel_statistics(
     -------
     mean, std : ndarray of shape (C,), float64
         A constant channel has ``std`` 1.
+
+    Raises
+    ------
+    ValueError
+        If one image holds a value so large that all others would look alike beside it.
     """
     total = square = 0.0
     weights = np.ones(len(rows)) if weights is None else np.asarray(weights, dtype=np.float64)
     axes = tuple(range(2, len(images.image_shape) + 1))
     # The variance is taken around a first guess, so that large offsets do not cancel.
     shift: Any = None
+    peaks = []
     for start in range(0, len(rows), block):
         part = slice(start, start + block)
         batch = to_unit_scale(images.rows(rows[part]), torch.float64).numpy()
+        if axes and images.dtype != np.uint8:
+            peaks.append(np.maximum(batch.max(axis=(1, *axes)), -batch.min(axis=(1, *axes))))
         if shift is None:
             shift = batch.mean(axis=(0, *axes), keepdims=True)
         batch = batch - shift
         total = total + weights[part] @ batch.mean(axis=axes)
         square = square + weights[part] @ (batch**2).mean(axis=axes)
+    if peaks:
+        _refuse_broken(np.concatenate(peaks), rows)
     mean = total / weights.sum()
     variance = np.maximum(square / weights.sum() - mean**2, 0.0)
     mean = mean + shift.ravel()
     constant = variance <= 1e-12 * np.maximum(mean**2, 1e-12)
     return mean, np.where(constant, 1.0, np.sqrt(variance))
+
+
+def _refuse_broken(peaks: np.ndarray, rows: np.ndarray) -> None:
+    """Refuse a pixel beside which all others vanish, as files mark missing ones (3e38, 1e20)."""
+    lit = peaks[peaks > 0]
+    typical = float(np.median(lit)) if len(lit) else 0.0
+    if len(lit) and lit.max() > BROKEN * typical:
+        row = peaks.argmax()
+        raise ValueError(
+            f"X holds a value of size {peaks[row]:g} in row {rows[row]}, where images have about "
+            f"{typical:g} at most: replace the pixels that mark missing values."
+        )
 
 
 def as_pixels(batch: torch.Tensor) -> torch.Tensor:

@@ -172,7 +172,7 @@ class SPMixDisplay:
             found = torch.as_tensor(detector.fit_transform(chosen)).reshape(-1, *sides)
         else:
             found = as_maps(maps, (len(labels), *sides), "maps")[rows].cpu()
-            found = check_maps(found, (len(rows), *sides), "maps")
+            found = check_maps(found, (len(rows), *sides), "maps", rows)
         ratio = torch.from_numpy(sampler.ratio_[shown]).float()
         base, partner = pixels.chunk(2)
         result = spmix(base, partner, ratio, sampler.patch_size_)

@@ -318,7 +318,7 @@ def resample(
         else:
             block, labels = sampler.fit_resample(block, labels)
         block = np.ascontiguousarray(block, dtype=images.dtype)
-        images = Images(block, images.layout, images.dtype)
+        images = images.holding(block, images.layout)
     y = labels if classes is None else np.searchsorted(classes, labels)
     return images, np.arange(len(y)), y, None, _origin(sampler, rows, len(y))
 
@@ -361,4 +361,4 @@ def _resample_images(
             spatial_dims=len(shape) - 1,
         )
     X, labels = sampler.fit_resample(X, labels, **metadata)
-    return Images(X, layout, images.dtype), labels
+    return images.holding(X, layout), labels

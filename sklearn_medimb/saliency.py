@@ -22,6 +22,8 @@ from sklearn.utils._param_validation import StrOptions
 from sklearn_medimb.images import (
     INPUT_CONSTRAINTS,
     Images,
+    as_list,
+    as_pixel_array,
     as_pixels,
     read_images,
     to_unit_scale,
@@ -399,7 +401,9 @@ def saliency_maps(
     return maps if valid is None else maps * valid
 
 
-def check_maps(maps: Any, shape: tuple[int, ...], name: str) -> torch.Tensor:
+def check_maps(
+    maps: Any, shape: tuple[int, ...], name: str, rows: Sequence[int] | np.ndarray | None = None
+) -> torch.Tensor:
     """Validate given maps: lesion masks (bool, 0 and 1, 0 to 255), or floats in [0, 1].
 
     Parameters
@@ -410,6 +414,8 @@ def check_maps(maps: Any, shape: tuple[int, ...], name: str) -> torch.Tensor:
         Wanted shape, (n, *spatial).
     name : str
         The parameter that errors name.
+    rows : sequence of int, default=None
+        What errors call the maps; None counts them.
 
     Returns
     -------
@@ -419,24 +425,44 @@ def check_maps(maps: Any, shape: tuple[int, ...], name: str) -> torch.Tensor:
     maps = as_maps(maps, shape, name)
     whole = not maps.is_floating_point()
     maps = maps.float() if whole else maps
-    if whole and maps.numel() and maps.amax() > 1:
-        maps = maps / 255
-    wrong = ~((maps >= 0) & (maps <= 1)).flatten(1).all(dim=1)
+    scale = 255 if whole and maps.numel() and maps.amax() > 1 else 1
+    wrong = ~((maps >= 0) & (maps <= scale)).flatten(1).all(dim=1)
+    if scale > 1:  # 0 and 1 would hardly count among masks of 0 and 255
+        wrong |= maps.flatten(1).amax(dim=1) == 1
     if wrong.any():
         row = int(wrong.nonzero()[0])
+        row = row if rows is None else rows[row]
         raise ValueError(
-            f"{name} must give finite maps in [0, 1], or masks of bool or whole numbers up to 255: "
-            f"see the map of row {row}."
+            f"{name} must give finite maps in [0, 1], or masks of bool or whole numbers, all of "
+            f"them 0 and 1 or all up to 255: see the map of row {row}."
         )
-    return maps
+    return maps / scale if scale > 1 else maps
 
 
 def as_maps(maps: Any, shape: tuple[int, ...], name: str) -> torch.Tensor:
-    """Bring maps to a tensor of the wanted shape; their values stay."""
+    """Bring maps to a tensor of the wanted shape; their values stay, if they have one dtype.
+
+    In a list that mixes dtypes each map is read on its own.
+    """
+    maps = as_list(maps)
     try:
-        maps = maps if isinstance(maps, torch.Tensor) else torch.from_numpy(np.asarray(maps))
+        if not isinstance(maps, (list, tuple, torch.Tensor)):
+            maps = torch.from_numpy(np.asarray(maps))
+        elif not isinstance(maps, torch.Tensor):
+            maps = [torch.from_numpy(as_pixel_array(single)) for single in maps]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} cannot be read as numbers: {error}") from error
+    if isinstance(maps, list):
+        if len({single.dtype for single in maps}) > 1:
+            one = (1, *shape[1:])
+            maps = [check_maps(m[None], one, name, [row])[0].double() for row, m in enumerate(maps)]
+        if len(maps) != shape[0] or len({single.shape for single in maps}) > 1:
+            shapes = sorted({tuple(single.shape) for single in maps})
+            raise ValueError(
+                f"{name} is a list of {len(maps)} maps of the shapes {shapes}; it must be "
+                f"{tuple(shape)}."
+            )
+        maps = torch.stack(maps)
     found, flat = tuple(maps.shape), (shape[0], int(np.prod(shape[1:])))
     if found in (shape, flat, (shape[0], 1, *shape[1:]), (*shape, 1)):
         return maps.reshape(shape)

@@ -236,9 +236,9 @@ def spoilt(images, row, value):
     return images
 
 
-def array_of_arrays():
+def array_of_arrays(odd):
     array = np.empty(24, dtype=object)
-    array[:] = list(X)
+    array[:] = [image[:5] if row == odd else image for row, image in enumerate(X)]
     return array
 
 
@@ -280,7 +280,7 @@ IMAGES = {
     ),
     "ragged lists": ([*FLAT[:20].tolist(), [1, 2], *FLAT[:3].tolist()], {}, ValueError, "row 20"),
     "a missing image": ([*X[:20], None, *X[:3]], {}, ValueError, "row 20"),
-    "array of arrays": (array_of_arrays(), {}, ValueError, "sequence|dtype"),
+    "array of arrays": (array_of_arrays(20), {}, ValueError, r"row 20 has shape \(5, 8\)"),
     "objects": (np.array([["a"] * 8] * 24, dtype=object), {}, ValueError, "'a'"),
     "strings": (X.astype(str), {}, ValueError, "bytes/strings"),
     "flat strings": (FLAT.astype(str), {}, ValueError, "bytes/strings"),

@@ -571,7 +571,7 @@ BAD = {
 
 @pytest.mark.parametrize(("params", "call", "message"), BAD.values(), ids=BAD)
 def test_bad_input_gets_a_clear_error(params, call, message):
-    sampler = SPMixSampler(**params)
+    sampler = SPMixSampler(**{"random_state": 0, **params})
     with pytest.raises(ValueError, match=message):
         sampler.fit_resample(**{"X": GOOD_X, "y": GOOD_Y, **call})
     assert not hasattr(sampler, "ratio_")

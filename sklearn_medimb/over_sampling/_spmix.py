@@ -20,7 +20,7 @@ from sklearn_medimb.images import (
     Images,
     as_array,
     as_pixels,
-    is_image,
+    holds_images,
     read_images,
     warn_of_flat_images,
 )
@@ -270,7 +270,7 @@ class SPMixSampler(BaseOverSampler):
             If the input is wrong or ambiguous, there is one class only, or `groups` leaves an
             image without a partner.
         """
-        if isinstance(X, (list, tuple)) and len(X) and is_image(X[0]):
+        if holds_images(X) or not isinstance(X, (list, tuple)):
             X = as_array(X)  # a list of images comes back as one array
         return super().fit_resample(X, y, groups=groups, maps=maps)
 
@@ -415,7 +415,7 @@ class SPMixSampler(BaseOverSampler):
         if maps is None:
             scores = maps_of(images, used, detect, device)
         else:
-            scores = patch_means(check_maps(maps[used], (len(used), *sides), "maps"), pool)
+            scores = patch_means(check_maps(maps[used], (len(used), *sides), "maps", used), pool)
         s_t, s_h = torch.from_numpy(places).chunk(2)
 
         block = pixel_block(images.image_shape, device)
