@@ -885,12 +885,15 @@ class PixelScale:
     _bright_enough: bool = False
 
     def check(self, images: np.ndarray, rows: np.ndarray, peak: float) -> None:
-        """Check floats (n, ...) whose largest absolute value is `peak`; `rows` are their names."""
+        """Check images (n, ...), floats up to `peak` or uint8; `rows` are their names."""
+        if images.dtype == np.uint8:
+            images = images / 255
+            peak = float(images.max(initial=0))
         limit = UNIT_MAX if self.unit else FOLD * self.peak
         if peak > limit:
             for row, image in zip(rows, images, strict=True):
                 self._refuse_bright(image, int(row), limit)
-        if FOLD * peak >= self.level:
+        if not FOLD * peak < self.level:
             self._bright_enough = True
         elif self._dark is None and not self._bright_enough:
             varied = (row for row, i in zip(rows, images, strict=True) if i.min() < i.max())
@@ -931,22 +934,22 @@ def check_pixel_range(estimator: Any, images: Images, *, reset: bool) -> None:
     "uint8", or the largest absolute value; None in ``fit`` until lazy floats have been read. What
     is lazy is checked as it is read.
     """
-    whole = images.dtype == np.uint8
+    whole, vectors = images.dtype == np.uint8, len(images.image_shape) == 1
     if reset:
         estimator.pixel_range_ = "uint8" if whole else None if images.lazy else images.peak
         return
     fitted = estimator.pixel_range_
     name = type(estimator).__name__
-    if whole:
-        if isinstance(fitted, float) and fitted > UNIT_MAX:
-            raise ValueError(
-                f"X is uint8, which counts as [0, 1], but {name} was fitted on floats up to "
-                f"{fitted:g}: convert X with X.astype(float) if these were not divided by 255 "
-                "either."
-            )
-        return
-    vectors = len(images.image_shape) == 1
-    if fitted is None or (fitted != "uint8" and (vectors or fitted <= 0)):
+    if whole and isinstance(fitted, float) and fitted > UNIT_MAX:
+        raise ValueError(
+            f"X is uint8, which counts as [0, 1], but {name} was fitted on floats up to "
+            f"{fitted:g}: convert X with X.astype(float) if these were not divided by 255 either."
+        )
+    if fitted == "uint8":
+        if whole:
+            return
+    # Features have no common scale; uint8 never exceeds 1.
+    elif not fitted or fitted < 0 or vectors or (whole and FOLD * fitted > 1):
         return
     peak = 1.0 if fitted == "uint8" else fitted
     level = float(np.sqrt(np.mean(estimator.pixel_mean_**2 + estimator.pixel_std_**2)))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,7 +24,7 @@ from sklearn_medimb import (
     SSLEncoder,
 )
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.datasets import DatasetImages
+from sklearn_medimb.datasets import DatasetImages, MappedImages
 from sklearn_medimb.images import read_images
 
 RNG = np.random.default_rng(0)
@@ -406,3 +410,293 @@ def test_mode_without_a_way_to_rgb_is_named(container):
     images = [Unknown() if row == 3 else image for row, image in enumerate(COLOURED)]
     with pytest.raises(ValueError, match=r"Row 3 of X could not be read.*mode XYZ"):
         pixels(container(images))
+
+
+# ---------------------------------------------------------------- fit, then another scale
+
+
+def mapped(images, tmp_path=[]):  # noqa: B006
+    """A file per array, in a folder that outlives the call."""
+    if not tmp_path:
+        tmp_path.append(tempfile.TemporaryDirectory())
+    path = Path(tmp_path[0].name) / f"{len(list(Path(tmp_path[0].name).iterdir()))}.npy"
+    np.save(path, images)
+    return MappedImages(path)
+
+
+CONTAINERS = {"array": np.asarray, **LISTS, **LAZY, "mapped": mapped}
+SHORT = ("array", "lazy", "mapped")
+SCALES = {
+    "uint8": X,
+    "unit": UNIT,
+    "float32 unit": UNIT.astype(np.float32),
+    "to 255": FLOAT,
+    "uint16": X.astype(np.uint16) * 257,
+    "/ 255 twice": UNIT / 255,
+}
+UNCHANGED = (
+    {("uint8", "unit"), ("unit", "uint8"), ("float32 unit", "uint8")}
+    | {(name, name) for name in SCALES}
+    | {
+        pair
+        for a, b in [("unit", "float32 unit"), ("uint8", "float32 unit")]
+        for pair in [(a, b), (b, a)]
+    }
+)
+CLASSIFIERS: dict = {}
+
+
+def fitted_on(scale, container):
+    if (scale, container) not in CLASSIFIERS:
+        clf = make().fit(CONTAINERS[container](SCALES[scale]), Y)
+        CLASSIFIERS[scale, container] = clf
+    return CLASSIFIERS[scale, container]
+
+
+@pytest.mark.parametrize("at_fit", ["array", "lazy", "mapped"])
+@pytest.mark.parametrize("later", SCALES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_another_scale_than_in_fit(scale, later, at_fit):
+    clf = fitted_on(scale, at_fit)
+    for at_predict in ("array", "list", "data set", "lazy", "mapped"):
+        images = CONTAINERS[at_predict](SCALES[later])
+        if (scale, later) in UNCHANGED:
+            assert np.isfinite(clf.predict_proba(images)).all()
+            continue
+        with pytest.raises(ValueError, match="SoftmaxClassifier was fitted on"):
+            clf.predict_proba(images)
+
+
+@pytest.mark.parametrize("container", SHORT)
+@pytest.mark.parametrize(
+    ("scale", "later"),
+    [("uint8", "to 255"), ("unit", "to 255"), ("to 255", "uint8"), ("to 255", "unit")],
+)
+def test_further_training_on_another_scale(scale, later, container):
+    images = CONTAINERS[container](SCALES[later])
+    for name, call in {
+        "partial_fit": lambda clf: clf.partial_fit(images, Y),
+        "warm start": lambda clf: clf.set_params(warm_start=True).fit(images, Y),
+        "fitted start": lambda clf: make(backbone=clf).fit(images, Y),
+        "with a sampler": lambda clf: make(
+            backbone=clf, sampler=SPMixSampler(device="cpu", mix_prob=1.0)
+        ).fit(images, IMBALANCED),
+    }.items():
+        clf = make().fit(SCALES[scale], Y)
+        before = clf.predict_proba(SCALES[scale])
+        with pytest.raises(ValueError, match="SoftmaxClassifier was fitted on"):
+            call(clf)
+        np.testing.assert_array_equal(clf.predict_proba(SCALES[scale]), before, err_msg=name)
+
+
+@pytest.mark.parametrize("container", SHORT)
+@pytest.mark.parametrize(
+    ("scale", "later"),
+    [("to 255", "uint8"), ("uint8", "to 255"), ("unit", "to 255"), ("to 255", "unit")],
+)
+def test_encoder_of_another_scale(scale, later, container):
+    encoder = make(SSLEncoder).fit(CONTAINERS[container](SCALES[scale]))
+    images = CONTAINERS[container](SCALES[later])
+    for params in ({"backbone": encoder}, {"pretrain": encoder}):
+        clf = make(**params)
+        with pytest.raises(ValueError, match="SSLEncoder was fitted on"):
+            clf.fit(images, Y)
+        assert not hasattr(clf, "net_")
+    with pytest.raises(ValueError, match="SSLEncoder was fitted on"):
+        encoder.transform(images)
+
+
+def test_refit_head_on_another_scale():
+    clf = make(MetricTwoStageClassifier).fit(X, Y)
+    head = clf.head_
+    for images in (FLOAT, Lazy(FLOAT), mapped(FLOAT)):
+        with pytest.raises(ValueError, match="MetricTwoStageClassifier was fitted on"):
+            clf.refit_head(images, Y)
+    assert clf.head_ is head
+
+
+@pytest.mark.parametrize("container", SHORT)
+def test_range_is_known_of_every_container(container):
+    assert fitted_on("to 255", container).pixel_range_ == X.max()
+    assert fitted_on("uint8", container).pixel_range_ == "uint8"
+    started = make(backbone=fitted_on("to 255", container)).fit(CONTAINERS[container](FLOAT), Y)
+    assert started.pixel_range_ == X.max()
+    started = make(backbone=fitted_on("uint8", container)).fit(CONTAINERS[container](UNIT), Y)
+    assert started.pixel_range_ == 1.0
+
+
+def test_row_of_another_scale_is_named():
+    images = UNIT.copy()
+    images[7] *= 255
+    for scale in ("uint8", "unit"):
+        for container in SHORT:
+            with pytest.raises(ValueError, match=r"see row 7\)"):
+                fitted_on(scale, "array").predict(CONTAINERS[container](images))
+
+
+VOXELS = RNG.normal(0, 300, (12, 8, 9)).clip(-1000, 1500)  # Hounsfield units
+FAITHFUL = {
+    "darker": (UNIT, UNIT * 0.2),
+    "one black image": (UNIT, np.zeros((1, 8, 9))),
+    "one black image after uint8": (X, np.zeros((1, 8, 9))),
+    "black images of 0 to 255": (FLOAT, np.zeros((4, 8, 9))),
+    "one dark image among others": (FLOAT, np.concatenate([UNIT[:1], FLOAT[1:]])),
+    "overshoot": (X, UNIT * 1.3 - 0.1),
+    "brighter than all": (np.where(np.arange(9) == 0, UNIT, 0), np.ones((2, 8, 9))),
+    "standardised": ((UNIT - UNIT.mean()) / UNIT.std(), (UNIT[:2] - UNIT.mean()) / UNIT.std()),
+    "air": (VOXELS, np.full((1, 8, 9), -1000.0) + RNG.normal(0, 9, (1, 8, 9))),
+    "metal": (VOXELS, np.where(np.arange(72).reshape(8, 9) == 5, 30000.0, VOXELS[:3])),
+    "a bright sequence": (VOXELS, VOXELS * 4),
+    "blank in fit": (np.zeros((12, 8, 9)), UNIT),
+}
+
+
+@pytest.mark.parametrize("container", ["array", "lazy"])
+@pytest.mark.parametrize("case", FAITHFUL)
+def test_no_false_alarm(case, container):
+    known, images = FAITHFUL[case]
+    clf = make().fit(CONTAINERS[container](known), Y)
+    assert np.isfinite(clf.predict_proba(CONTAINERS[container](images))).all()
+
+
+def test_vectors_have_no_common_scale_but_that_of_uint8():
+    rows = RNG.random((12, 5)) * [1, 10, 1e3, 1e-3, 1]
+    clf = make(backbone="auto").fit(rows, Y)
+    assert np.isfinite(clf.predict_proba(rows * 300)).all()
+    with pytest.raises(ValueError, match=r"X is uint8.*was fitted on floats up to"):
+        clf.predict(rows.astype(np.uint8))
+    clf = make(backbone="auto").fit(rows.astype(np.uint8), Y)
+    with pytest.raises(ValueError, match=r"was fitted on uint8"):
+        clf.predict(rows)
+
+
+@pytest.mark.parametrize("container", SHORT)
+def test_old_models_without_a_range_still_predict(container):
+    clf = pickle.loads(pickle.dumps(fitted_on("to 255", "lazy")))
+    clf.pixel_range_ = None  # as lazy floats left it
+    expected = fitted_on("to 255", "lazy").predict_proba(FLOAT)
+    np.testing.assert_array_equal(clf.predict_proba(CONTAINERS[container](FLOAT)), expected)
+
+
+# ---------------------------------------------------------------- values that are no pixels
+
+ASKS = ("predict", "predict_proba", "decision_function", "transform")
+
+
+@pytest.mark.parametrize("container", ["array", "lazy", "mapped"])
+@pytest.mark.parametrize(
+    "cls", [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, SSLEncoder]
+)
+def test_absurd_pixel_is_named(cls, container):
+    clf = fitted(cls)
+    for value in (3e38, -3e38, 1e30):
+        images = UNIT.astype(np.float32)
+        images[7, 2, 3] = value
+        images = CONTAINERS[container](images)
+        asks = [name for name in (*ASKS, "similarity", "explain") if hasattr(clf, name)]
+        for name in asks:
+            with pytest.raises(ValueError, match=r"\brow 7\b"):
+                getattr(clf, name)(images)
+        if cls is CSSNClassifier:
+            for pair in ((UNIT, images), (images, UNIT)):
+                with pytest.raises(ValueError, match=r"\brow 7\b"):
+                    clf.compare(*pair)
+
+
+def test_absurd_value_of_a_vector_is_named():
+    rows = RNG.random((12, 5))
+    clf = make(backbone="auto", precision="float32").fit(rows, Y)
+    rows[7, 2] = 3e38
+    for ask in ASKS:
+        with pytest.raises(ValueError, match=r"\brow 7\b"):
+            getattr(clf, ask)(rows)
+
+
+def test_weights_that_have_diverged_are_no_answer():
+    clf = make().fit(UNIT, Y)
+    clf.weights_ = {name: value * np.nan for name, value in clf.weights_.items()}
+    with pytest.raises(ValueError, match=r"row 0 .*diverged"):
+        clf.predict(UNIT)
+
+
+@pytest.mark.parametrize("container", ["array", "lazy", "mapped"])
+@pytest.mark.parametrize("value", [3e38, -3.4e38, 1e20])
+@pytest.mark.parametrize("cls", [SoftmaxClassifier, SSLEncoder])
+def test_mark_of_missing_pixels_in_fit_is_named(cls, value, container):
+    images = UNIT.astype(np.float32)
+    images[7, 2, 3] = value
+    clf = make(cls)
+    with pytest.raises(ValueError, match=r"\brow 7\b"):
+        clf.fit(CONTAINERS[container](images), Y)
+    assert not hasattr(clf, "net_")
+
+
+# ---------------------------------------------------------------- files that change
+
+
+def in_worker(X):
+    """What another process sees, and what it then predicts on."""
+    return pickle.loads(pickle.dumps(X))
+
+
+REPLACED = {
+    "dtype": UNIT,
+    "byte order": X.astype(">u2"),
+    "axes": np.ascontiguousarray(X.transpose(0, 2, 1)),
+    "memory order": np.asfortranarray(X),
+    "more rows": np.concatenate([X, X]),
+    "fewer rows": X[:5],
+    "other images": X[::-1],
+    "no images": np.zeros(3),
+}
+
+
+@pytest.mark.parametrize("where", ["same process", "worker"])
+@pytest.mark.parametrize("case", REPLACED)
+def test_file_replaced_by_another_is_refused(case, where, tmp_path):
+    path = tmp_path / "images.npy"
+    np.save(path, X)
+    images = MappedImages(path)[2:]
+    clf = fitted_on("uint8", "array")
+    clf.predict(images)
+    np.save(tmp_path / "other.npy", REPLACED[case])
+    (tmp_path / "other.npy").replace(path)
+    images = images if where == "same process" else in_worker(images)
+    for ask in (clf.predict, lambda images: images[0], lambda images: images.take([0])):
+        with pytest.raises(ValueError, match=r"images\.npy.*is not the file that it was"):
+            ask(images)
+
+
+def test_file_overwritten_in_place_is_refused(tmp_path):
+    """The pages that are mapped show the new bytes, behind the old dtype."""
+    path = tmp_path / "images.npy"
+    np.save(path, X)
+    images = MappedImages(path)
+    np.save(path, UNIT)
+    with pytest.raises(ValueError, match="is not the file that it was: it holds float64"):
+        images.take(np.arange(3))
+
+
+def test_file_written_anew_as_it_was_is_the_same(tmp_path):
+    path = tmp_path / "images.npy"
+    np.save(path, X)
+    images = MappedImages(path)
+    np.save(tmp_path / "other.npy", X)
+    (tmp_path / "other.npy").replace(path)
+    for same in (images, in_worker(images)):
+        np.testing.assert_array_equal(same.take(np.arange(12)), X)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(-1, 8, 8), (-1, -8, 8), (2**40, 2**40, 8), (12, -8, -9), (2**63, 1, 1), (10**30, 8, 8)],
+)
+def test_header_that_makes_no_sense(shape, tmp_path):
+    path = tmp_path / "images.npy"
+    np.save(path, X)
+    body = path.read_bytes()
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    forged = body[:8] + len(header).to_bytes(2, "little") + header.encode() + X.tobytes()
+    path.write_bytes(forged)
+    with pytest.raises(ValueError, match=r"images\.npy.*is no \.npy file of images"):
+        MappedImages(path)
