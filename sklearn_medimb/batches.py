@@ -23,6 +23,7 @@ from torch.utils.data import Sampler
 
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.images import Images, to_unit_scale
+from sklearn_medimb.randomness import redirected
 
 Plan = Callable[[np.random.Generator], list[np.ndarray]]
 
@@ -425,7 +426,10 @@ class Batches:
         if self.resident is not None:
             raw = self.resident[index]
         else:
-            raw = self.preprocess.upload(self.images.rows(self.rows[picks]))
+            # Items of a data set, which the caller's own code makes, may be drawn anew each time.
+            with redirected(self.images.lazy):
+                raw = self.images.rows(self.rows[picks])
+            raw = self.preprocess.upload(raw)
         return to_unit_scale(raw, self.preprocess.dtype), self.targets[index]
 
     def draw(self, images: torch.Tensor, augmentation: Augmentation) -> dict[str, Any] | None:
@@ -433,12 +437,16 @@ class Batches:
         # Vectors are not augmented. Of the caller's own augmentations, draw and apply are asked.
         if images.ndim < 4 or getattr(augmentation, "is_identity", False):
             return None
-        return augmentation.draw(len(images), tuple(images.shape[1:]), self.generator)
+        with redirected(not isinstance(augmentation, Augmentation)):
+            return augmentation.draw(len(images), tuple(images.shape[1:]), self.generator)
 
     def view(self, images: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
         """One augmented copy of images, still on the unit scale."""
         params = self.draw(images, augmentation)
-        return images if params is None else augmentation.apply(images, params)
+        if params is None:
+            return images
+        with redirected(not isinstance(augmentation, Augmentation)):
+            return augmentation.apply(images, params)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for picks in self.plan(self.rng):

@@ -450,7 +450,7 @@ class Net(NeuralNet):
 
     def train_step(self, batch: Any, **fit_params: Any) -> Any:
         """Take a step, backward pass included, with the draws of the fit."""
-        with redirected() if self.from_outside else nullcontext():
+        with redirected(self.from_outside):
             return super().train_step(batch, **fit_params)
 
     def train_step_single(self, batch: Any, **fit_params: Any) -> Any:

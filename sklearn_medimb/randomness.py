@@ -106,20 +106,39 @@ def seeded(seed: int, device: torch.device) -> Iterator[Draws]:
         yield draws
 
 
-def generator_of(tensor: Tensor) -> torch.Generator | None:
-    """Generator for noise on a tensor; None, which is torch's default one, outside of a fit."""
+def generator_on(device: torch.device) -> torch.Generator | None:
+    """Give the generator for noise on a device; None, torch's default one, outside of a fit."""
     draws = current_draws()
-    return None if draws is None else draws.generator(tensor.device)
+    return None if draws is None else draws.generator(device)
 
 
 # ---------------------------------------------------------------- layers
 
 
-@torch.compiler.disable
 def keep_mask(like: Tensor, shape: tuple[int, ...], rate: float) -> Tensor:
-    """Zeros for a share `rate` of the places, ``1 / (1 - rate)`` elsewhere."""
+    """Zeros for a share `rate` of the places, ``1 / (1 - rate)`` elsewhere; as float as `like`."""
+    draw = torch.ops.sklearn_medimb.keep_mask if torch.compiler.is_compiling() else _keep_mask
+    return draw(like.detach(), shape, rate)
+
+
+def _keep_mask(like: Tensor, shape: tuple[int, ...], rate: float) -> Tensor:
     mask = like.new_empty(shape)
-    return mask.bernoulli_(1 - rate, generator=generator_of(like)).div_(1 - rate)
+    return mask.bernoulli_(1 - rate, generator=generator_on(like.device)).div_(1 - rate)
+
+
+# A compiled graph, which holds no generators, calls it as a whole. It takes two calls that are
+# given the same for one, and draws once: so each is given the tensor that it is for.
+torch.library.define(
+    "sklearn_medimb::keep_mask",
+    "(Tensor like, SymInt[] shape, float rate) -> Tensor",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+torch.library.impl("sklearn_medimb::keep_mask", "CompositeExplicitAutograd")(_keep_mask)
+
+
+@torch.library.register_fake("sklearn_medimb::keep_mask")
+def _blank_mask(like: Tensor, shape: tuple[int, ...], _: float) -> Tensor:
+    return like.new_empty(shape)
 
 
 class Dropout(nn.Dropout):
@@ -158,11 +177,15 @@ def _may_draw(module: nn.Module) -> bool:
 
 
 @contextmanager
-def redirected() -> Iterator[None]:
+def redirected(needed: bool = True) -> Iterator[None]:
     """Let whatever runs in this thread draw from the fit's generators instead of torch's default.
 
-    Each operation costs some 15 microseconds more. Code inside is not compiled.
+    Each operation costs some 15 microseconds more, and nothing inside is compiled, so that the
+    block is left alone where this is not `needed`.
     """
+    if not needed:
+        yield
+        return
     with _PlainAttention(), _Redirection(current_draws()):
         yield
 

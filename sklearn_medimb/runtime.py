@@ -241,6 +241,12 @@ def is_one_of_many() -> bool:
     return frame is not None
 
 
+if hasattr(os, "register_at_fork"):
+    # torch's threads are not copied by a fork: a child that asked for more than one would wait for
+    # the others for ever, be it in a matrix product or in the copy of a tensor.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
+
 @contextmanager
 def one_thread_in_workers() -> Iterator[None]:
     """Use one torch thread inside worker processes (joblib, multiprocessing).
