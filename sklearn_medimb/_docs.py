@@ -96,7 +96,8 @@ precision : {{"auto", "float32", "bf16", "float64"}}, default="auto"
         "auto" runs the backbone of image networks in bfloat16 where the hardware does natively.""",
     "compile": """\
 compile : bool, default=False
-        Pass the network through ``torch.compile``.""",
+        Pass the network through ``torch.compile``. Training steps of networks from elsewhere that
+        may draw random numbers (dropout) are not compiled.""",
     "warm_start": """\
 warm_start : bool, default=False
         Whether a further ``fit`` goes on from the present weights.""",
@@ -106,7 +107,9 @@ net_params : dict or None, default=None
         ``{{"optimizer": torch.optim.SGD}}``.""",
     "random_state": """\
 random_state : int, RandomState or None, default=None
-        Seeds everything; the global generators stay untouched.""",
+        Seeds everything, to the bit for the same number of torch's threads, in whatever thread or
+        process; worker processes use one. The global generators stay untouched, but for NumPy's
+        where this is None.""",
     "verbose": """\
 verbose : int, default=0
         1 shows a progress bar with loss, validation score and time left, or a few lines where the
