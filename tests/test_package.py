@@ -73,7 +73,7 @@ def test_import_takes_little_longer_than_its_dependencies():
 def test_floors_import_downwards_only():
     """Ground floors know nothing of methods; see the order below."""
     floors = [
-        {"_docs", "distributed", "gpu_queue"},
+        {"_docs", "distributed", "gpu_queue", "randomness"},
         {
             "images",
             "augment",
