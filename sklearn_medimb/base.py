@@ -599,9 +599,9 @@ class BaseImageEstimator(
         odd = (~torch.isfinite(result.flatten(1)).all(dim=1)).nonzero()
         if len(odd):  # else the sum overflows, no value does
             raise ValueError(
-                f"{type(self).__name__} gives NaN or infinity for row {rows[int(odd[0])]} of X: its "
-                "values are too large for the network, or the weights of the network have diverged "
-                "in training (lower lr)."
+                f"{type(self).__name__} gives NaN or infinity for row {rows[int(odd[0])]} of X: "
+                "its values are too large for the network, or the weights of the network have "
+                "diverged in training (lower lr)."
             )
 
     def transform(self, X: Any) -> np.ndarray:
