@@ -29,6 +29,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -120,10 +121,6 @@ def profile_interval(
     every = np.arange(len(units))
     observed = as_numbers(observed, name)
     support, sizes = _support(units, classes, cells, donors, alike, n_resamples, random_state)
-    share, cost, stratum, n = (
-        np.array([getattr(one, key) for one in support])
-        for key in ("share", "cost", "stratum", "n")
-    )
 
     def changed(i: list[np.ndarray], j: list[np.ndarray]) -> np.ndarray:
         value = as_numbers(score_of(np.concatenate(i), np.concatenate(j)), name)
@@ -138,6 +135,14 @@ def profile_interval(
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # the score of all samples has warned already
         added = [changed([every, one.rows], [every, one.predictions]) for one in support]
+        # An unseen unit may make a loss infinite; it is none that may be counted with.
+        finite = [not np.isinf(one).any() for one in added]
+        kept = [one.share > UNSEEN or ok for one, ok in zip(support, finite, strict=True)]
+        support, added = list(compress(support, kept)), list(compress(added, kept))
+        share, cost, stratum, n = (
+            np.array([getattr(one, key) for one in support])
+            for key in ("share", "cost", "stratum", "n")
+        )
         influence = (np.array(added) - score) * ((n_units + n) / n)[:, np.newaxis]
         # Copies of the units, in proportion to their shares: a score need not take weights.
         n_rows = np.clip(50 * len(units), 20_000, max(200_000, 4 * len(units)))
@@ -151,6 +156,7 @@ def profile_interval(
             for end, sign in enumerate((-1, 1)):
                 wanted = _extreme(sign * influence[:, k], share, cost, stratum, sizes, z)
                 copies = np.rint(n_copies * wanted / n).astype(int)
+                copies = np.maximum(copies, share > UNSEEN)  # no class is to go missing
                 i, j = (
                     [np.tile(getattr(one, key), m) for one, m in zip(support, copies, strict=True)]
                     for key in ("rows", "predictions")

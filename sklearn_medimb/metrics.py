@@ -550,7 +550,7 @@ def _interval(
         donors = n + np.concatenate([best, wrong], axis=1)
         if len(columns) == 2:  # one of the two is right
             pairs = 3 * n_labels * best + wrong, 3 * n_labels * wrong + best
-            donors = n + np.concatenate(pairs, axis=1)
+            donors = n + np.stack(pairs, axis=2).reshape(len(own), -1)
         seen = [column.codes(labels) for column in columns]
         if all(code is not None for code in seen):
             cells = codes
@@ -605,6 +605,11 @@ def _name(metric: Any) -> str:
     return getattr(metric, "__name__", None) or repr(metric)
 
 
+def _with_unseen_labels(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """As `_with_unseen` of predicted labels, where these are each label, itself and another."""
+    return np.concatenate([values, labels, labels, np.roll(labels, -1)])
+
+
 def _with_unseen(values: np.ndarray, labels: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Scores of every sample, and of three that nobody saw for each label.
 
@@ -643,7 +648,7 @@ class _Column:
 
     def extend(self, labels: np.ndarray, y: np.ndarray) -> None:
         if self.are_labels:
-            self.extended = np.concatenate([self.values, labels, labels, labels])
+            self.extended = _with_unseen_labels(self.values, labels)
         else:
             self.extended = _with_unseen(self.values, labels, y)
 
@@ -690,7 +695,7 @@ class _Answered(ClassifierMixin, BaseEstimator):
     def extend(self, labels: np.ndarray, y: np.ndarray) -> None:
         for name, values in self.answers.items():
             self.extended[name] = (
-                np.concatenate([values, labels, labels, labels])
+                _with_unseen_labels(values, labels)
                 if name == "predict"
                 else _with_unseen(values, labels, y)
             )

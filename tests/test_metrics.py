@@ -28,6 +28,7 @@ from sklearn.metrics import (
     precision_score,
     recall_score,
     roc_auc_score,
+    top_k_accuracy_score,
 )
 from sklearn.model_selection import GridSearchCV, cross_validate
 from sklearn.pipeline import make_pipeline
@@ -348,6 +349,30 @@ def test_interval_of_an_array_is_that_of_each_entry():
     assert metric_interval(table, y, p).high.shape == (3, 3)
     shots = metric_interval(partial(shot_recall, train_counts={0: 9, 1: 5, 2: 5}), y, p)
     assert np.isnan(shots.low).tolist() == [False, True, False]
+
+
+def test_a_class_always_found_among_the_guesses_is_not_certain_to_be():
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1, 2, 3], [50, 50, 50, 5])
+    proba = np.eye(4)[y] * 0.4 + rng.dirichlet(np.ones(4), 155) * 0.6
+    score, low, high = metric_interval(partial(top_k_accuracy_score, k=3), y, proba)
+    assert score == high == 1
+    np.testing.assert_allclose(low, 155 / (155 + 1.96**2), atol=3e-3)  # Wilson's
+
+
+def test_a_loss_without_bound_has_a_finite_interval():
+    y = np.repeat([0, 1, 2], 20)
+    proba = np.array([[0.8, 0.2, 0.0], [0.2, 0.8, 0.0], [0.1, 0.0, 0.9]])[y]
+    score, low, high = metric_interval(
+        lambda y, p: -np.log(p[np.arange(len(y)), y]).mean(), y, proba
+    )
+    assert low < score < high < 1
+
+
+def test_many_classes_leave_few_guesses_of_what_was_not_seen():
+    y = np.repeat(np.arange(40), 5)
+    recalls = metric_interval(partial(recall_score, average=None), y, y, n_resamples=50)
+    np.testing.assert_allclose(recalls.low, np.full(40, 0.566), atol=2e-3)
 
 
 def test_many_samples_are_put_together_at_random():
