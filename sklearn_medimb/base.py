@@ -465,20 +465,26 @@ class BaseImageEstimator(
     # ---------------------------------------------------------------- the network
 
     def _make_net(
-        self, device: torch.device, previous: Net | None = None, *, pretrained: bool = True
+        self,
+        device: torch.device,
+        previous: Net | None = None,
+        *,
+        pretrained: bool = True,
+        module: Any = None,
     ) -> Net:
-        """Make the skorch net: network, optimiser, callbacks.
+        """Make the skorch net: network (unless it is given), optimiser, callbacks.
 
         A previous net passes on a copy of its network and its history, so that it stays as it was
         should training fail.
         """
         dtype, autocast = resolve_precision(self.precision, device, len(self.image_shape_))
+        pretrained = pretrained and module is None
         callbacks = resolve_callbacks(self.callbacks, self) if pretrained else []
-        if previous is None:
-            module = self._network(device, dtype, pretrained)
-        else:
+        if previous is not None:
             module = copy.deepcopy(previous.module_).to(device, dtype)
-            module.trunk.autocast = autocast
+        elif module is None:
+            module = self._network(device, dtype, pretrained)
+        module.trunk.autocast = autocast
         net = Net(
             module=module,
             criterion=nn.Identity(),  # the method's loss follows with the training set
@@ -515,6 +521,8 @@ class BaseImageEstimator(
     def _network(self, device: torch.device, dtype: torch.dtype, pretrained: bool) -> nn.Module:
         """Make the method's module around the chosen backbone, on the device."""
         _, autocast = resolve_precision(self.precision, device, len(self.image_shape_))
+        if on_meta := device.type == "meta":  # shapes alone
+            autocast = None
         start, backbone = self._start, self.backbone
         if start is not None and pretrained:
             backbone = start.backbone_
@@ -530,7 +538,8 @@ class BaseImageEstimator(
             backbone = clone(backbone).set_params(weights=None)
 
         def trunk(input_shape: tuple[int, ...] = self.image_shape_) -> Trunk:
-            module = make_backbone(backbone, input_shape, self.n_samples_fit_).cpu().float()
+            module = make_backbone(backbone, input_shape, self.n_samples_fit_)
+            module = module.to("meta" if on_meta else "cpu").float()
             return Trunk(module, input_shape, autocast=autocast)
 
         return self._make_network(trunk).to(device, dtype)
@@ -666,8 +675,13 @@ class BaseImageEstimator(
         module = self.net_.module_
         return self._map(images, module.features).cpu().numpy(), module.n_features
 
-    def _check_learned(self) -> None:
+    def _check_learned(self, *, tries: bool = True) -> None:
         """Refuse fitted arrays that do not fit together: there must be an answer for blank input.
+
+        Parameters
+        ----------
+        tries : bool, default=True
+            Whether to ask for that answer, which takes memory and time.
 
         Raises
         ------
@@ -682,12 +696,13 @@ class BaseImageEstimator(
             sizes.setdefault(size, len(array))
             if array.ndim != n_axes or array.dtype.kind not in kinds or len(array) != sizes[size]:
                 raise ValueError(f"{name} has shape {array.shape} and dtype {array.dtype}.")
-        for name, array in self.weights_.items():
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
+        arrays = {name: torch.tensor(getattr(self, name)) for name in self._inference_arrays}
+        for name, value in (self.net_.module_.state_dict() | arrays).items():
+            if value.is_floating_point() and not value.isfinite().all():
                 raise ValueError(f"the weights {name} are not finite.")
         if not (self.pixel_std_ > 0).all():
             raise ValueError("pixel_std_ must be above 0.")
-        if self.compile:  # an answer would compile the network now
+        if self.compile or not tries:  # an answer would compile the network now
             return
         shape = self.image_shape_
         blank = Images(np.zeros((1, *shape), np.float32), Layout(shape), np.dtype(np.float32))

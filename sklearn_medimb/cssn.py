@@ -812,9 +812,9 @@ class CSSNClassifier(BaseImageClassifier):
         """Encode images, or some of their rows, each once."""
         return Encoded(*self._map(images, self.net_.module_.encode, rows))
 
-    def _check_learned(self) -> None:
+    def _check_learned(self, *, tries: bool = True) -> None:
         """Refuse fitted arrays that do not fit together; every class must have supports."""
-        super()._check_learned()
+        super()._check_learned(tries=tries)
         if set(self.support_codes_.tolist()) != set(range(len(self.classes_))):
             raise ValueError("support_codes_ must hold the number of each class, and no other.")
 

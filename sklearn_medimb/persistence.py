@@ -9,7 +9,8 @@ classes are looked up in a fixed list, networks are rebuilt from the parameters.
 >>> classifier = load("classifier.safetensors")  # doctest: +SKIP
 
 A file is neither secret nor signed: its digest finds damage, but whoever writes files can write one
-that loads, with weights and parameters of their choice, or with a network too large for memory.
+that loads, with weights and parameters of their choice. It fetches nothing, calls no function that
+the file names, and takes little more memory than the file is long.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import re
 import warnings
 from collections.abc import Callable
 from functools import cache
-from inspect import isclass, signature
+from inspect import Parameter, isclass, signature
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,16 @@ import torch
 from sklearn import config_context
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
+from skorch.history import History
 
 import sklearn_medimb
-from sklearn_medimb.backbones import Backbone
+from sklearn_medimb.backbones import Backbone, check_described
 from sklearn_medimb.base import BaseImageEstimator, check_answer
 from sklearn_medimb.classifier import BaseImageClassifier
 from sklearn_medimb.rebalance import RebalancedHead
+from sklearn_medimb.rebuilding import rebuild
 from sklearn_medimb.runtime import replacing
+from sklearn_medimb.two_stage import head_logits
 
 FORMAT = 1
 
@@ -66,6 +70,12 @@ _LEARNED = re.compile(r"[A-Za-z]\w*_|_[a-z]\w*")
 _REBUILT = {"net_", "_metadata_request"}
 # What the architecture of a network depends on beside parameters.
 _ARCHITECTURE = ("classes_", "image_shape_", "n_samples_fit_")
+
+# What a description may hold: bytes with the list of tensors, characters, estimators; numbers of
+# bytes in an array of texts, which take as much room each as the longest; pixels along an axis.
+_MAX_HEADER, _MAX_TEXT, _MAX_ESTIMATORS = 2**22, 2**21, 64
+_MAX_TEXTS, _MAX_SIDE = 2**24, 2**16
+_MAX_PAIRS = 2**22  # numbers that comparing one image with all supports takes, to be tried
 
 _TYPES: dict[str, Any] = {
     "classes_": np.ndarray,
@@ -124,13 +134,19 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
             "(best_estimator_, a step of a pipeline), or use pickle or joblib."
         )
     check_is_fitted(estimator)
-    writer = _Writer()
+    writer = _Writer(estimator)
     tree = writer.estimator(estimator, "", "all")
     stamp = {
         "sklearn_medimb": sklearn_medimb.__version__,
         "sklearn_medimb_format": str(FORMAT),
         "estimator": json.dumps(tree, allow_nan=False, separators=(",", ":")),
     }
+    if len(stamp["estimator"]) > _MAX_TEXT:
+        raise ValueError(
+            f"{type(estimator).__name__} has {len(stamp['estimator'])} characters of parameters "
+            f"and history beside its arrays; a file takes {_MAX_TEXT}. Shorten history_, or use "
+            "pickle or joblib."
+        )
     stamp["digest"] = _digest(stamp, writer.tensors)
     with replacing(Path(path)) as draft:
         try:
@@ -242,10 +258,12 @@ def _digest(stamp: dict[str, str], tensors: dict[str, np.ndarray]) -> str:
 class _Writer:
     """Turn an estimator into JSON values, with arrays apart.
 
-    Numbers, texts and lists are themselves, all else an object with one key: what it is.
+    Numbers, texts and lists are themselves, all else an object with one key: what it is. `whole` is
+    the estimator that is written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, whole: Any = None) -> None:
+        self.whole = whole
         self.tensors: dict[str, np.ndarray] = {}
 
     def encode(self, value: Any, place: str) -> Any:
@@ -278,9 +296,26 @@ class _Writer:
         if isinstance(value, BaseEstimator) and type(value) in _names():
             started = isinstance(value, BaseImageEstimator) and value._was_fitted
             return self.estimator(value, place, "architecture" if started else "none")
-        raise ValueError(
-            f"{place}={value!r} cannot be written as data: use pickle or joblib or, if predictions "
-            f"do without it, set_params({place}=None)."
+        raise ValueError(f"{place}={value!r} cannot be written as data: {self.advice(place)}.")
+
+    def advice(self, place: str) -> str:
+        """What to do about a value that is no data."""
+        *outside, name = place.split("__")
+        if name == "backbone":
+            return (
+                "a network of one's own is code. pickle and joblib keep it; "
+                "sklearn_medimb.onnx.export_onnx writes what predictions need of it"
+            )
+        owner = self.whole
+        for part in outside:
+            owner = getattr(owner, part, None)
+        known = signature(type(owner)).parameters
+        default = known[name].default if name in known else Parameter.empty
+        if name in ("pretrain", "rebalance") or default is Parameter.empty:  # part of what predicts
+            return "use pickle or joblib"
+        return (
+            f"use pickle or joblib or, since predictions do without it, set_params({place}="
+            f"{default!r}), the default"
         )
 
     def array(self, value: np.ndarray, place: str) -> Any:
@@ -362,14 +397,9 @@ class _Reader:
 
     def __init__(self, tensors: dict[str, np.ndarray]) -> None:
         self.tensors = dict(tensors)
-
-    def decode(self, node: Any) -> Any:
-        """One value."""
-        if node is None or isinstance(node, (bool, int, float, str)):
-            return node
-        if isinstance(node, list):
-            return [self.decode(item) for item in node]
-        tags: dict[str, Callable[[Any], Any]] = {
+        self.n_texts = self.n_estimators = 0
+        self.is_light = True  # whether an answer of the network may be tried
+        self.tags: dict[str, Callable[[Any], Any]] = {
             "float": lambda text: {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[text],
             "number": self.number,
             "bytes": bytes.fromhex,
@@ -383,10 +413,17 @@ class _Reader:
             "class": self.known,
             "estimator": self.estimator,
         }
-        if len(node) != 1 or not node.keys() <= tags.keys():
+
+    def decode(self, node: Any) -> Any:
+        """One value."""
+        if node is None or isinstance(node, (bool, int, float, str)):
+            return node
+        if isinstance(node, list):
+            return [self.decode(item) for item in node]
+        if len(node) != 1 or not node.keys() <= self.tags.keys():
             raise ValueError(f"it describes a value by {sorted(node)[:5]}, which means nothing.")
         ((tag, content),) = node.items()
-        return tags[tag](content)
+        return self.tags[tag](content)
 
     def number(self, content: Any) -> Any:
         """A NumPy scalar."""
@@ -404,6 +441,10 @@ class _Reader:
     def texts(self, content: Any) -> np.ndarray:
         """An array of texts or objects."""
         kind, shape, items = content
+        longest = max((len(item) for item in items if isinstance(item, (str, dict))), default=0)
+        self.n_texts += len(items) * max(4 * longest, 8)
+        if self.n_texts > _MAX_TEXTS:
+            raise ValueError("its arrays of texts are too large.")
         array = np.empty(len(items), dtype=object)
         array[:] = [self.decode(item) for item in items]
         return array.reshape(shape).astype({"U": str, "S": bytes, "O": object}[kind])
@@ -418,6 +459,10 @@ class _Reader:
 
     def estimator(self, tree: Any) -> Any:
         """An estimator with what it learned."""
+        self.n_estimators += 1
+        if self.n_estimators > _MAX_ESTIMATORS:
+            raise ValueError(f"it holds more than {_MAX_ESTIMATORS} estimators.")
+        is_whole = self.n_estimators == 1
         if not {"class", "params"} <= tree.keys() <= {"class", "params", "state", "requests"}:
             raise ValueError(f"it describes an estimator by {sorted(tree)[:5]}.")
         cls, params = self.known(tree["class"]), tree["params"]
@@ -431,14 +476,20 @@ class _Reader:
         made = cls(**{name: self.decode(value) for name, value in params.items()})
         if hasattr(cls, "_parameter_constraints"):
             made._validate_params()
+        check_described(getattr(made, "backbone", made))
         state = {name: self.decode(value) for name, value in tree.get("state", {}).items()}
         odd = sorted(name for name in state if not _is_fitted_attribute(name, cls))
         if odd:
             raise ValueError(f"it sets {odd[:5]}, which {cls.__name__} does not learn.")
         if state:
-            _check_types(cls, state)
+            weights = state.pop("_weights", None)
+            if weights is not None and not (is_whole and isinstance(weights, dict)):
+                raise ValueError("it holds weights where none belong.")
+            _check_types(cls, state, fitted=weights is not None)
             made.__setstate__({**vars(made), **state})
-            _check_dtypes(made, state.get("_weights", {}))
+            if weights is not None:
+                self.is_light = rebuild(made, weights)
+                made.net_.history_ = History(made.history_)
         with config_context(enable_metadata_routing=True):
             for method, requests in tree.get("requests", {}).items():
                 getattr(made, f"set_{method}_request")(**requests)
@@ -449,6 +500,9 @@ def _read(path: Path) -> tuple[Any, str]:
     """Estimator of a file, and the version that wrote it; any exception means that it is unfit."""
     if path.is_dir():
         raise ValueError("is a directory, not a file.")
+    with path.open("rb") as file:
+        if int.from_bytes(file.read(8), "little") > _MAX_HEADER:
+            raise ValueError("its header is too long, or it is no safetensors file.")
     with _safetensors().safe_open(path, framework="numpy") as file:
         stamp = file.metadata() or {}
         if not {"sklearn_medimb", "sklearn_medimb_format"} <= stamp.keys():
@@ -463,14 +517,28 @@ def _read(path: Path) -> tuple[Any, str]:
         tensors = {name: np.array(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     if stamp.get("digest") != _digest(stamp, tensors):
         raise ValueError("is damaged or was altered: its digest does not fit its contents.")
+    if len(stamp["estimator"]) > _MAX_TEXT:
+        raise ValueError("its description is too long.")
     reader = _Reader(tensors)
-    estimator = reader.decode(json.loads(stamp["estimator"]))
+    del tensors
+    tree = json.loads(stamp["estimator"], object_pairs_hook=_unique)
+    if not isinstance(tree, dict):
+        raise ValueError("holds no estimator.")
+    estimator = reader.decode(tree)
     if type(estimator) not in _names() or isinstance(estimator, Backbone):
         raise ValueError("holds no estimator.")
     if reader.tensors:
         raise ValueError(f"it holds arrays that nothing refers to: {sorted(reader.tensors)[:5]}.")
-    _check_result(estimator)
+    _check_result(estimator, reader.is_light)
     return estimator, version
+
+
+def _unique(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose names must differ: readers do not agree on which one counts."""
+    found = dict(items)
+    if len(found) < len(items):
+        raise ValueError("it says the same thing twice.")
+    return found
 
 
 def _reason(error: Exception) -> str:
@@ -480,42 +548,43 @@ def _reason(error: Exception) -> str:
     return f"cannot be read as an estimator ({type(error).__name__}: {error})."
 
 
-def _check_types(cls: type, state: dict[str, Any]) -> None:
+def _check_types(cls: type, state: dict[str, Any], fitted: bool) -> None:
     """Refuse attributes that an estimator for images could not have learned."""
     if not issubclass(cls, BaseImageEstimator):
         return
     needed = set(_ARCHITECTURE)
-    if "_weights" in state:  # else it is what another estimator began with
+    if fitted:  # else it is what another estimator began with
         needed |= _TYPES.keys() - {"best_score_"}
     if not issubclass(cls, BaseImageClassifier):
         needed.remove("classes_")
     if missing := sorted(needed - state.keys()):
         raise ValueError(f"it lacks {missing} of {cls.__name__}.")
     odd = [k for k, kind in _TYPES.items() if k in state and not isinstance(state[k], kind)]
-    if not all(type(side) is int and side > 0 for side in state["image_shape_"]):
+    shape = state["image_shape_"]
+    if not all(type(side) is int and side > 0 for side in shape) or max(shape[1:], default=0) > (
+        _MAX_SIDE
+    ):
         odd.append("image_shape_")
+    elif state.get("n_features_in_", n := math.prod(shape)) != n:
+        odd.append("n_features_in_")
     if not all(isinstance(row, dict) for row in state.get("history_", [])):
         odd.append("history_")
     if odd:
         raise ValueError(f"{odd} of {cls.__name__} are not what it learns.")
 
 
-def _check_dtypes(estimator: Any, weights: dict[str, np.ndarray]) -> None:
-    """Refuse weights that were cast as the network took them over."""
-    for name, array in weights.items():
-        own = estimator.net_.module_.state_dict()[name]
-        if str(own.dtype) != f"torch.{array.dtype}":
-            raise ValueError(f"the weights {name} are {array.dtype}, not {own.dtype}.")
-
-
-def _check_result(estimator: Any) -> None:
+def _check_result(estimator: Any, is_light: bool) -> None:
     """Refuse a whole estimator whose parts do not fit together: it must answer for blank input."""
     check_is_fitted(estimator)
     if isinstance(estimator, RebalancedHead):
-        answer = estimator.predict_proba(np.zeros((1, estimator.n_features_in_)))
+        n_features = estimator.coef_.shape[1]
+        if estimator.n_features_in_ != n_features:
+            raise ValueError(f"n_features_in_ is not {n_features}.")
+        answer = estimator.predict_proba(np.zeros((1, n_features)))
         check_answer(answer, (1, len(estimator.classes_)))
     if not isinstance(estimator, BaseImageEstimator):
         return
+    module = estimator.net_.module_
     if isinstance(estimator, BaseImageClassifier):
         classes = estimator.classes_
         if classes.ndim != 1 or len(classes) < 2 or len(np.unique(classes)) != len(classes):
@@ -523,4 +592,11 @@ def _check_result(estimator: Any) -> None:
         head = vars(estimator).get("head_")
         if head is not None and not np.array_equal(head.classes_, classes):
             raise ValueError("head_ and the estimator have other classes.")
-    estimator._check_learned()
+        if head is not None:
+            answer = head_logits(head, np.zeros((1, module.n_features)))
+            check_answer(answer, (1, len(classes)))
+    bank = vars(estimator).get("support_patches_")
+    if isinstance(bank, np.ndarray) and bank.ndim == 3:
+        widest = max(len(weight) for weight in module.parameters())
+        is_light &= len(bank) * max(bank.shape[1] ** 2, widest) <= _MAX_PAIRS
+    estimator._check_learned(tries=is_light)

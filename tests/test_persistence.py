@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import pickle
+import re
 import struct
 import sys
 import zipfile
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -23,7 +26,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier
-from skorch.callbacks import EpochScoring
+from skorch.callbacks import GradientNormClipping
 from torch import nn
 
 import sklearn_medimb
@@ -360,9 +363,12 @@ def test_what_is_no_data_is_refused_by_name(tmp_path):
             save(estimator, tmp_path / "model")
         return estimator
 
-    case(r"^scoring=<function .* set_params\(scoring=None\)", scoring=lambda e, X, y: 0.0)
+    case(
+        r"^scoring=<function .* set_params\(scoring='balanced_accuracy'\)",
+        scoring=lambda e, X, y: 0.0,
+    )
     case(r"^backbone=Sequential", backbone=nn.Sequential(nn.Flatten(), nn.Linear(432, 16)))
-    callbacks = [EpochScoring(lambda net, X, y: 0.0, use_caching=False)]
+    callbacks = [GradientNormClipping(1.0)]
     estimator = case(r"^callbacks=<skorch", callbacks=callbacks)
     save(estimator.set_params(callbacks=None), tmp_path / "model")
     (tmp_path / "model").unlink()
@@ -379,6 +385,59 @@ def test_what_is_no_data_is_refused_by_name(tmp_path):
     with pytest.raises(NotFittedError):
         save(SoftmaxClassifier(), tmp_path / "model")
     assert not names_in(tmp_path)
+
+
+class OwnAugmentation(Augmentation):
+    """Of the user."""
+
+
+NO_DATA = {
+    "scoring": {"scoring": lambda estimator, X, y: 0.0, "early_stopping": True},
+    "augment": {"augment": OwnAugmentation(brightness=0.1)},
+    "callbacks": {"callbacks": [GradientNormClipping(1.0)]},
+    "net_params": {"net_params": {"optimizer": type("Own", (torch.optim.Adam,), {})}},
+    "random_state": {"random_state": np.random.RandomState(0)},
+    "sampler__sampling_strategy": {
+        "sampler": RandomOverSampler(sampling_strategy=lambda y: {2: 9})
+    },
+    "class_weight": {"class_weight": {0: 1.0, 1: 1.0, 2: np.longdouble(2)}},
+}
+
+
+@pytest.mark.parametrize(("place", "params"), NO_DATA.items(), ids=NO_DATA)
+def test_what_the_message_says_works(place, params, tmp_path):
+    saved = small("SoftmaxClassifier", **params).fit(X, Y)
+    with pytest.raises(ValueError, match=rf"^{place}=.* set_params\(") as caught:
+        save(saved, tmp_path / "model")
+    told = re.search(r"set_params\((\w+)=(.*)\), the default", str(caught.value))
+    saved.set_params(**{told[1]: ast.literal_eval(told[2])})
+    assert np.array_equal(answer(through(saved, tmp_path)), answer(saved))
+
+
+def test_what_the_message_says_of_one_s_own_network_works(tmp_path):
+    saved = small("SoftmaxClassifier", backbone=nn.Sequential(nn.Flatten(), nn.Linear(432, 16)))
+    saved.fit(X, Y)
+    with pytest.raises(
+        ValueError, match=r"(?s)^backbone=.* pickle and joblib .*export_onnx"
+    ) as caught:
+        save(saved, tmp_path / "model")
+    assert "None" not in str(caught.value)
+    assert not names_in(tmp_path)
+    assert np.array_equal(answer(pickle.loads(pickle.dumps(saved))), answer(saved))
+    joblib.dump(saved, tmp_path / "model.joblib")
+    assert np.array_equal(answer(joblib.load(tmp_path / "model.joblib")), answer(saved))
+    (tmp_path / "model.joblib").unlink()
+    found, _ = onnx_answer(saved, X, tmp_path)
+    np.testing.assert_allclose(found, answer(saved), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["backbone", "pretrain"])
+def test_one_s_own_network_within_a_start_is_named(start, tmp_path):
+    module = nn.Sequential(nn.Flatten(), nn.Linear(432, 16))
+    encoder = SSLEncoder(**{**SMALL, "backbone": module}).fit(X)
+    saved = SoftmaxClassifier(**{**SMALL, start: encoder}).fit(X, Y)
+    with pytest.raises(ValueError, match=rf"(?s)^{start}__backbone=.* pickle and joblib"):
+        save(saved, tmp_path / "model")
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,26 @@ def make_backbone(
     )
 
 
+def check_described(backbone: Any) -> None:
+    """Refuse a backbone from a file that could do more than build a network.
+
+    Parameters
+    ----------
+    backbone : str, Backbone or other
+        As in `make_backbone`.
+
+    Raises
+    ------
+    ValueError
+        If it is a network of MONAI or timm that could fetch something, or has parameters that
+        are not plain.
+    """
+    if isinstance(backbone, str) and backbone != "auto":
+        backbone = _named(backbone)
+    if isinstance(backbone, Backbone):
+        backbone.check_described()
+
+
 def _auto(shape: tuple[int, ...], n_samples: int | None) -> str:
     if len(shape) == 1:
         return "mlp"

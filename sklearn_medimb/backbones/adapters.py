@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from os import PathLike
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,22 @@ from torch import Tensor, nn
 from sklearn_medimb.backbones._base import Backbone
 from sklearn_medimb.backbones._weights import load_weights
 
+# MONAI makes these by functions, which can also fetch weights; here they are what they make.
+_RESNETS = {
+    "resnet10": ("basic", [1, 1, 1, 1]),
+    "resnet18": ("basic", [2, 2, 2, 2]),
+    "resnet34": ("basic", [3, 4, 6, 3]),
+    "resnet50": ("bottleneck", [3, 4, 6, 3]),
+    "resnet101": ("bottleneck", [3, 4, 23, 3]),
+    "resnet152": ("bottleneck", [3, 8, 36, 3]),
+    "resnet200": ("bottleneck", [3, 24, 36, 3]),
+}
+# Networks of MONAI, in small letters, that a file may name: with plain parameters they only build.
+_DESCRIBED = {
+    "densenet", "densenet121", "densenet169", "densenet201", "densenet264", "efficientnetbn",
+    "resnet", "senet", "senet154", "seresnet50", "seresnet101", "seresnet152", "seresnext50",
+    "seresnext101", "vit", *_RESNETS,
+}  # fmt: skip
 # The head of a classifier is recognised by this number of outputs, like no inner width.
 _N_CLASSES = 97
 
@@ -62,11 +78,19 @@ class MonaiBackbone(Backbone):
             raise ImportError(
                 f"backbone monai:{self.name} needs the package monai (pip install monai)."
             ) from error
-        make = getattr(nets, str(self.name), None)
-        if not (inspect.isclass(make) and issubclass(make, nn.Module)) and not (
-            inspect.isfunction(make) and make.__module__.startswith("monai.networks.nets.")
-        ):
-            raise _unknown(self.name, dir(nets), "monai.networks.nets")
+        name = str(self.name)
+        make = getattr(nets, "ResNet" if name in _RESNETS else name, None)
+        if not (inspect.isclass(make) and issubclass(make, nn.Module)):
+            classes = [name for name, made in vars(nets).items() if inspect.isclass(made)]
+            raise _unknown(self.name, [*_RESNETS, *classes], "monai.networks.nets")
+        if name in _RESNETS:
+            block, layers = _RESNETS[name]
+            shape: dict[str, Any] = {
+                "block": block,
+                "layers": layers,
+                "block_inplanes": [64, 128, 256, 512],
+            }
+            params = shape | params
 
         known = _signature(make)
         if "spatial_dims" not in known and len(spatial) != 2:
@@ -101,6 +125,15 @@ class MonaiBackbone(Backbone):
 
     def _load(self, module: nn.Module) -> None:
         load_weights(module.get_submodule("net"), self.weights)
+
+    def check_described(self) -> None:
+        """Refuse all but some classes of MONAI, and all but plain parameters."""
+        if not isinstance(self.name, str) or self.name.lower() not in _DESCRIBED:
+            raise ValueError(
+                f"backbone=MonaiBackbone({self.name!r}) is not among the networks that a file may "
+                "name, since others can fetch files: use pickle or joblib."
+            )
+        _check_plain(self.params)
 
 
 class TimmBackbone(Backbone):
@@ -156,6 +189,11 @@ class TimmBackbone(Backbone):
     def _load(self, module: nn.Module) -> None:
         load_weights(module.get_submodule("net"), self.weights)
 
+    def check_described(self) -> None:
+        """Refuse names beside those of timm's own list, and all but plain parameters."""
+        _check_plain({"name": self.name})
+        _check_plain(self.params)
+
 
 class _MonaiTrunk(nn.Module):
     def __init__(self, net: nn.Module) -> None:
@@ -183,25 +221,47 @@ class _TimmTrunk(nn.Module):
         return out
 
 
-# Arguments of monai and timm by which a network fetches its weights.
-_DOWNLOADS = re.compile(r"^pretrained$|^weights$|checkpoint|url|pretrained_(model|path|cfg)")
+# Arguments of monai and timm by which a network fetches its weights or opens files.
+_FETCHES = re.compile(
+    r"^pretrained$|pretrained_(model|path|cfg)|^weights$|checkpoint|url|repo|hub|cache_dir|file"
+    r"|^path|(?<!drop)_path$"
+)
+_WORD = re.compile(r"[A-Za-z][\w-]{,39}")
 
 
 def _own_params(params: Mapping[str, Any] | None) -> dict[str, Any]:
     if params is not None and not isinstance(params, Mapping):
         raise ValueError(f"params must be a mapping of arguments or None, got {params!r}.")
     own = dict(params or {})
-    if any(own[name] for name in own if _DOWNLOADS.search(name)):
+    if any(own[name] for name in own if _FETCHES.search(name)):
         raise ValueError("params: nothing is downloaded; give a local file as weights instead.")
-    return own
+    return {name: value for name, value in own.items() if not _FETCHES.search(name)}
 
 
-def _signature(make: Any) -> set[str]:
+def _check_plain(value: Any, depth: int = 4) -> None:
+    """Refuse parameters from a file that are more than numbers, words, and short lists of them."""
+    if isinstance(value, Mapping):
+        plain = all(
+            isinstance(name, str) and not (given and _FETCHES.search(name))
+            for name, given in value.items()
+        )
+        inside = [*value, *value.values()]
+    elif isinstance(value, (list, tuple)):
+        plain, inside = True, [*value]
+    else:
+        plain, inside = value is None or isinstance(value, bool), []
+        if isinstance(value, (int, float)):
+            plain = abs(value) <= 2**16  # False for NaN
+        elif isinstance(value, str):
+            plain = _WORD.fullmatch(value) is not None
+    if not plain or len(inside) > 64 or depth == 0:
+        raise ValueError(f"params: a network from a file is not made with {value!r:.80}.")
+    for item in inside:
+        _check_plain(item, depth - 1)
+
+
+def _signature(make: type) -> set[str]:
     """Names of all arguments, those passed on through ``**kwargs`` to a parent included."""
-    if not inspect.isclass(make):
-        parent = get_type_hints(make).get("return")
-        own = set(inspect.signature(make).parameters)
-        return own | _signature(parent) if inspect.isclass(parent) else own
     names: set[str] = set()
     for parent in make.__mro__:
         if "__init__" in vars(parent):

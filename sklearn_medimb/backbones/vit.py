@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from os import PathLike
 from typing import Any
@@ -49,7 +49,7 @@ class _Transformer(Backbone):
             n_heads,
             int(hidden),
             dropout,
-            [drop_path * i / max(1, depth - 1) for i in range(depth)],
+            (drop_path * i / max(1, depth - 1) for i in range(depth)),
             qkv_bias,
         )
 
@@ -294,7 +294,7 @@ class _ViT(nn.Module):
         n_heads: int,
         hidden: int,
         dropout: float,
-        drop_paths: list[float],
+        drop_paths: Iterable[float],
         qkv_bias: bool,
     ) -> None:
         super().__init__()
