@@ -551,7 +551,7 @@ class BaseImageEstimator(
             self.pixel_std_,
             dtype=self.net_.dtype,
             device=torch.device(self.net_.device),
-            channels_last=len(self.image_shape_) > 2,
+            channels_last=self.net_.module_.trunk.channels_last,
         )
 
     # ---------------------------------------------------------------- inference

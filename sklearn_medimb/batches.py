@@ -288,6 +288,12 @@ class BalancedBatchSampler(Sampler[list[int]]):
         return np.asarray(rows, dtype=np.intp)
 
 
+def image_format(n_axes: int, channels_last: bool) -> torch.memory_format:
+    """Memory format of tensors with so many axes; only (n, C, *spatial) can be channels-last."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d} if channels_last else {}
+    return last.get(n_axes, torch.contiguous_format)
+
+
 class Preprocessor:
     """uint8 or float rows to normalised, optionally augmented, device batches.
 
@@ -328,10 +334,7 @@ class Preprocessor:
         """Apply ``(x - mean) / std`` per channel."""
         per_channel = (1, -1, *[1] * (images.ndim - 2))
         images = images.sub(self.mean.view(per_channel)).div_(self.std.view(per_channel))
-        if self.channels_last and images.ndim > 3:
-            last = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
-            images = images.contiguous(memory_format=last)
-        return images
+        return images.contiguous(memory_format=image_format(images.ndim, self.channels_last))
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Whole path without augmentation, as used at predict."""

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sklearn_medimb import distributed
 from sklearn_medimb.backbones import as_features
-from sklearn_medimb.batches import Batches
+from sklearn_medimb.batches import Batches, image_format
 from sklearn_medimb.callbacks import check_patterns, explain_missing
 from sklearn_medimb.randomness import Draws, current_draws, drawing_from, may_draw, redirected
 from sklearn_medimb.runtime import is_out_of_memory, noting_interrupts
@@ -45,7 +45,8 @@ class Trunk(nn.Module):
     backbone : nn.Module
         The network.
     input_shape : tuple of int
-        ``(C, *spatial)`` or ``(d,)``. Image networks hold their weights channels-last.
+        ``(C, *spatial)`` or ``(d,)``. Image networks hold their weights channels-last, and want
+        their images so, where `channels_last` says it.
     autocast : torch.dtype or None
         Reduced precision of the forward and backward pass.
     """
@@ -65,11 +66,10 @@ class Trunk(nn.Module):
         self.keep_frozen()
         self.micro_batch: int | None = None
         self.divisible = True
-        if len(input_shape) > 2:
-            for parameter in backbone.parameters():
-                if parameter.ndim in (4, 5):
-                    last = torch.channels_last if parameter.ndim == 4 else torch.channels_last_3d
-                    parameter.data = parameter.data.contiguous(memory_format=last)
+        self.channels_last = len(input_shape) > 2 and may_be_channels_last(backbone)
+        for parameter in backbone.parameters():
+            memory_format = image_format(parameter.ndim, self.channels_last)
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
     def keep_frozen(self) -> None:
         """Note which layers are frozen now: in training, too, their running statistics stay."""
@@ -157,6 +157,22 @@ def _frozen_layers(module: nn.Module, parent: bool = False) -> Iterator[nn.Modul
 def _has_statistics(layer: nn.Module) -> bool:
     """Whether a layer holds numbers that a forward pass in training may change."""
     return any(buffer.is_floating_point() for buffer in layer.buffers(recurse=False))
+
+
+def may_be_channels_last(backbone: nn.Module) -> bool:
+    """Whether the layers of a network are safe with channels-last images and weights.
+
+    On CPUs whose widest instructions are AVX2, oneDNN writes past the end of a buffer in the
+    backward pass of a strided convolution with kernels of one pixel on fewer than 8 channels, if it
+    is channels-last: the process dies, or worse. Weights that no convolution of torch's own holds
+    may be used with any stride.
+    """
+    kinds = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    layers = [layer for layer in backbone.modules() if isinstance(layer, kinds)]
+    held = {id(layer.weight) for layer in layers}
+    strided = [layer.weight for layer in layers if max(layer.stride) > 1]
+    strided += [w for w in backbone.parameters() if w.ndim in (4, 5) and id(w) not in held]
+    return not any(w.shape[1] < 8 and math.prod(w.shape[2:]) == 1 for w in strided)
 
 
 def _first_and_second_pass(backbone: nn.Module) -> tuple[Any, Any]:

@@ -11,6 +11,8 @@ import torch
 
 from sklearn_medimb.backbones import ConvNet
 
+from .simulated_cuda import SimulatedCuda
+
 mpl.use("Agg")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # two processes with two threads each starve one another
@@ -43,3 +45,20 @@ def make_blobs(counts=(36, 16, 8), size=12, channels=3, seed=0):
         top, left = (label % 2) * half, (label // 2) * half
         X[row, :, top + 1 : top + half - 1, left + 1 : left + half - 1] += 120
     return X.astype(np.uint8), y
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--simulate-cuda",
+        action="store_true",
+        help="run the tests with a simulated CUDA device, which device='auto' then takes",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _simulated_cuda(request):
+    if request.config.getoption("--simulate-cuda"):
+        with SimulatedCuda():
+            yield
+    else:
+        yield
