@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import re
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -357,6 +363,159 @@ def test_damaged_archive(tmp_path, damage):
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     with pytest.raises(ValueError, match=r"path='.*a.npz' is no .npz archive"):
         load_npz(path)
+
+
+def member(shape, dtype="|u1", data=b"", version=1):
+    """A .npy file whose header says anything."""
+    header = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H", len(header)) + header + data
+
+
+HEADERS = {
+    "negative": member((-3, 4, 4), data=bytes(48)),
+    "two negative": member((-3, -4, 4), data=bytes(48)),
+    "larger": member((10**6, 4, 4), data=bytes(48)),
+    "absurd": member((10**30, 4, 4), data=bytes(48)),
+    "of no bytes": member((10**18, 0, 4)),
+    "smaller": member((2, 4, 4), data=bytes(48)),
+    "no shape": member("'ab'"),
+    "objects": member((3,), "|O", bytes(24)),
+    "structure": member((3, 4, 4), [("a", "|u1")], bytes(48)),
+    "another version": member((3, 4, 4), data=bytes(48), version=9),
+    "no array": b"text",
+    "a number": member((), data=b"1"),
+    "texts": member((3, 4, 4), "<U1", bytes(192)),
+    "complex numbers": member((3, 4, 4), "<c8", bytes(384)),
+}
+
+
+@pytest.mark.parametrize("name", ["images", "labels"])
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers_that_are_wrong(tmp_path, header, name):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        for other, data in (
+            ("images", member((3, 4, 4), data=bytes(48))),
+            ("labels", member((3,), data=b"\0\1\0")),
+        ):
+            archive.writestr(f"{other}.npy", HEADERS[header] if other == name else data)
+    with pytest.raises(ValueError, match=r"a\.npz"):
+        load_npz(tmp_path / "a.npz")
+
+
+BOMB = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from sklearn_medimb.datasets import load_npz
+Path("/proc/self/clear_refs").write_text("5")
+def memory(name):
+    (line,) = [x for x in Path("/proc/self/status").read_text().splitlines() if name in x]
+    return int(line.split()[1]) / 1024
+before = memory("VmRSS")
+for path in sys.argv[2:]:
+    try:
+        print(len(load_npz(path).images))
+    except ValueError as error:
+        print(error)
+print(memory("VmHWM") - before)
+"""
+
+
+def test_a_bomb_does_not_fill_the_memory(tmp_path):
+    """Neither in a member that is not needed, nor in one that is."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak of a process is measured on Linux")
+    n = 2**20
+    good = {"train_images": member((3, 4, 4), data=bytes(48)),
+            "train_labels": member((3,), data=b"\0\1\0")}  # fmt: skip
+    for name in ("other", "test_images", "train_images"):
+        with zipfile.ZipFile(
+            tmp_path / name, "w", zipfile.ZIP_DEFLATED, compresslevel=1
+        ) as archive:
+            for other, data in good.items():
+                if other != name:
+                    archive.writestr(f"{other}.npy", data)
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                file.write(member((500, 1024, 1024)))
+                for _ in range(500):
+                    file.write(bytes(n))
+    command = [sys.executable, "-c", BOMB, str(Path(__file__).parents[1])]
+    paths = [str(tmp_path / name) for name in ("other", "train_images")]
+    done = subprocess.run([*command, *paths], check=True, capture_output=True, text=True).stdout
+    first, second, growth = done.splitlines()
+    assert first == "3"
+    assert re.search(
+        r"train_images cannot be read \(its \d+ bytes would become 524288000\)", second
+    )
+    assert float(growth) < 256
+    assert len(load_npz(tmp_path / "test_images", "train").images) == 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((6, 16), 4), ((6, 16, 3), 4), ((6, 2, 2, 2, 2, 2), 2), ((6, 0, 4), 1)]
+)
+def test_what_has_no_sides_is_not_reduced(tmp_path, shape, size):
+    np.savez(tmp_path / "a.npz", images=np.zeros(shape, np.uint8), labels=np.arange(6) % 2)
+    if shape == (6, 16, 3):  # gray images, 16 by 3
+        size = 9
+    with pytest.raises(ValueError, match="image_size"):
+        load_npz(tmp_path / "a.npz", image_size=size)
+    if len(shape) == 2:
+        assert load_npz(tmp_path / "a.npz").images.shape == shape
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">f4", "<u2", "?", "<i8"])
+def test_numbers_of_every_kind_are_reduced(tmp_path, dtype):
+    given = np.arange(6 * 16).reshape(6, 4, 4).astype(dtype)
+    np.savez(tmp_path / "a.npz", images=given, labels=np.arange(6) % 2)
+    got = load_npz(tmp_path / "a.npz", image_size=2).images
+    expected = given.astype(float).reshape(6, 2, 2, 2, 2).mean(axis=(2, 4))
+    np.testing.assert_allclose(got, np.rint(expected) if given.dtype.kind in "ui" else expected)
+
+
+def test_labels_beyond_all_classes(tmp_path):
+    np.savez(tmp_path / "a.npz", images=images(3), labels=[0, 1, 10**12])
+    with pytest.raises(ValueError, match="labels up to 1000000000000"):
+        load_npz(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("params", "name"),
+    [
+        ({"image_size": True}, "image_size=True"),
+        ({"n_samples": True}, "n_samples=True"),
+        ({"n_samples": [True, 4]}, "n_samples=True"),
+        ({"n_samples": [2.5, 4]}, "n_samples=2.5"),
+        ({"n_samples": 8.0}, "n_samples=8.0"),
+        ({"n_samples": "8"}, "n_samples='8'"),
+        ({"n_classes": True}, "n_classes=True"),
+        ({"n_classes": 2.5}, "n_classes=2.5"),
+        ({"images_per_patient": True}, "images_per_patient=True"),
+        ({"difficulty": True}, "difficulty=True"),
+        ({"spatial_dims": 2.0}, "spatial_dims=2.0"),
+    ],
+)
+def test_numbers_of_lesions_that_are_none(params, name):
+    with pytest.raises(ValueError, match=name):
+        make_lesions(**{"n_samples": 10, "image_size": 8, **params})
+
+
+@pytest.mark.parametrize("ratio", [True, "4", None, [2]])
+def test_an_imbalance_ratio_that_is_no_number(ratio):
+    with pytest.raises(ValueError, match="imbalance_ratio="):
+        make_long_tailed(*problem([40, 40]), ratio)
+
+
+def test_a_number_of_samples_that_is_none():
+    with pytest.raises(ValueError, match="n_samples=True"):
+        make_long_tailed(*problem([40, 40]), n_samples=True)
+
+
+@pytest.mark.parametrize("size", [True, np.True_])
+def test_an_image_size_that_is_no_number(tmp_path, size):
+    np.savez(tmp_path / "a.npz", images=images(3), labels=[0, 1, 0])
+    with pytest.raises(ValueError, match=r"image_size=.*True"):
+        load_npz(tmp_path / "a.npz", image_size=size)
 
 
 def test_single_array(tmp_path):

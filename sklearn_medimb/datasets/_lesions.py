@@ -92,7 +92,15 @@ def make_lesions(
     ((55, 32, 32, 3), ['round', 'oval', 'three-lobed'])
     """
     counts: np.ndarray
-    if isinstance(n_samples, int | np.integer):
+    for name, value, least in (
+        ("n_classes", n_classes, 1),
+        ("image_size", image_size, 8),
+        ("images_per_patient", images_per_patient, 1),
+        *(("n_samples", n, 0) for n in np.ravel(np.asarray(n_samples, dtype=object))),
+    ):
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+    if isinstance(n_samples, Integral):
         if not 1 <= n_classes <= len(KINDS) or n_samples < n_classes:
             raise ValueError(
                 f"n_classes={n_classes} must be 1 to {len(KINDS)}, and n_samples={n_samples} no "
@@ -106,15 +114,10 @@ def make_lesions(
                 f"n_samples={n_samples} must hold at least 1 image for each of 1 to {len(KINDS)} "
                 "classes."
             )
-    for name, value, low in (
-        ("image_size", image_size, 8),
-        ("images_per_patient", images_per_patient, 1),
-    ):
-        if not isinstance(value, Integral) or value < low:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least {low}.")
-    if spatial_dims not in (2, 3):
+    if spatial_dims not in (2, 3) or not isinstance(spatial_dims, Integral):
         raise ValueError(f"spatial_dims={spatial_dims!r} must be 2 or 3.")
-    if not isinstance(difficulty, Real) or not 0 <= difficulty <= 1:
+    is_number = isinstance(difficulty, Real) and not isinstance(difficulty, bool)
+    if not is_number or not 0 <= difficulty <= 1:
         raise ValueError(f"difficulty={difficulty!r} must be a number from 0 to 1.")
     tones = np.asarray(skin_range, dtype=float)
     if tones.shape not in ((2,), (len(counts), 2)) or not ((tones >= 0) & (tones <= 1)).all():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -83,8 +83,11 @@ def make_long_tailed(
     check_consistent_length(X, y)
     labels = column_or_1d(y)
     assert_all_finite(labels, input_name="y")
-    if not 1 <= imbalance_ratio < np.inf:
-        raise ValueError(f"imbalance_ratio={imbalance_ratio} must be at least 1, and finite.")
+    is_number = isinstance(imbalance_ratio, Real) and not isinstance(imbalance_ratio, bool)
+    if not is_number or not 1 <= imbalance_ratio < np.inf:
+        raise ValueError(
+            f"imbalance_ratio={imbalance_ratio!r} must be a number of at least 1, and finite."
+        )
     if kind not in ("exponential", "step"):
         raise ValueError(f'kind={kind!r} must be "exponential" or "step".')
     classes, counts = np.unique(labels, return_counts=True)
@@ -103,7 +106,7 @@ def make_long_tailed(
     sizes = np.maximum(np.round(profile * (counts / profile).min()).astype(int), 1)
     if n_samples is not None:
         if not isinstance(n_samples, Integral) or n_samples < len(classes):
-            raise ValueError(f"n_samples={n_samples} must be an integer >= {len(classes)}.")
+            raise ValueError(f"n_samples={n_samples!r} must be an integer >= {len(classes)}.")
         if n_samples > sizes.sum():
             raise ValueError(
                 f"n_samples={n_samples} is more than the {sizes.sum()} images that "

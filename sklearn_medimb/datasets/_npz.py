@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import zipfile
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,10 @@ import torch.nn.functional as F
 from sklearn.utils import Bunch
 
 SPLITS = ("train", "val", "test")
+# Images shrink to a tenth at most, blank ones to a thousandth; what is larger and shrinks more than
+# that is there to fill the memory.
+_MAX_RATIO, _MAX_BYTES = 200, 2**28
+_MAX_CLASSES = 2**16
 
 
 def load_npz(
@@ -22,7 +28,8 @@ def load_npz(
 
     Understood are the keys of MedMNIST (``train_images``, ``train_labels``, ``val_...``,
     ``test_...``) [1]_ and of archives without splits (``images``, ``labels``), with optional
-    ``class_names`` and ``groups``. Nothing in the file is executed.
+    ``class_names`` and ``groups``. Nothing in the file is executed, and arrays of other names or
+    splits are not read.
 
     Parameters
     ----------
@@ -42,8 +49,8 @@ def load_npz(
     Raises
     ------
     ValueError
-        If the file is no such archive, holds no such split, its arrays do not fit together, or
-        its images are smaller than `image_size`.
+        If the file is no such archive, holds no such split, its arrays do not fit together or
+        would grow more than 200-fold beyond 256 MB, or its images are smaller than `image_size`.
 
     References
     ----------
@@ -51,29 +58,17 @@ def load_npz(
     """
     if split not in ("all", *SPLITS):
         raise ValueError(f'split={split!r} must be "all", "train", "val" or "test".')
-    if image_size is not None and not (isinstance(image_size, Integral) and image_size > 0):
+    is_whole = isinstance(image_size, Integral) and not isinstance(image_size, bool)
+    if image_size is not None and not (is_whole and image_size > 0):
         raise ValueError(f"image_size={image_size!r} must be a whole number above 0, or None.")
-    with Path(path).open("rb") as file:
-        try:
-            archive = np.load(file, allow_pickle=False)
-            arrays = {name: archive[name] for name in archive.files}
-        except Exception as error:  # damage shows in zipfile, zlib or NumPy, each in its own way
-            raise ValueError(f"path={str(path)!r} is no .npz archive of plain arrays.") from error
-
-    if "images" in arrays and "labels" in arrays:
-        if split != "all":
-            raise ValueError(f'{str(path)!r} has no splits: use split="all" and split it yourself.')
-        parts = {"": arrays["images"]}
-    else:
-        wanted = SPLITS if split == "all" else (split,)
-        parts = {f"{name}_": arrays.get(f"{name}_images") for name in wanted}
-        parts = {name: part for name, part in parts.items() if part is not None}
-        if not parts:
+    arrays = _read(Path(path), split)
+    parts = {k.removesuffix("images"): v for k, v in arrays.items() if k.endswith("images")}
+    for name, part in parts.items():
+        if part.ndim < 2 or part.dtype.kind not in "buif":
             raise ValueError(
-                f"{str(path)!r} holds neither images and labels nor those of split={split!r}; its "
-                f"arrays are {sorted(arrays)}."
+                f"{str(path)!r} holds {name}images of shape {part.shape} and dtype {part.dtype}: "
+                "they are no images."
             )
-
     lengths = [len(part) for part in parts.values()]
     if not sum(lengths):
         raise ValueError(f"{str(path)!r} holds 0 images.")
@@ -106,6 +101,8 @@ def load_npz(
     target = _class_numbers(labels[:, 0])
     if target is None:
         raise ValueError(f"{str(path)!r} has labels that are not whole numbers from 0.")
+    if target.max() >= _MAX_CLASSES:
+        raise ValueError(f"{str(path)!r} has labels up to {target.max()}: count classes from 0.")
     names = arrays.get("class_names", np.arange(target.max() + 1).astype(str))
     if names.ndim != 1 or len(names) <= target.max():
         raise ValueError(
@@ -122,6 +119,62 @@ def load_npz(
     )
 
 
+def _read(path: Path, split: str) -> dict[str, np.ndarray]:
+    """Read the arrays that are needed, images first."""
+    damage = f"path={str(path)!r} is no .npz archive of plain arrays"
+    with path.open("rb") as file:
+        try:
+            archive = zipfile.ZipFile(file)
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            for member in members.values():
+                archive.open(member).close()  # the directory and the members must agree
+        except Exception as error:
+            raise ValueError(f"{damage}.") from error
+        if {"images", "labels"} <= members.keys():
+            if split != "all":
+                raise ValueError(
+                    f'{str(path)!r} has no splits: use split="all" and split it yourself.'
+                )
+            prefixes = [""]
+        else:
+            wanted = SPLITS if split == "all" else (split,)
+            prefixes = [f"{name}_" for name in wanted if f"{name}_images" in members]
+        if not prefixes:
+            raise ValueError(
+                f"{str(path)!r} holds neither images and labels nor those of split={split!r}; its "
+                f"arrays are {sorted(members)}."
+            )
+        names = [prefix + what for what in ("images", "labels", "groups") for prefix in prefixes]
+        arrays = {}
+        for name in [*names, "class_names"]:
+            if name not in members:
+                continue
+            try:
+                arrays[name] = _array(archive, members[name])
+            except Exception as error:  # damage shows in zipfile, zlib or NumPy, each its own way
+                raise ValueError(f"{damage}: {name} cannot be read ({error}).") from error
+    return arrays
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    """Read one array, after a check that it is as large as its header says."""
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        readers: Any = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        shape, _, dtype = readers[version](file)
+        n_bytes = member.file_size - file.tell()
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != n_bytes:
+        raise ValueError(f"it has {n_bytes} bytes, which are not {shape} of {dtype}")
+    if n_bytes > max(_MAX_BYTES, _MAX_RATIO * member.compress_size):
+        raise ValueError(f"its {member.compress_size} bytes would become {n_bytes}")
+    with archive.open(member) as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
 def _class_numbers(labels: np.ndarray) -> np.ndarray | None:
     """Return labels as integers, or None where some are not whole numbers from 0."""
     if labels.dtype.kind not in "buif":
@@ -135,6 +188,11 @@ def _reduce(images: np.ndarray, size: int, block: int = 256) -> np.ndarray:
     """Average areas down to `size` pixels a side; channels, if any, come last."""
     colour = images.ndim > 3 and images.shape[-1] in (1, 3, 4)
     sides = images.shape[1:-1] if colour else images.shape[1:]
+    if len(sides) not in (2, 3):
+        raise ValueError(
+            f"image_size={size} needs images of two or three axes, gray or with the channels last; "
+            f"these have shape {images.shape[1:]}."
+        )
     if min(sides) < size:
         raise ValueError(f"image_size={size} exceeds the images' own size, {sides}.")
     pool: Any = F.adaptive_avg_pool2d if len(sides) == 2 else F.adaptive_avg_pool3d
