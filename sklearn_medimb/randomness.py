@@ -73,7 +73,9 @@ class Draws:
         RuntimeError
             In a backward pass that repeats a forward pass without having kept what that drew.
         """
-        if torch._C._current_graph_task_id() != -1 and not self.repeats:
+        # Gradients are off in a backward pass, also where a hook adds noise to them.
+        again = torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
+        if again and not self.repeats:
             raise RuntimeError(
                 "The network computes its forward pass a second time in the backward pass, and "
                 "would draw other random numbers than in the first: switch off its checkpointing "

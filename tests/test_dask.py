@@ -15,7 +15,7 @@ import torch
 from sklearn.model_selection import GridSearchCV
 
 from sklearn_medimb import SoftmaxClassifier
-from sklearn_medimb.backbones import ConvNet
+from sklearn_medimb.backbones import MLP, ConvNet
 from sklearn_medimb.datasets import MappedImages
 
 from .conftest import make_blobs
@@ -28,8 +28,8 @@ GRID = {"lr": [1e-3, 3e-3, 1e-2], "augment": [None, "light"]}
 
 
 def search(**params):
-    common = {"max_epochs": 2, "batch_size": 32, "random_state": 0, **params}
-    return GridSearchCV(SoftmaxClassifier(ConvNet(widths=(8, 16)), **common), GRID, cv=2)
+    common = {"backbone": ConvNet(widths=(8, 16)), "max_epochs": 2, "batch_size": 32}
+    return GridSearchCV(SoftmaxClassifier(**common | {"random_state": 0} | params), GRID, cv=2)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,29 @@ def test_a_search_over_two_workers_finds_what_a_serial_one_does(client):
     logs = client.run(lambda dask_worker: len(dask_worker.state.log))
     assert len(logs) == 2
     assert all(logs.values())
+
+
+@pytest.mark.parametrize("processes", [False, True])
+def test_threads_of_one_worker_find_what_a_serial_search_does(processes):
+    """Also in a worker process, whose fits use one thread of torch each."""
+    X, y = make_blobs()
+    before, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(1)
+    alone = search(backbone=MLP((8,), dropout=0.2)).fit(X, y)
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=2, processes=processes, dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster) as client,
+        joblib.parallel_config("dask", client=client),
+    ):
+        spread = search(backbone=MLP((8,), dropout=0.2)).fit(X, y)
+    torch.set_num_threads(before)
+    assert torch.equal(torch.get_rng_state(), state)
+    np.testing.assert_array_equal(spread.predict_proba(X), alone.predict_proba(X))
+    np.testing.assert_array_equal(
+        spread.cv_results_["mean_test_score"], alone.cv_results_["mean_test_score"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["array", "file"])

@@ -332,6 +332,11 @@ def test_a_plain_fork_computes_with_one_thread():
     assert os.waitstatus_to_exitcode(status) == 7
 
 
+def test_a_spawned_process_fits_what_the_parent_does(one_thread):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert_same(pool.apply(fitted_weights), fitted_weights())
+
+
 @pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
 def test_worker_processes_fit_what_the_parent_does(backend, one_thread):
     fit = partial(fitted_weights, backbone=NETWORKS["transformer with dropout and drop path"])
@@ -513,6 +518,23 @@ def test_second_passes_of_a_foreign_network_must_not_draw_anew(use_reentrant):
     assert fitted_weights(backbone=Checkpointing(0.0, use_reentrant))
     with pytest.raises(RuntimeError, match="switch off its checkpointing of activations"):
         fitted_weights(backbone=Checkpointing(0.2, use_reentrant))
+
+
+def test_noise_on_gradients_is_drawn_from_the_fit():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, images):
+            maps = self.conv(images)
+            if maps.requires_grad:
+                maps.register_hook(lambda gradient: gradient + 0.1 * torch.randn_like(gradient))
+            return maps
+
+    before = global_states()
+    assert_same(fitted_weights(backbone=Noisy), fitted_weights(backbone=Noisy))
+    assert global_states() == before
 
 
 @pytest.mark.parametrize("name", ["transformer with dropout and drop path", "torch's dropout"])
