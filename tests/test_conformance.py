@@ -230,6 +230,15 @@ class ForgetsToDivide(Mutant):
         return super()._read(X.astype(float), reset=reset)
 
 
+class TakesAnyScale(Mutant):
+    breaks = "check_pixel_scale_at_predict"
+
+    def _read(self, X, *, reset=False):
+        if not reset:
+            self.pixel_range_ = None
+        return super()._read(X, reset=reset)
+
+
 class TakesAnySize(Mutant):
     breaks = "check_image_size_at_predict"
 
@@ -258,6 +267,13 @@ class ReversesLists(Mutant):
 
     def _read(self, X, *, reset=False):
         return super()._read(X[::-1] if isinstance(X, list) else X, reset=reset)
+
+
+class StacksLists(Mutant):
+    breaks = "check_lists_that_mix_scales"
+
+    def _read(self, X, *, reset=False):
+        return super()._read(np.stack(X) if isinstance(X, list) else X, reset=reset)
 
 
 class Materialises(Mutant):
@@ -453,6 +469,13 @@ class MixesFlatRows(BrokenSampler):
             warnings.simplefilter("ignore")
             flat, y = super().fit_resample(X.reshape(len(X), -1), y, **params)
         return flat.reshape(-1, *X.shape[1:]), y
+
+
+class StacksListsOfImages(BrokenSampler):
+    breaks = "check_sampler_lists_that_mix_scales"
+
+    def fit_resample(self, X, y, **params):
+        return super().fit_resample(np.stack(X), y, **params)
 
 
 class StacksLazyImages(BrokenSampler):

@@ -22,10 +22,11 @@ import importlib
 import io
 import pickle
 import random
+import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from inspect import signature
 from numbers import Integral
@@ -367,6 +368,30 @@ def check_uint8_images(name: str, estimator: Any) -> None:
     _assert_close(_output(flat, X.reshape(len(X), -1)), expected, f"Flattened: {message}")
 
 
+def check_pixel_scale_at_predict(name: str, estimator: Any) -> None:
+    """Demand a ValueError for images 255 times brighter or darker than those of fit.
+
+    A network that has seen one scale gives the same answer to every image of the other. What is
+    read on demand must be checked as it is read.
+    """
+    X, y = make_images()
+    X = (255 * X).astype(np.uint8)
+    floats = X.astype(float)
+    on_uint8 = _prepare(estimator).fit(X, y)
+    on_floats = _prepare(estimator).fit(LazyImages(floats), y)
+    cases = {
+        "floats from 0 to 255 after uint8": (on_uint8, floats),
+        "uint8 after lazy floats from 0 to 255": (on_floats, X),
+        "floats in [0, 1] after lazy floats from 0 to 255": (on_floats, X / 255),
+    }
+    for what, (fitted, asked) in cases.items():
+        for images in (asked, LazyImages(asked)):
+            for method in _output_methods(fitted):
+                message = f"{name}.{method.__name__} must refuse {what} by a ValueError."
+                with _refusal("(?i)uint8|float|scale", message):
+                    method(images)
+
+
 def check_image_size_at_predict(name: str, estimator: Any) -> None:
     """Demand a ValueError for images of another size than in fit.
 
@@ -445,6 +470,38 @@ def check_lists_and_tensors(name: str, estimator: Any) -> None:
         fitted = _prepare(estimator, precision="float64").fit(images, y)
         message = f"{name} gives other results for a {what} than for the array of the same images."
         _assert_same_fit(fitted, _output(fitted, images), expected, message)
+
+
+def check_lists_that_mix_scales(name: str, estimator: Any) -> None:
+    """Demand that uint8 images among floats in [0, 1] are scaled, or refused by their row.
+
+    Readers give one kind of file as uint8 and another as floats. Stacked as they are, some images
+    are 255 times as bright as the others, and training goes on as if nothing were wrong.
+    """
+    X, y = make_images()
+    X = (255 * X).astype(np.uint8)
+    scaled = X / 255
+    mixed = _mixed_scales(X, scaled)
+    expected = _output(_prepare(estimator, precision="float64").fit(scaled, y), scaled)
+    with _scaled_or_refused(name):
+        fitted = _prepare(estimator, precision="float64").fit(mixed, y)
+        message = f"{name} stacks uint8 images and floats as they are: divide the former by 255."
+        _assert_same_fit(fitted, _output(fitted, mixed), expected, message)
+
+
+def _mixed_scales(X: np.ndarray, scaled: np.ndarray) -> list[np.ndarray]:
+    return [scaled[row] if row % 5 == 3 else image for row, image in enumerate(X)]
+
+
+@contextmanager
+def _scaled_or_refused(name: str) -> Iterator[None]:
+    """Accept a ValueError that names a row."""
+    try:
+        yield
+    except ValueError as error:
+        message = f"{name} refuses images on mixed scales without naming the row: {error}"
+        if not re.search(r"(?i)\brow\D*\d", str(error)):
+            raise AssertionError(message) from error
 
 
 # -------------------------------------------------------------------- lazy containers
@@ -948,6 +1005,16 @@ def check_sampler_layouts(name: str, sampler: Any) -> None:
     _assert_equal(found[:, None], expected, message)
 
 
+def check_sampler_lists_that_mix_scales(name: str, sampler: Any) -> None:
+    """Demand that uint8 images among floats in [0, 1] are scaled, or refused by their row."""
+    X, y = _imbalanced()
+    expected, _ = _prepare(sampler).fit_resample(X / 255, y)
+    with _scaled_or_refused(name):
+        found, _ = _prepare(sampler).fit_resample(_mixed_scales(X, X / 255), y)
+        message = f"{name} stacks uint8 images and floats as they are: divide the former by 255."
+        _assert_equal(found, expected, message)
+
+
 def check_sampler_lazy_images(name: str, sampler: Any) -> None:
     """Demand the same new images from a lazy container, which stays lazy.
 
@@ -1037,6 +1104,7 @@ STATELESS_CHECKS: tuple[Callable[[str, Any], None], ...] = (
     check_volumes,
     check_memory_order,
     check_lists_and_tensors,
+    check_lists_that_mix_scales,
     check_lazy_images_stay_lazy,
     check_lazy_images_same_as_array,
     check_lazy_images_in_cross_validation,
@@ -1053,6 +1121,7 @@ STATELESS_CHECKS: tuple[Callable[[str, Any], None], ...] = (
 
 LEARNING_CHECKS: tuple[Callable[[str, Any], None], ...] = (
     check_uint8_images,
+    check_pixel_scale_at_predict,
     check_fewer_images_than_batch_size,
     check_clone,
     check_safetensors,
@@ -1071,6 +1140,7 @@ LABEL_CHECKS: tuple[Callable[[str, Any], None], ...] = (
 SAMPLER_CHECKS: tuple[Callable[[str, Any], None], ...] = (
     check_sampler_keeps_originals,
     check_sampler_layouts,
+    check_sampler_lists_that_mix_scales,
     check_sampler_lazy_images,
     check_sampler_keeps_patients_apart,
     check_sampler_random_state,
