@@ -168,8 +168,8 @@ classes_ : ndarray of shape (n_classes,)
         Normalisation of each channel, from the training images; uint8 counts as [0, 1].
 
     pixel_range_ : str, float or None
-        "uint8", or the largest training value of float images: guards against images that are 255
-        times too bright at predict.
+        "uint8", or the largest absolute value of float images: guards against images that are 255
+        times too bright or too dark later on, lazy ones included.
 
     best_score_ : float
         Validation score of the epoch kept; only with early stopping.

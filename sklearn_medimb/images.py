@@ -691,6 +691,7 @@ def on_one_scale(
     images: Sequence[np.ndarray],
     plain: Sequence[bool] | None = None,
     float_dtype: type[np.floating] | None = None,
+    name: str = "row",
 ) -> np.ndarray:
     """Stack images, each of them on the scale that its own dtype has.
 
@@ -707,6 +708,8 @@ def on_one_scale(
         Which of them come from Python's numbers, of which whole ones count as floats.
     float_dtype : {numpy.float32, numpy.float64} or None, default=None
         dtype of uint8 images that stand beside floats; None is float64.
+    name : str, default="row"
+        What errors call one of the images.
 
     Returns
     -------
@@ -727,7 +730,7 @@ def on_one_scale(
         return np.stack(images)
 
     def described(row: int) -> str:
-        return f"row {row} has dtype {images[row].dtype}"
+        return f"{name} {row} has dtype {images[row].dtype}"
 
     if "whole" in kinds:
         row = kinds.index("whole")
@@ -755,7 +758,7 @@ def on_one_scale(
     )
 
 
-def _kind(dtype: np.dtype) -> str:
+def _kind(dtype: Any) -> str:
     """What an image's dtype says of its scale: uint8 and bool count as [0, 1]."""
     if dtype == np.uint8:
         return "uint8"
@@ -764,9 +767,9 @@ def _kind(dtype: np.dtype) -> str:
 
 def _refuse_mixed_columns(X: Any, image_shape: Sequence[int] | None) -> None:
     """Refuse a table of pixels some of whose columns are uint8: an array of it is on no scale."""
-    if image_shape is None or not hasattr(X, "dtypes") or np.ndim(X) != 2:
+    if image_shape is None or not (hasattr(X, "dtypes") and hasattr(X, "iloc")):
         return
-    kinds = [_kind(np.dtype(getattr(dtype, "numpy_dtype", dtype))) for dtype in X.dtypes]
+    kinds = [_kind(getattr(dtype, "numpy_dtype", dtype)) for dtype in X.dtypes]
     if len(set(kinds)) > 1 and set(kinds) & {"uint8", "whole"}:
         odd = next(column for column, kind in enumerate(kinds) if kind != kinds[0])
         raise ValueError(
@@ -805,7 +808,7 @@ def as_pixel_array(image: Any) -> np.ndarray:
     if isinstance(image, np.ndarray) and image.dtype.kind == "O":
         image = image.tolist()
     if holds_images(image):
-        return on_one_scale([as_pixel_array(part) for part in image])
+        return on_one_scale([as_pixel_array(part) for part in image], name="image")
     return np.asarray(image)
 
 

@@ -680,8 +680,19 @@ def maps_of(
         pixels = as_pixels(to_unit_scale(images.rows(part).to(device), dtype))
         return _without_outliers(pixels) if clip else pixels
 
+    def detected(part: np.ndarray) -> torch.Tensor:
+        pixels = read(part)
+        try:
+            return detect(pixels).cpu()
+        except ValueError as error:
+            vast = ~torch.isfinite(pixels.flatten(1).sum(dim=1))
+            if not vast.any():
+                raise
+            row = part[int(vast.nonzero()[0])]
+            raise ValueError(
+                f"X holds values too large for {pixels.dtype}: see row {row}."
+            ) from error
+
     with torch.no_grad(), one_thread_in_workers():
-        parts = [
-            detect(read(part)).cpu() for part in np.split(rows, range(block, len(rows), block))
-        ]
+        parts = [detected(part) for part in np.split(rows, range(block, len(rows), block))]
     return torch.cat(parts)

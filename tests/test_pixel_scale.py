@@ -188,6 +188,16 @@ def test_numbers_of_python_are_floats():
     np.testing.assert_array_equal(pixels(scalars), [[1, 0.5], [7, 0.25]])
 
 
+def test_mixture_within_a_pair_is_named():
+    pairs = [(image, UNIT[0]) for image in X]
+    np.testing.assert_array_equal(pixels(pairs, paired=True)[:, 1], np.stack([UNIT[0]] * 12))
+    pairs[3] = (X[0], FLOAT[0])
+    with pytest.raises(
+        ValueError, match=r"Row 3 of X could not be read.*image 1 has dtype float64"
+    ):
+        pixels(pairs, paired=True)
+
+
 def test_broken_value_in_a_mixture_is_named():
     images = mixed(UNIT)
     images[5] = np.where(np.arange(9) == 2, np.nan, images[5])
@@ -601,6 +611,15 @@ def test_absurd_pixel_is_named(cls, container):
             for pair in ((UNIT, images), (images, UNIT)):
                 with pytest.raises(ValueError, match=r"\brow 7\b"):
                     clf.compare(*pair)
+
+
+def test_absurd_pixel_in_a_map_is_named():
+    images = UNIT.astype(np.float32)
+    images[7, 2, 3] = images[7, 2, 4] = 3e38
+    with pytest.raises(ValueError, match="row 7"):
+        SaliencyMap(device="cpu").fit_transform(images)
+    with pytest.raises(ValueError, match="row 7"):
+        resampled(images)
 
 
 def test_absurd_value_of_a_vector_is_named():
