@@ -802,6 +802,8 @@ def holds_images(entry: Any) -> bool:
 
 def as_pixel_array(image: Any) -> np.ndarray:
     """Read one image, or a pair of them: an array, a tensor, a PIL image, nested numbers."""
+    if isinstance(image, np.ndarray) and image.dtype.kind != "O":
+        return image
     image = _from_torch(image)
     if _is_picture(image):
         return _from_pillow(image)
@@ -955,7 +957,8 @@ def check_pixel_range(estimator: Any, images: Images, *, reset: bool) -> None:
     elif not fitted or fitted < 0 or vectors or (whole and FOLD * fitted > 1):
         return
     peak = 1.0 if fitted == "uint8" else fitted
-    level = float(np.sqrt(np.mean(estimator.pixel_mean_**2 + estimator.pixel_std_**2)))
+    mean, std = estimator.pixel_mean_, estimator.pixel_std_
+    level = math.sqrt((mean @ mean + std @ std) / len(mean))
     # The deviation of a constant channel is set to 1, which may exceed every value.
     scale = PixelScale(name, peak, 0.0 if vectors else min(level, peak), fitted == "uint8")
     if images.lazy:
