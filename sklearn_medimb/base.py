@@ -41,7 +41,7 @@ from sklearn_medimb.callbacks import (
     resolve_callbacks,
 )
 from sklearn_medimb.checkpoint import Checkpoint, data_digest, fingerprint, plain
-from sklearn_medimb.gpu_queue import turn
+from sklearn_medimb.gpu_queue import ALL_MEMORY, turn
 from sklearn_medimb.images import (
     INPUT_CONSTRAINTS,
     Images,
@@ -56,6 +56,7 @@ from sklearn_medimb.runtime import (
     in_blocks,
     inference_block,
     is_one_of_many,
+    is_out_of_memory,
     one_thread_in_workers,
     resolve_device,
     resolve_precision,
@@ -330,8 +331,12 @@ class BaseImageEstimator(
         module, images = self.net_.module_, train.images
         resident = len(train.rows) * math.prod(images.image_shape) * images.dtype.itemsize
         weights = sum(weight.nbytes for weight in module.state_dict().values())
-        # Backward makes a gradient beside each activation.
-        activations = 2 * self._most_images(train) * module.trunk.activation_bytes()
+        try:  # backward makes a gradient beside each activation
+            activations = 2 * self._most_images(train) * module.trunk.activation_bytes()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return ALL_MEMORY  # others are there: it tries when it is alone
         return resident + 5 * weights + activations
 
     def _most_images(self, train: TrainingSet) -> int:

@@ -16,6 +16,8 @@ from filelock import FileLock, Timeout
 
 # Beside what is counted: the CUDA context of a process, and the libraries' workspace.
 OVERHEAD = 2**30
+# More than any GPU has: of a fit that runs when it is alone.
+ALL_MEMORY = 2**62
 # What of a GPU is handed out.
 SHARE = 0.9
 

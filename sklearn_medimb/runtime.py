@@ -63,8 +63,14 @@ def resolve_device(device: str | torch.device, *, fall_back: bool = False) -> to
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if resolved.type == "cuda" and (resolved.index or 0) >= n_gpus:
         if not fall_back:
+            one_each = launched() and n_gpus > 0
+            remedy = (
+                'start one process on each, or set device="cpu"'
+                if one_each
+                else ('set device="auto"')
+            )
             raise ValueError(
-                f'device={str(device)!r}: this machine has {n_gpus} CUDA GPUs; set device="auto".'
+                f"device={str(device)!r}: this machine has {n_gpus} CUDA GPUs; {remedy}."
             )
         warnings.warn(
             f"device={str(device)!r} is not on this machine: using the CPU.", stacklevel=3

@@ -204,7 +204,7 @@ class _BoxSums:
         self.sides = values.shape[1:]
         self.reach = reach
         for axis in range(1, values.ndim):
-            values = values.cumsum(axis)
+            values = _running_sum(values, axis)
         # Zeros before and the last value after stand in for boxes that leave the image.
         before = [pad for r in reversed(reach) for pad in (r + 1, 0)]
         after = [pad for r in reversed(reach) for pad in (0, r)]
@@ -217,6 +217,15 @@ class _BoxSums:
         ):
             sums = sums.narrow(axis, reach + r + 1, side) - sums.narrow(axis, reach - r, side)
         return sums
+
+
+def _running_sum(values: torch.Tensor, axis: int) -> torch.Tensor:
+    """Cumulative sum; torch's has no deterministic kernel on CUDA."""
+    if not values.is_cuda:
+        return values.cumsum(axis)
+    side = values.shape[axis]
+    until = torch.ones(side, side, dtype=values.dtype, device=values.device).triu()
+    return (values.movedim(axis, -1) @ until).movedim(-1, axis)
 
 
 def _blur(images: torch.Tensor, axis: int) -> torch.Tensor:
@@ -634,8 +643,8 @@ def _without_outliers(images: torch.Tensor, share: float = 0.005) -> torch.Tenso
     if pixels.shape[1] * share < 1:
         return images
     rank = int(pixels.shape[1] * share)
-    low = pixels.kthvalue(rank + 1, dim=1).values
-    high = pixels.kthvalue(pixels.shape[1] - rank, dim=1).values
+    low = pixels.topk(rank + 1, largest=False, sorted=False).values.amax(1)
+    high = pixels.topk(rank + 1, sorted=False).values.amin(1)
     bounds = (part.view(-1, *[1] * (images.ndim - 1)) for part in (low, high))
     return images.clamp(*bounds)
 

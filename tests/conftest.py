@@ -14,6 +14,9 @@ from sklearn_medimb.backbones import ConvNet
 from .simulated_cuda import SimulatedCuda
 
 mpl.use("Agg")
+if torch.cuda.is_available():  # the same fit twice is compared to the bit
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # two processes with two threads each starve one another
 
@@ -55,9 +58,10 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _simulated_cuda(request):
     if request.config.getoption("--simulate-cuda"):
+        torch.use_deterministic_algorithms(True)
         with SimulatedCuda():
             yield
     else:

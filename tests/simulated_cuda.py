@@ -36,6 +36,17 @@ WAITING = {
     "_unique2", "unique_dim", "unique_consecutive", "histc", "linalg_eigh", "_linalg_eigh",
 }  # fmt: skip
 
+# Without a deterministic kernel (torch.use_deterministic_algorithms lists them).
+NONDETERMINISTIC = {
+    "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "avg_pool3d_backward",
+    "adaptive_max_pool2d_backward", "bincount", "cumsum", "fractional_max_pool2d_backward",
+    "fractional_max_pool3d_backward", "grid_sampler_2d_backward", "grid_sampler_3d_backward",
+    "histc", "kthvalue", "max_unpool2d", "max_unpool3d", "nll_loss2d_forward", "put_",
+    "reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward",
+    "upsample_bicubic2d_backward", "upsample_bilinear2d_backward", "upsample_linear1d_backward",
+    "upsample_trilinear3d_backward",
+}  # fmt: skip
+
 current: SimulatedCuda | None = None
 
 
@@ -290,6 +301,8 @@ class SimulatedCuda(TorchDispatchMode):
         if func in CROSSING:
             target = "cuda" if isinstance(args[0], (CudaTensor, list)) else "cpu"
         self._check(func, args, ours, others, moves)
+        if torch.are_deterministic_algorithms_enabled():
+            self._check_determinism(name, args)
         crosses = moves and (bool(others) or (bool(ours) and target != "cuda"))
         waits = name in WAITING or (crosses and not self._non_blocking(func, args, kwargs))
         if func in INDEXING:
@@ -329,6 +342,12 @@ class SimulatedCuda(TorchDispatchMode):
             return
         if any(other.ndim for other in others):
             raise self._mixed(func)
+
+    @staticmethod
+    def _check_determinism(name: str, args: Any) -> None:
+        exact = name == "cumsum" and not args[0].is_floating_point()
+        if name in NONDETERMINISTIC and not exact:
+            raise RuntimeError(f"{name} does not have a deterministic implementation (simulated)")
 
     @staticmethod
     def _mixed(func: Any) -> RuntimeError:

@@ -17,10 +17,12 @@ import torch
 import torch.nn.functional as F
 
 from sklearn_medimb import AMIMVEncoder, CSSNClassifier, SoftmaxClassifier, SSLEncoder, gpu_queue
-from sklearn_medimb.backbones import ViT
+from sklearn_medimb.backbones import ConvNet, ViT
 from sklearn_medimb.batches import Batches
 from sklearn_medimb.callbacks import SaveCheckpoint
+from sklearn_medimb.net import Trunk
 from sklearn_medimb.persistence import load, save
+from sklearn_medimb.runtime import resolve_device
 
 from .conftest import make_blobs
 from .simulated_cuda import CudaTensor, SimulatedCuda
@@ -82,6 +84,14 @@ def reserved(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def images():
     return make_blobs(size=28)
+
+
+@pytest.fixture
+def deterministic():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def make(name, **params):
@@ -193,6 +203,17 @@ def test_no_step_waits_for_the_device(name, cuda, images):
     assert len(waits[0]) == len(waits[1]), waits
 
 
+@pytest.mark.parametrize("shape", ["images", "volumes"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_fit_is_repeated_to_the_bit_by_torchs_switch(name, shape, cuda, deterministic):
+    """No estimator needs a kernel of which CUDA has no deterministic one."""
+    X, y = make_blobs((12, 6, 4), size=48)
+    X = X if shape == "images" else np.stack([X[..., ::3, ::3]] * 16, axis=2)
+    backbone = ConvNet(widths=(4, 8))  # more places than CSSN has tokens
+    first, second = (make(name, backbone=backbone).fit(X, y).weights_ for _ in range(2))
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+
+
 @simulated
 @pytest.mark.parametrize("Classifier", [SoftmaxClassifier, CSSNClassifier])
 def test_a_fit_that_runs_out_of_memory_goes_on_in_parts(Classifier, images):
@@ -261,6 +282,27 @@ def test_the_random_state_of_the_device_is_untouched(cuda, images):
     SoftmaxClassifier(max_epochs=1, random_state=0, **params).fit(*images)
     assert torch.equal(torch.cuda.get_rng_state(), before[0])
     assert torch.equal(torch.get_rng_state(), before[1])
+
+
+@simulated
+def test_more_processes_than_gpus_are_told(cuda, monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"cuda:1.* 1 CUDA GPUs; start one process on each"):
+        resolve_device("auto")
+
+
+def test_a_fit_whose_need_cannot_be_measured_waits_until_it_is_alone(
+    cuda, reserved, images, monkeypatch
+):
+    """Others have left no room for a single image."""
+
+    def too_full(trunk):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Trunk, "activation_bytes", too_full)
+    SoftmaxClassifier(max_epochs=1, random_state=0).fit(*images)
+    assert reserved == [gpu_queue.ALL_MEMORY + gpu_queue.OVERHEAD]
 
 
 # ---------------------------------------------------------------- the simulation itself

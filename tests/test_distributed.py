@@ -33,6 +33,7 @@ COMMON = {
     "max_epochs": 2,
     "batch_size": 16,  # four batches of 15: shares of 8, one of them filled up
     "precision": "float64",
+    "device": "cpu",  # there may be fewer GPUs than processes
     "random_state": 0,
 }
 
@@ -135,7 +136,7 @@ from tests.conftest import make_blobs
 
 X, y = make_blobs()
 rank = int(os.environ["RANK"])
-clf = SoftmaxClassifier(max_epochs=1)
+clf = SoftmaxClassifier(max_epochs=1, device="cpu")
 for images, labels in ((X[rank::2], y[rank::2]), (255 - X if rank else X, y)):
     with pytest.raises(ValueError, match="pass the whole training set in each"):
         clf.fit(images, labels)

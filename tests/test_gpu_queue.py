@@ -137,13 +137,13 @@ def test_every_fit_on_a_gpu_takes_its_turn(tmp_path, monkeypatch):
 
     monkeypatch.setattr("sklearn_medimb.base.turn", on_gpu)
     X, y = make_blobs((360, 160, 80))
-    clf = SoftmaxClassifier(max_epochs=1, early_stopping=True, scoring=Look(), random_state=0)
-    clf.fit(X, y)
+    params = {"max_epochs": 1, "device": "cpu", "random_state": 0}
+    SoftmaxClassifier(early_stopping=True, scoring=Look(), **params).fit(X, y)
     assert len(asked) == 1
     assert asked[0] > X.nbytes // 2
     assert [len(names) for names in held] == [1]
     assert not list(tmp_path.rglob("*.held"))
-    wide = SoftmaxClassifier(max_epochs=1, batch_size=1024, random_state=0).fit(X, y)
+    wide = SoftmaxClassifier(batch_size=1024, **params).fit(X, y)
     assert asked[1] > 4 * asked[0]
     assert wide.n_iter_ == 1
 

@@ -581,7 +581,7 @@ def test_relations_make_strong_and_weak_views_of_new_images_agree():
             clf = LMDClassifier(
                 ConvNet(widths=(4, 8)), stages="rrl", batch_relation_weight=weight,
                 channel_relation_weight=weight, consistency_weight=0, relation_start=0,
-                max_epochs=15, batch_size=16, augment=augment, random_state=seed,
+                max_epochs=15, batch_size=16, augment=augment, device="cpu", random_state=seed,
             ).fit(X, y)  # fmt: skip
             generator = torch.Generator().manual_seed(seed)
             normalise, encode = clf._preprocessor().normalise, clf.net_.module_.eval().features
@@ -816,7 +816,7 @@ def stage_one():
     X, y = make_blobs()
     clf = LMDClassifier(
         ConvNet(widths=(8, 16)), stages="rrl", max_epochs=3, batch_size=16, augment="none",
-        precision="float64", random_state=0, **NO_RELATIONS,
+        precision="float64", device="cpu", random_state=0, **NO_RELATIONS,
     ).fit(X, y)  # fmt: skip
     return clf, X, y
 
@@ -962,7 +962,7 @@ def test_statistics_come_from_one_plain_pass_over_the_data(tiny, blobs, monkeypa
     monkeypatch.setattr("sklearn_medimb.lmd.ClassGaussians", Spy)
     monkeypatch.setattr(VirtualFeatureCalibration, "fit", fitting)
     monkeypatch.setattr(LMDNetwork, "forward", spying)
-    clf = LMDClassifier(**{**tiny, "augment": "strong"}, n_rounds=3)
+    clf = LMDClassifier(**{**tiny, "augment": "strong"}, n_rounds=3, device="cpu")
     clf.fit(X, y)
 
     assert len(passes) == 2

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from sklearn.base import BaseEstimator
-from torch import Tensor, cat, nn
+from torch import Tensor, cat, nn, stack
 
 from sklearn_medimb.backbones._weights import load_weights
 
@@ -142,13 +141,20 @@ def as_tokens(output: Tensor, max_tokens: int | None = None) -> Tensor:
 
     sides = tuple(grid.shape[2:])
     if max_tokens is not None and math.prod(sides) > max_tokens:
-        pools: tuple[Callable[..., Tensor], ...] = (
-            F.adaptive_avg_pool1d,
-            F.adaptive_avg_pool2d,
-            F.adaptive_avg_pool3d,
-        )
-        grid = pools[len(sides) - 1](grid, pooled_grid(sides, max_tokens))
+        for axis, size in enumerate(pooled_grid(sides, max_tokens), 2):
+            grid = _pooled_along(grid, axis, size)
     return cat([first[:, None], grid.flatten(2).transpose(1, 2)], 1)
+
+
+def _pooled_along(grid: Tensor, axis: int, size: int) -> Tensor:
+    """Adaptive average pooling of one axis; torch's has no deterministic gradient on CUDA."""
+    side = grid.shape[axis]
+    if side == size:
+        return grid
+    if side % size == 0:
+        return grid.unflatten(axis, (size, -1)).mean(axis + 1)
+    windows = ((i * side // size, -(-(i + 1) * side // size)) for i in range(size))
+    return stack([grid.narrow(axis, a, b - a).mean(axis) for a, b in windows], axis)
 
 
 def pooled_grid(sides: Sequence[int], max_tokens: int) -> tuple[int, ...]:
