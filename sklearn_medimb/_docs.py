@@ -11,7 +11,9 @@ backbone : str, Backbone, nn.Module or class, default="auto"
         ``sklearn_medimb.backbones.BACKBONES``, "monai:<name>", "timm:<name>", a spec such as
         ``ResNet(depth=18)`` whose parameters are searchable as ``backbone__depth``, any
         ``nn.Module``, class or instance, or a fitted estimator of this package, whose weights and
-        normalisation are the start."""
+        normalisation are the start. Parameters of a module with ``requires_grad=False`` stay as
+        they are, and so do the running statistics of layers that are frozen; a
+        :class:`~sklearn.frozen.FrozenEstimator` only keeps its estimator fitted in clones."""
 
 _PRETRAIN = """\
 pretrain : str, encoder or None, default=None

@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar
@@ -30,7 +30,7 @@ from torch import nn
 
 from sklearn_medimb import distributed
 from sklearn_medimb.augment import resolve_augmentation
-from sklearn_medimb.backbones import Backbone, make_backbone
+from sklearn_medimb.backbones import Backbone, classifier_head, make_backbone
 from sklearn_medimb.batches import Preprocessor, n_batches
 from sklearn_medimb.callbacks import (
     BestEpoch,
@@ -254,6 +254,12 @@ class BaseImageEstimator(
             )
 
     @property
+    def _brings_weights(self) -> bool:
+        """Whether the backbone is a module, or a recipe with a file of weights."""
+        given = self.backbone
+        return isinstance(given, nn.Module) or getattr(given, "weights", None) is not None
+
+    @property
     def _start(self) -> BaseImageEstimator | None:
         """Fitted estimator whose backbone, and normalisation, training begins with."""
         given = self.backbone
@@ -265,6 +271,13 @@ class BaseImageEstimator(
         """Validate, split, resample, build, train, and keep what inference needs."""
         with _all_or_nothing(self), one_thread_in_workers():
             self._check_parameters()
+            if isinstance(self.backbone, nn.Module) and (head := classifier_head(self.backbone)):
+                warnings.warn(
+                    f"backbone={type(self.backbone).__name__} ends in a classifier, {head}, whose "
+                    f"scores are no features: take it off first (backbone.{head} = "
+                    "torch.nn.Identity()).",
+                    stacklevel=4,
+                )
             previous = self.net_ if self._continues(partial) else None
             fresh = previous is None
             data, groups = self._check_training(X, y, fresh=fresh, **given)
@@ -306,7 +319,8 @@ class BaseImageEstimator(
                         "generator": generator,
                     }
                     n_epochs = 1 if partial else self._n_epochs(len(train.rows))
-                    stages = self._pretraining(train, **common) if fresh and not partial else []
+                    begins = fresh and not partial and self.net_.module_.trunk.learns
+                    stages = self._pretraining(train, **common) if begins else []
                     stages += self._stages(train, n_epochs, **common)
                     if partial:
                         stages[0].lr_schedule = "constant"
@@ -317,7 +331,8 @@ class BaseImageEstimator(
                 if not partial and hasattr(self, "_init_callback_context"):
                     reporter = SklearnCallbacks(self, X, y, lambda: self._inference_state(train))
                 optimizer = previous.optimizer_state("constant") if partial and previous else None
-                self._train(stages, best, checkpoint, reporter, optimizer)
+                with self._settling(stages) if begins else nullcontext():
+                    self._train(stages, best, checkpoint, reporter, optimizer)
                 train.images.conclude()
                 self._set_fitted(self._inference_state(train))
                 if reporter is not None:
@@ -458,6 +473,29 @@ class BaseImageEstimator(
             stop,
             validated=scorer is not None,
         )
+
+    @contextmanager
+    def _settling(self, stages: list[Stage]) -> Iterator[None]:
+        """Warn where a given backbone's weights have left its running statistics behind."""
+        trunk: Trunk = self.net_.module_.trunk
+        n_steps = sum(stage.n_epochs * stage.steps_per_epoch for stage in stages)
+        left = trunk.statistics_left(n_steps) if self._brings_weights else 0.0
+        if left < 0.05:
+            yield
+            return
+        before = [parameter.detach().clone() for parameter in trunk.parameters()]
+        yield
+        after = [parameter.detach() for parameter in trunk.parameters()]
+        moved = sum(float((b - a).square().sum()) for b, a in zip(before, after, strict=True))
+        if moved > 0.01**2 * sum(float(b.square().sum()) for b in before):
+            warnings.warn(
+                f"backbone={type(self.backbone).__name__}: its weights have moved, but after "
+                f"{n_steps} steps {left:.0%} of its running statistics are still those that it "
+                "came with, and predictions rest on them. Raise the momentum of its batch "
+                "normalisation, train longer (max_epochs), or freeze these layers "
+                "(requires_grad_(False)).",
+                stacklevel=6,
+            )
 
     def _continues(self, partial: bool) -> bool:
         """Whether this call goes on from the present weights."""

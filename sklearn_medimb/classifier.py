@@ -12,7 +12,7 @@ import numpy as np
 import sklearn
 import torch
 from scipy.special import softmax
-from sklearn.base import ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import check_scoring, get_scorer_names
 from sklearn.utils import _safe_indexing, check_consistent_length, column_or_1d
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
@@ -25,6 +25,7 @@ from sklearn_medimb.batches import Batches
 from sklearn_medimb.callbacks import BestEpoch
 from sklearn_medimb.encoder import BaseImageEncoder, resolve_encoder
 from sklearn_medimb.images import Images, wrap_dataset
+from sklearn_medimb.metrics import scorer_name, with_labels
 from sklearn_medimb.rows import (
     carries_groups,
     group_codes,
@@ -33,6 +34,24 @@ from sklearn_medimb.rows import (
     takes_groups,
     validation_split,
 )
+
+
+class _Guess(ClassifierMixin, BaseEstimator):
+    """A fitted classifier that has learned nothing."""
+
+    def __init__(self, classes: np.ndarray) -> None:
+        self.classes_ = classes
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        return np.resize(self.classes_, len(X))
+
+    def predict_proba(self, X: np.ndarray) -> np.ndarray:
+        scores = np.random.default_rng(0).random((len(X), len(self.classes_))) + 0.1
+        return scores / scores.sum(axis=1, keepdims=True)
+
+    def decision_function(self, X: np.ndarray) -> np.ndarray:
+        scores = self.predict_proba(X)
+        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
 
 class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
@@ -322,7 +341,9 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
     ) -> Callable[[], float]:
         """Score of the network as it is now, on the held-out rows."""
         X_held, y_held = _safe_indexing(wrap_dataset(X), held), _safe_indexing(y, held)
-        scorer = check_scoring(self, self.scoring)
+        scorer = with_labels(check_scoring(self, self.scoring), self.classes_)
+        if hasattr(scorer, "_score_func"):  # scikit-learn's: a guess shows what it asks of y
+            self._check_scorer(scorer, y_held)
 
         def score() -> float:
             self._set_fitted(self._inference_state(train))
@@ -330,13 +351,37 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
                 warnings.filterwarnings("ignore", "y_pred contains classes not in y_true")
                 value = float(scorer(self, X_held, y_held))
             if np.isnan(value):
-                raise ValueError(
-                    f"scoring={self.scoring!r} gave NaN on the {len(y_held)} validation images: "
-                    "choose another scorer, or raise validation_fraction."
-                )
+                raise self._cannot_score(y_held, "it gave NaN")
             return value
 
         return score
+
+    def _check_scorer(self, scorer: Any, y_held: Any) -> None:
+        """Refuse, before training, a scorer that the validation labels do not suffice for."""
+        guess = _Guess(self.classes_)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                value = float(scorer(guess, np.zeros((len(y_held), 1)), y_held))
+        except Exception as error:
+            raise self._cannot_score(y_held, f"{error}") from error
+        if np.isnan(value) and len(self._absent(y_held)):
+            raise self._cannot_score(y_held, "it gives NaN")
+
+    def _absent(self, y_held: Any) -> np.ndarray:
+        """Classes without a validation image."""
+        held = set(np.asarray(y_held).ravel().tolist())
+        return np.array([label not in held for label in self.classes_.tolist()]).nonzero()[0]
+
+    def _cannot_score(self, y_held: Any, why: str) -> ValueError:
+        absent = self._absent(y_held)
+        lacking = ", ".join(f"{self.classes_[k]!s} (of {self.class_counts_[k]})" for k in absent)
+        where = f", which lack the classes {lacking}" if len(absent) else ""
+        more = ", or give more images of these classes" if len(absent) else ""
+        return ValueError(
+            f"{scorer_name(self.scoring)} cannot be computed on the {len(y_held)} validation "
+            f"images{where}: choose another scorer, raise validation_fraction{more}. ({why})"
+        )
 
     def _n_epochs(self, n_samples: int) -> int:
         """Epochs to train; "auto" gives small sets enough steps and large ones ten epochs."""

@@ -455,6 +455,11 @@ class BaseImageEncoder(BaseImageEstimator):
         return max(self._auto_epochs, -(-n_steps // self._steps_per_epoch(n_samples)))
 
     def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
+        if not self.net_.module_.trunk.learns:
+            raise ValueError(
+                f"There is nothing to train for {type(self).__name__}: all parameters of backbone "
+                "are frozen (requires_grad=False)."
+            )
         stage = self.pretraining(self, train, n_epochs, **common)
         last = self.net_.last_criterion
         if last is not None and _shapes(last) == _shapes(stage.criterion.state_dict()):

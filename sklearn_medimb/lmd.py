@@ -736,12 +736,7 @@ class LMDClassifier(TwoStageClassifier):
                 'early_stopping=True has no epoch to choose: stages="icc" with n_rounds=1 trains '
                 "the head alone."
             )
-        trained = (
-            isinstance(self.backbone, nn.Module)
-            or getattr(self.backbone, "weights", None)
-            or self._start is not None
-            or self.pretrain is not None
-        )
+        trained = self._brings_weights or self._start is not None or self.pretrain is not None
         if self.stages == "icc" and not trained and not self._continues(partial=False):
             warnings.warn(
                 'stages="icc" calibrates the backbone as it is, and this one was not trained: pass '
@@ -761,7 +756,8 @@ class LMDClassifier(TwoStageClassifier):
         stages = []
         if self.stages != "icc":
             stages.append(self._rrl(train, batches, n_epochs, n_steps))
-        if self.stages != "rrl" and self.n_rounds > 1:
+        # The E-step trains the backbone alone.
+        if self.stages != "rrl" and self.n_rounds > 1 and self.net_.module_.trunk.learns:
             stages.append(self._icc(train, batches, n_steps))
         return stages
 

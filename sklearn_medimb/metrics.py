@@ -328,7 +328,7 @@ def metric_interval(
         level,
         n_resamples,
         random_state,
-        _name(metric),
+        scorer_name(metric),
     )
 
 
@@ -386,14 +386,14 @@ def paired_difference(
         )
     a, b = _Column(pred_a), _Column(pred_b)
     return _interval(
-        lambda y, of_a, of_b: _minus(metric(y, a[of_a]), metric(y, b[of_b]), _name(metric)),
+        lambda y, of_a, of_b: _minus(metric(y, a[of_a]), metric(y, b[of_b]), scorer_name(metric)),
         y_true,
         [a, b],
         groups,
         level,
         n_resamples,
         random_state,
-        _name(metric),
+        scorer_name(metric),
     )
 
 
@@ -447,7 +447,7 @@ def scorer_interval(
         level,
         n_resamples,
         random_state,
-        _name(scoring),
+        scorer_name(scoring),
     )
 
 
@@ -488,14 +488,16 @@ def scorer_difference(
     a, b = _Answered(estimator_a, X), _Answered(estimator_b, X)
     score_a, score_b = _scorer(a, scoring, y), _scorer(b, scoring, y)
     return _interval(
-        lambda y, of_a, of_b: _minus(score_a(a, of_a, y), score_b(b, of_b, y), _name(scoring)),
+        lambda y, of_a, of_b: _minus(
+            score_a(a, of_a, y), score_b(b, of_b, y), scorer_name(scoring)
+        ),
         y,
         [a, b],
         groups,
         level,
         n_resamples,
         random_state,
-        _name(scoring),
+        scorer_name(scoring),
     )
 
 
@@ -596,7 +598,7 @@ def _minus(a: Any, b: Any, name: str) -> Any:
     return as_numbers(a, name) - as_numbers(b, name)
 
 
-def _name(metric: Any) -> str:
+def scorer_name(metric: Any) -> str:
     """What a user calls a metric or scorer."""
     if metric is None or isinstance(metric, str):
         return f"scoring={metric!r}"

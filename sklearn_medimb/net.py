@@ -28,6 +28,7 @@ from sklearn_medimb.callbacks import check_patterns, explain_missing
 from sklearn_medimb.randomness import Draws, current_draws, drawing_from, may_draw, redirected
 from sklearn_medimb.runtime import is_out_of_memory, noting_interrupts
 
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 SCHEDULES = ("one_cycle", "cosine", "constant")
 
 
@@ -74,6 +75,28 @@ class Trunk(nn.Module):
     def keep_frozen(self) -> None:
         """Note which layers are frozen now: in training, too, their running statistics stay."""
         self.frozen = [layer for layer in _frozen_layers(self.backbone) if _has_statistics(layer)]
+
+    @property
+    def learns(self) -> bool:
+        """Whether any of its weights is trained."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def statistics_left(self, n_steps: int) -> float:
+        """Largest share of a running statistic that is, after some steps, still as it came.
+
+        Layers that came without statistics of images, as they are made, do not count.
+        """
+        frozen = {id(layer) for layer in self.frozen}
+        left = [
+            (1 - layer.momentum) ** n_steps
+            for layer in self.backbone.modules()
+            if isinstance(layer, BATCH_NORMS)
+            and layer.momentum is not None  # else it averages all steps
+            and layer.running_mean is not None
+            and layer.running_mean.any()
+            and id(layer) not in frozen
+        ]
+        return max(left, default=0.0)
 
     def train(self, mode: bool = True) -> Trunk:
         """Switch the mode of all layers but those that are frozen with statistics."""
@@ -186,8 +209,7 @@ def _first_and_second_pass(backbone: nn.Module) -> tuple[Any, Any]:
 
 @contextmanager
 def _second_pass(backbone: nn.Module, draws: Draws | None) -> Iterator[None]:
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    norms = [module for module in backbone.modules() if isinstance(module, kinds)]
+    norms = [module for module in backbone.modules() if isinstance(module, BATCH_NORMS)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

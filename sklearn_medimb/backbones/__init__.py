@@ -41,6 +41,7 @@ __all__ = [
     "ViT",
     "as_features",
     "as_tokens",
+    "classifier_head",
     "load_weights",
     "make_backbone",
     "pooled_grid",
@@ -133,6 +134,26 @@ def check_described(backbone: Any) -> None:
         backbone = _named(backbone)
     if isinstance(backbone, Backbone):
         backbone.check_described()
+
+
+def classifier_head(module: nn.Module) -> str | None:
+    """Name of the layer by which a module is a whole classifier; None where none is recognised.
+
+    It is a linear layer that comes last, called so, and is known by the number of its outputs: that
+    of the module's ``num_classes``, or of ImageNet's classes.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        A backbone of one's own.
+    """
+    leaves = [(name, layer) for name, layer in module.named_modules() if not any(layer.children())]
+    name, last = leaves[-1]
+    parts = set(name.split("."))
+    if not isinstance(last, nn.Linear) or not parts & {"fc", "classifier", "head", "heads"}:
+        return None
+    known = {1000, getattr(module, "num_classes", None)}
+    return name if last.out_features in known or parts & {"classifier", "heads"} else None
 
 
 def _auto(shape: tuple[int, ...], n_samples: int | None) -> str:
