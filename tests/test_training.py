@@ -6,12 +6,14 @@ import copy
 import io
 import os
 import pickle
+import re
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from joblib import Parallel, delayed
-from sklearn.metrics import balanced_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, log_loss, make_scorer, roc_auc_score
 from skorch.callbacks import Callback, EarlyStopping
 
 from sklearn_medimb import (
@@ -130,6 +132,83 @@ class TestEarlyStopping:
         if Classifier is CSSNClassifier:
             rows = {image.tobytes() for image in held[0][0]}
             assert not any(X[i].tobytes() in rows for i in clf.support_indices_)
+
+
+def always_nan(estimator, X, y, weight):
+    return float("nan")
+
+
+class TestScoringWithoutAClass:
+    """The class with one image is never held out."""
+
+    X, y = make_blobs((20, 10, 1))
+
+    def fit(self, tiny, scoring, **params):
+        steps = []
+
+        class Count(Callback):
+            def on_batch_begin(self, net, **kwargs):
+                steps.append(1)
+
+        clf = SoftmaxClassifier(
+            **tiny, early_stopping=True, scoring=scoring, callbacks=[Count()], **params
+        )
+        return clf, steps
+
+    @pytest.mark.parametrize(
+        ("scoring", "name"),
+        [
+            ("roc_auc_ovr", "scoring='roc_auc_ovr'"),
+            ("roc_auc_ovr_weighted", "scoring='roc_auc_ovr_weighted'"),
+            ("average_precision", "scoring='average_precision'"),
+            (
+                make_scorer(roc_auc_score, response_method="predict_proba", multi_class="ovr"),
+                "make_scorer(roc_auc_score",
+            ),
+        ],
+    )
+    def test_scorers_that_need_all_are_refused_before_training(self, scoring, name, tiny):
+        clf, steps = self.fit(tiny, scoring)
+        match = (
+            rf"{re.escape(name)}.* cannot be computed on the 6 validation images, which lack the "
+            r"classes 2 \(of 1\): choose another scorer, raise validation_fraction, or give more"
+        )
+        with pytest.raises(ValueError, match=match):
+            clf.fit(self.X, self.y)
+        assert not steps
+
+    @pytest.mark.parametrize(
+        "scoring",
+        ["neg_log_loss", "neg_brier_score", "top_k_accuracy", "roc_auc_ovo", "f1_weighted"],
+    )
+    def test_scorers_are_told_all_classes(self, scoring, tiny):
+        clf, _ = self.fit(tiny, scoring)
+        assert np.isfinite(clf.fit(self.X, self.y).best_score_)
+
+    def test_the_loss_counts_the_class_that_is_absent(self, tiny):
+        seen = []
+
+        class Watched(SoftmaxClassifier):
+            def predict_proba(self, X):
+                seen.append((X, super().predict_proba(X)))
+                return seen[-1][1]
+
+        clf = Watched(**tiny, early_stopping=True, scoring="neg_log_loss").fit(self.X, self.y)
+        rows = {image.tobytes(): label for image, label in zip(self.X, self.y, strict=True)}
+        losses = [
+            log_loss([rows[image.tobytes()] for image in X], proba, labels=[0, 1, 2])
+            for X, proba in seen
+        ]
+        assert clf.best_score_ == pytest.approx(-min(losses))
+
+    def test_other_needs_and_nan_are_told(self, tiny, blobs):
+        clf, steps = self.fit(tiny, "f1")
+        with pytest.raises(ValueError, match=r"scoring='f1' cannot be .* multiclass"):
+            clf.fit(*blobs)
+        assert not steps
+        clf, _ = self.fit(tiny, partial(always_nan, weight=1))
+        with pytest.raises(ValueError, match=r"^always_nan cannot .*it gave NaN"):
+            clf.fit(*blobs)
 
 
 class TestCallbacks:
@@ -423,9 +502,9 @@ class TestPersistence:
                 kept = one.weights_
                 assert all(np.array_equal(kept[k], v) for k, v in before.items()), (name, what)
         assert np.array_equal(one.predict_proba(X), proba)
-        for partial in ({}, {network: before[network]}, {**before, "more": np.ones(1)}):
+        for other in ({}, {network: before[network]}, {**before, "more": np.ones(1)}):
             with pytest.raises(ValueError, match="weights_"):
-                one.weights_ = partial
+                one.weights_ = other
         one.weights_ = {k: v.astype(np.float64) if v.dtype.kind == "f" else v
                         for k, v in two.weights_.items()}  # fmt: skip
         assert np.array_equal(one.predict_proba(X), two.predict_proba(X))
