@@ -349,6 +349,7 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
             self._set_fitted(self._inference_state(train))
             with warnings.catch_warnings():  # a class with one sample is never held out
                 warnings.filterwarnings("ignore", "y_pred contains classes not in y_true")
+                warnings.filterwarnings("ignore", "Only one class is present in y_true")
                 value = float(scorer(self, X_held, y_held))
             if np.isnan(value):
                 raise self._cannot_score(y_held, "it gave NaN")

@@ -985,6 +985,7 @@ def test_statistics_come_from_one_plain_pass_over_the_data(tiny, blobs, monkeypa
 # ---------------------------------------------------------------- calibration of a given encoder
 
 
+@pytest.mark.filterwarnings("ignore:backbone=Sequential")  # a dozen steps
 def test_icc_starts_from_the_encoder_it_is_given(tiny, blobs):
     X, y = blobs
     given = SoftmaxClassifier(**tiny).fit(X, y)
@@ -1352,6 +1353,7 @@ def test_a_fit_resumes_after_a_crash_in_an_m_step(step, tiny, blobs, tmp_path, m
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:backbone=Sequential")  # a dozen steps
 def test_icc_alone_resumes(tiny, blobs, tmp_path):
     X, y = blobs
     backbone = SoftmaxClassifier(**tiny).fit(X, y).backbone_

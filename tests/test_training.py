@@ -159,7 +159,6 @@ class TestScoringWithoutAClass:
         ("scoring", "name"),
         [
             ("roc_auc_ovr", "scoring='roc_auc_ovr'"),
-            ("roc_auc_ovr_weighted", "scoring='roc_auc_ovr_weighted'"),
             ("average_precision", "scoring='average_precision'"),
             (
                 make_scorer(roc_auc_score, response_method="predict_proba", multi_class="ovr"),
@@ -179,7 +178,13 @@ class TestScoringWithoutAClass:
 
     @pytest.mark.parametrize(
         "scoring",
-        ["neg_log_loss", "neg_brier_score", "top_k_accuracy", "roc_auc_ovo", "f1_weighted"],
+        [
+            "neg_log_loss",
+            "neg_brier_score",
+            "top_k_accuracy",
+            "roc_auc_ovo",
+            "roc_auc_ovr_weighted",
+        ],
     )
     def test_scorers_are_told_all_classes(self, scoring, tiny):
         clf, _ = self.fit(tiny, scoring)
