@@ -103,8 +103,10 @@ class SoftmaxClassifier(OneStageClassifier):
 
     reweight_after : float, "auto" or None, default="auto"
         Share of the steps after which effective-number class weights switch on (deferred
-        re-weighting). "auto": 0.5 with "ldam", never otherwise; the paper's 0.8 would leave the
-        one-cycle schedule too little learning rate to act.
+        re-weighting). "auto": 0.5 with "ldam", never otherwise. The paper's 0.8 comes where the
+        one-cycle schedule has little learning rate left to act with: on digits cut to 100 to 3
+        images a class (eight seeds, balanced accuracy on images held out) 120 steps with 0.5, 0.8
+        and None score .75, .65 and .61; after 780 steps 0.5 and 0.8 are level at .92.
 
     mixup : {{"mixup", "balanced"}} or None, default=None
         Mix samples and labels; "balanced" mixes each batch with a class-balanced one [6]_.
