@@ -732,9 +732,10 @@ def on_one_scale(
     def described(row: int) -> str:
         return f"{name} {row} has dtype {images[row].dtype}"
 
-    if "whole" in kinds:
-        row = kinds.index("whole")
-        other = next(k for k, kind in enumerate(kinds) if kind != "whole")
+    unknown = next((kind for kind in ("other", "whole") if kind in kinds), None)
+    if unknown is not None:
+        row = kinds.index(unknown)
+        other = next(k for k, kind in enumerate(kinds) if kind != unknown)
         raise ValueError(
             f"X mixes images whose scales may differ: {described(row)}, {described(other)}. Only "
             "uint8, bool and floats in [0, 1] have one scale: bring X to one dtype."
