@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from sklearn_medimb import (
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.base import BaseImageEstimator
 from sklearn_medimb.callbacks import BestEpoch, SaveCheckpoint, SklearnCallbacks
+from sklearn_medimb.net import Net
 from tests.conftest import make_blobs
 
 SMALL = {
@@ -77,27 +79,53 @@ def at_batch(wanted, act=press_ctrl_c):
     return Watch(), stages
 
 
+@contextmanager
+def at_step(wanted):
+    """Ctrl-C in a step of training; gives the stages of the steps."""
+    stages, plain = [], Net.train_step_single
+
+    def train_step_single(net, batch, **params):
+        stages.append(net.stage)
+        if len(stages) == wanted:
+            press_ctrl_c()
+        return plain(net, batch, **params)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Net, "train_step_single", train_step_single)
+        yield stages
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_in_the_last_batch_of_any_stage(name, blobs, tmp_path):
-    watch, stages = at_batch(None)
-    whole = ESTIMATORS[name]().set_params(callbacks=[watch]).fit(*blobs)
+    with at_step(None) as stages:
+        whole = ESTIMATORS[name]().fit(*blobs)
     ends = [i for i, stage in enumerate(stages, 1) if [stage] != stages[i : i + 1]]
     names = [stages[end - 1] for end in ends]
     assert len(ends) == len(set(stages)) == len({row.get("stage") for row in whole.history_})
     for number, end in enumerate(ends):
-        watch, seen = at_batch(end)
-        cut = ESTIMATORS[name]().set_params(checkpoint_dir=tmp_path, callbacks=[watch])
-        with pytest.warns(UserWarning, match="interrupted"):
+        cut = ESTIMATORS[name]().set_params(checkpoint_dir=tmp_path)
+        with at_step(end) as seen, pytest.warns(UserWarning, match="interrupted"):
             cut.fit(*blobs)
         assert len(seen) == end  # no further stage
         assert set(seen) == set(names[: number + 1])
         assert np.isfinite(cut.transform(blobs[0])).all()
         assert len(list(tmp_path.iterdir())) == 1
-        resumed = ESTIMATORS[name]().set_params(checkpoint_dir=tmp_path).fit(*blobs)
+        with at_step(None) as seen:
+            resumed = ESTIMATORS[name]().set_params(checkpoint_dir=tmp_path).fit(*blobs)
+        assert len(stages) - end < len(seen) <= len(stages) - end + 2  # one epoch again
         assert not list(tmp_path.iterdir())
         assert resumed.n_iter_ == whole.n_iter_
         for key, array in whole.weights_.items():
             assert np.array_equal(resumed.weights_[key], array), (key, names[number])
+
+
+def test_in_a_callback_of_the_user(tiny, blobs, tmp_path):
+    # Which may also end a training, by raising the same exception.
+    watch, _ = at_batch(12)
+    clf = SoftmaxClassifier(**tiny, checkpoint_dir=tmp_path, callbacks=[watch])
+    with pytest.warns(UserWarning, match="interrupted in epoch 3 of 3;"):
+        clf.fit(*blobs)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 PLACES = {  # where else the signal may arrive, once something was learned
