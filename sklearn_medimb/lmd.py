@@ -324,11 +324,13 @@ class ICCLoss(nn.Module):
         self.weight = weight
         self.margin = margin
         self.round = 0
-        self.statistics: tuple[torch.Tensor, ...] = ()  # m and C: float64, on the CPU
         self.terms: dict[str, torch.Tensor] = {}
         self.register_buffer("coef", torch.zeros(n_classes, d))
         self.register_buffer("intercept", torch.zeros(n_classes))
         size = 0 if kind is None else d
+        # m and C, in float64 on the CPU; the first M-step replaces them.
+        shapes = [] if kind is None else [(n_classes, d), (n_classes, d, d)]
+        self.statistics = tuple(torch.zeros(shape, dtype=torch.float64) for shape in shapes)
         self.register_buffer("means", torch.zeros(n_classes, size))
         self.register_buffer("whitening", torch.zeros(n_classes, size, size))
 
@@ -345,8 +347,9 @@ class ICCLoss(nn.Module):
             return
         sigma = np.stack([gaussians.covariance(k) for k in range(len(coef))])
         new = torch.from_numpy(gaussians.means), torch.from_numpy(sigma)
-        old = self.statistics or new
-        self.statistics = tuple(torch.lerp(a, b, share) for a, b in zip(old, new, strict=True))
+        self.statistics = tuple(
+            torch.lerp(old, own, share) for old, own in zip(self.statistics, new, strict=True)
+        )
         means, covariances = self.statistics
         self.means.copy_(means)
         # Each C is inverted once, not at each step.
