@@ -1006,7 +1006,7 @@ def test_targets_are_the_bases_and_classes_decide_on_partners():
 @pytest.mark.parametrize("pairing", ["paper", "code"])
 def test_pairing_decides_on_bases_and_partners(pairing):
     X, y = marked()
-    clf = small(pairing=pairing, mix_prob=1.0, max_epochs=10)
+    clf = small(pairing=pairing, mix_prob=1.0, max_epochs=10, device="cpu")
     bases, partners = [], []
     for batch, mass in batches_of(clf, X, y):
         rows = rows_of(clf, batch["images"])
@@ -1034,7 +1034,7 @@ def test_pairing_decides_on_bases_and_partners(pairing):
 )
 def test_a_partner_is_another_image(params):
     X, y = marked((20, 2))
-    clf = small(**params, mix_prob=1.0, max_epochs=20)
+    clf = small(**params, mix_prob=1.0, max_epochs=20, device="cpu")
     for batch, _ in batches_of(clf, X, y):
         rows, pool = rows_of(clf, batch["images"]), pool_of(clf, batch)
         assert (pool[batch["partners"].numpy()] != rows).all()
@@ -1056,7 +1056,7 @@ def test_class_frequencies_in_the_loss_are_those_of_the_bases(blobs):
 
 @pytest.mark.parametrize("pairing", ["paper", "code"])
 def test_class_centres_are_corrected_by_the_frequencies_of_the_bases(pairing, blobs):
-    clf = small(**CONTRAST, pairing=pairing, max_epochs=1).fit(*blobs)
+    clf = small(**CONTRAST, pairing=pairing, max_epochs=1, device="cpu").fit(*blobs)
     prior = [1 / 3] * 3 if pairing == "paper" else [0.6, 16 / 60, 8 / 60]
     np.testing.assert_allclose(clf.net_.criterion_.log_prior.exp(), prior)
     np.testing.assert_allclose(clf.class_prior_, prior)
@@ -1081,7 +1081,7 @@ def test_the_estimate_of_memory_counts_what_may_come_along(params, blobs):
 
 def test_ratio_of_a_batch_is_that_of_its_images():
     X, y = marked()
-    clf = small(mix_prob=1.0, floor=0.2, cap=0.9)
+    clf = small(mix_prob=1.0, floor=0.2, cap=0.9, device="cpu")
     batches = batches_of(clf, X, y)
     grid = clf.net_.module_.grid
     maps = pooled(fine_grained(torch.from_numpy(X).double() / 255), grid)
@@ -1154,7 +1154,7 @@ def test_a_given_detector_decides_on_the_share():
         maps[..., :6] = 1
         return maps
 
-    for batch, _ in batches_of(small(saliency=left_half, mix_prob=1.0), X, y):
+    for batch, _ in batches_of(small(saliency=left_half, mix_prob=1.0, device="cpu"), X, y):
         expected = torch.tensor([0.8] * 3 + [0.5] * 3).double().expand(16, 6, 6)
         torch.testing.assert_close(batch["ratio"], expected)
 
@@ -1198,7 +1198,7 @@ def test_polarity_and_mask_reach_the_detector():
 @pytest.mark.parametrize("merge", ["patch", "pixel"])
 def test_maps_are_kept_no_finer_than_the_mix_can_use(backbone, merge, blobs):
     X, y = blobs
-    clf = small(backbone=backbone, merge=merge, max_epochs=1).fit(X, y)
+    clf = small(backbone=backbone, merge=merge, max_epochs=1, device="cpu").fit(X, y)
     grid = clf.net_.module_.grid
     maps = clf._maps(TrainingSet(clf._read(X), np.arange(60), y), grid)
     assert maps.dtype == torch.uint8
@@ -1218,7 +1218,7 @@ def test_shares_have_the_grid_of_the_stage(layer, blobs):
 
 def test_lesions_prevail_over_background():
     data = make_lesions([20, 20], image_size=32, difficulty=0.3, random_state=0)
-    clf = small(polarity="dark", max_epochs=1).fit(data.images, data.target)
+    clf = small(polarity="dark", max_epochs=1, device="cpu").fit(data.images, data.target)
     grid = clf.net_.module_.grid
     maps = clf._maps(TrainingSet(clf._read(data.images), np.arange(40), data.target), grid)
     base, partner = np.flatnonzero(data.target == 1), np.flatnonzero(data.target == 0)
@@ -1397,7 +1397,8 @@ def test_warm_start_goes_on_with_mixing(blobs):
         def on_train_begin(self, net, **kwargs):
             starts.append(copy.deepcopy((net.criterion_.state_dict(), net.module_.state_dict())))
 
-    clf = small(**CONTRAST, warm_start=True, key_momentum=0.9, callbacks=[Look()]).fit(X, y)
+    params = {"warm_start": True, "key_momentum": 0.9, "callbacks": [Look()], "device": "cpu"}
+    clf = small(**CONTRAST, **params).fit(X, y)
     learned, weights = copy.deepcopy((clf.net_.criterion_.state_dict(), clf._network_weights()))
     clf.fit(X, y)
     assert clf.n_iter_ == 4
