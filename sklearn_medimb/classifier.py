@@ -380,8 +380,9 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         where = f", which lack the classes {lacking}" if len(absent) else ""
         more = ", or give more images of these classes" if len(absent) else ""
         return ValueError(
-            f"{scorer_name(self.scoring)} cannot be computed on the {len(y_held)} validation "
-            f"images{where}: choose another scorer, raise validation_fraction{more}. ({why})"
+            f"scoring={scorer_name(self.scoring)} cannot be computed on the {len(y_held)} "
+            f"validation images{where}: choose another scorer, raise validation_fraction{more}. "
+            f"({why})"
         )
 
     def _n_epochs(self, n_samples: int) -> int:

@@ -40,7 +40,7 @@ from tests.test_encoder import (
     stages,
 )
 from tests.test_lmd import Watch, all_equal, same_arrays, snapshot
-from tests.test_training import CrashAfter
+from tests.test_training import CrashAfter, EpochsRun
 
 BAND = (0.1, 0.9)
 TINY = {**SMALL, "projection_dim": 16}
@@ -590,10 +590,9 @@ def test_a_crashed_fit_resumes_to_the_same_result(pairing, data, tmp_path):
     params["checkpoint_dir"] = tmp_path
     with pytest.raises(RuntimeError, match="power cut"):
         AMIMVEncoder(**params, callbacks=[CrashAfter(2)]).fit(X, y)
-    epochs = []
-    count = Watch(epoch=lambda net: epochs.append(len(net.history)))
+    count = EpochsRun()
     resumed = AMIMVEncoder(**params, callbacks=[count]).fit(X, y)
-    assert epochs == [3]
+    assert count.epochs == [3]
     assert same_arrays(resumed.weights_, whole.weights_)
     assert resumed.n_skipped_steps_ == whole.n_skipped_steps_
     for row, wanted in zip(resumed.history_, whole.history_, strict=True):

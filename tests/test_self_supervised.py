@@ -28,8 +28,8 @@ from sklearn_medimb.self_supervised import (
 )
 from tests.conftest import make_blobs
 from tests.test_encoder import SMALL, Add, Starts, backbone_state, small_network, values
-from tests.test_lmd import Watch, all_equal, same_arrays, snapshot, two_views
-from tests.test_training import CrashAfter
+from tests.test_lmd import all_equal, same_arrays, snapshot, two_views
+from tests.test_training import CrashAfter, EpochsRun
 
 EACH = pytest.mark.parametrize("method", sorted(METHODS))
 SHAPES = pytest.mark.parametrize("shape", [(2, 3), (5, 3), (4, 7)])
@@ -479,10 +479,9 @@ def test_a_crashed_fit_resumes_to_the_same_result(method, data, tmp_path):
     whole = fitted(method, X, max_epochs=3)
     with pytest.raises(RuntimeError, match="power cut"):
         fitted(method, X, max_epochs=3, checkpoint_dir=tmp_path, callbacks=[CrashAfter(2)])
-    epochs = []
-    count = Watch(epoch=lambda net: epochs.append(len(net.history)))
+    count = EpochsRun()
     resumed = fitted(method, X, max_epochs=3, checkpoint_dir=tmp_path, callbacks=[count])
-    assert epochs == [3]
+    assert count.epochs == [3]
     assert same_arrays(resumed.weights_, whole.weights_)
     for row, wanted in zip(resumed.history_, whole.history_, strict=True):
         assert row | {"dur": 0} == wanted | {"dur": 0}

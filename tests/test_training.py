@@ -46,6 +46,16 @@ class CrashAfter(Callback):
             raise RuntimeError("power cut")
 
 
+class EpochsRun(Callback):
+    """Which epochs ran in this process."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def on_epoch_end(self, net, **kwargs):
+        self.epochs.append(len(net.history))
+
+
 class TestPrecision:
     @EACH
     @pytest.mark.parametrize("precision", ["float32", "bf16", "float64"])
