@@ -200,7 +200,7 @@ def _instead(callback: Callback, estimator: Any) -> str | None:
         return None
     if monitor == "valid_score":
         if not getattr(estimator, "_holds_out", bool)():
-            return 'early_stopping=True, with which there is a "valid_score", or another monitor'
+            return 'early_stopping=True, for a "valid_score", or monitor="train_loss"'
         if getattr(callback, "lower_is_better", False):
             return "lower_is_better=False: of scores, the higher is the better"
     elif monitor.startswith("valid_") or monitor.endswith("_best"):
@@ -243,8 +243,8 @@ def resolve_callbacks(given: str | list[Any] | None, estimator: Any) -> list[Cal
             )
         if instead := _instead(item, estimator):
             raise ValueError(
-                f"callbacks: {type(item).__name__} of skorch does not work in "
-                f"{type(estimator).__name__}: use {instead}."
+                f"callbacks: {type(item).__name__} does not work in {type(estimator).__name__}: "
+                f"use {instead}."
             )
         made.append(_fresh(item))
     return made

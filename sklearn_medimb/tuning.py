@@ -503,9 +503,8 @@ class OptunaPruning(Callback):
         row = net.history[-1]
         if self.monitor not in row:
             names = [k for k, v in row.items() if isinstance(v, float) and k != "dur"]
-            hint = "; set early_stopping=True" if self.monitor == "valid_score" else ""
             raise ValueError(
-                f"monitor={self.monitor!r} is not in the history, which has {sorted(names)}{hint}."
+                f"monitor={self.monitor!r} is not in the history, which has {sorted(names)}."
             )
         folds = self.shared_.folds
         if not self.fold_:

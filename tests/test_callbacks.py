@@ -354,7 +354,7 @@ def test_subclasses_are_refused_as_their_parents_are(tiny, blobs):
     class Mine(EpochScoring):
         pass
 
-    with pytest.raises(ValueError, match="Mine of skorch does not work in SSLEncoder: use early"):
+    with pytest.raises(ValueError, match="Mine does not work in SSLEncoder: use early"):
         SSLEncoder(**tiny, callbacks=[Mine("accuracy")]).fit(blobs[0])
 
 

@@ -19,7 +19,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import sklearn_medimb
 from sklearn_medimb import AMIMVEncoder, SaliencyMap, SoftmaxClassifier, SPMixSampler
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.images import is_lazy, read_images
+from sklearn_medimb.images import is_lazy, check_pixel_range, read_images
 from sklearn_medimb.utils import estimator_checks
 from sklearn_medimb.utils.estimator_checks import (
     LazyImages,
@@ -227,6 +227,8 @@ class ForgetsToDivide(Mutant):
     breaks = "check_uint8_images"
 
     def _read(self, X, *, reset=False):
+        if not reset:
+            self.pixel_range_ = None  # or the other scale would be refused
         return super()._read(X.astype(float), reset=reset)
 
 
@@ -252,7 +254,9 @@ class IgnoresSpatialDims(Mutant):
     breaks = "check_volumes"
 
     def _read(self, X, *, reset=False):
-        return read_images(self, X, reset=reset, float_dtype=np.float64)
+        images = read_images(self, X, reset=reset, float_dtype=np.float64)
+        check_pixel_range(self, images, reset=reset)
+        return images
 
 
 class ReadsInMemoryOrder(Mutant):
