@@ -379,8 +379,9 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         lacking = ", ".join(f"{self.classes_[k]!s} (of {self.class_counts_[k]})" for k in absent)
         where = f", which lack the classes {lacking}" if len(absent) else ""
         more = ", or give more images of these classes" if len(absent) else ""
+        name = scorer_name(self.scoring).removeprefix("scoring=")
         return ValueError(
-            f"scoring={scorer_name(self.scoring)} cannot be computed on the {len(y_held)} "
+            f"scoring={name} cannot be computed on the {len(y_held)} "
             f"validation images{where}: choose another scorer, raise validation_fraction{more}. "
             f"({why})"
         )

@@ -130,6 +130,8 @@ class _Describer:
         elif isinstance(value, type):
             installed = is_installed(value.__module__)
             yield from [self.named(value)] if installed else self.class_(value)
+        elif isinstance(value, functools.partial):  # its __dict__ is made when it is asked for
+            yield from self.all((value.func, value.args, value.keywords, vars(value)))
         elif isinstance(value, property):
             yield from self.all((value.fget, value.fset, value.fdel))
         elif isinstance(value, (classmethod, staticmethod)):

@@ -222,7 +222,7 @@ class TestScoringWithoutAClass:
             clf.fit(*blobs)
         assert not steps
         clf, _ = self.fit(tiny, partial(always_nan, weight=1))
-        with pytest.raises(ValueError, match=r"^always_nan cannot .*it gave NaN"):
+        with pytest.raises(ValueError, match=r"^scoring=always_nan cannot .*it gave NaN"):
             clf.fit(*blobs)
 
 
