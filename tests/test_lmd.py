@@ -37,7 +37,7 @@ from sklearn_medimb.over_sampling._virtual_features import ClassGaussians
 from sklearn_medimb.two_stage import STAGE_ONE, STAGE_TWO, Output
 from tests.conftest import make_blobs
 from tests.test_batches import make_batches, noise_images, numbered
-from tests.test_training import CrashAfter
+from tests.test_training import CrashAfter, EpochsRun
 from tests.test_virtual_features import KINDS, moments, problem
 
 # (B, d): fewer samples than channels and more, one sample, one channel.
@@ -1319,10 +1319,9 @@ def test_a_fit_resumes_in_either_stage_and_between_them(
         with pytest.raises(RuntimeError, match="power cut"):
             LMDClassifier(**params, callbacks=[CrashAfter(epoch)]).fit(X, y)
         assert len(list(tmp_path.iterdir())) == 1
-        epochs = []
-        count = Watch(epoch=lambda net, epochs=epochs: epochs.append(len(net.history)))
+        count = EpochsRun()
         resumed = LMDClassifier(**params, callbacks=[count]).fit(X, y)
-        assert epochs == list(range(epoch + 1, 8))
+        assert count.epochs == list(range(epoch + 1, 8))
         assert same_arrays(resumed.weights_, whole.weights_)
         assert np.array_equal(resumed.predict_proba(X), whole.predict_proba(X))
         for row, wanted in zip(resumed.history_, whole.history_, strict=True):
