@@ -1016,6 +1016,8 @@ class CSSNClassifier(BaseImageClassifier):
             scores, z, patches = compare(batch)
             best = scores.argmax(dim=1)
             near_z, near = z[:, None].masked_fill(~members, -torch.inf).topk(n_neighbors)
+            present = near_z.isfinite()
+            near_z = near_z.where(present, 0.0)
 
             def left(images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
                 scores, z, _ = compare(images)
@@ -1026,10 +1028,10 @@ class CSSNClassifier(BaseImageClassifier):
             whole = torch.cat([log_odds[:, None], near_z.flatten(1)], dim=1)
             falls = whole[..., None] - places.without_each(batch, block, left).transpose(1, 2)
             near_falls = falls[:, 1:].unflatten(1, near.shape[1:])
-            return best, log_odds, falls[:, 0], near, near_z, near_falls, patches
+            return best, log_odds, falls[:, 0], near, near_z, present, near_falls, patches
 
-        best, log_odds, falls, near, near_z, near_falls, patches = self._map(images, measure)
-        present = near_z.isfinite()
+        measured = self._map(images, measure)
+        best, log_odds, falls, near, near_z, present, near_falls, patches = measured
         indices = np.where(present.cpu().numpy(), self.support_indices_[near.cpu().numpy()], -1)
         support_maps = None
         if bank_images is not None:

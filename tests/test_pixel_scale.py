@@ -635,7 +635,8 @@ def test_absurd_value_of_a_vector_is_named():
 
 def test_weights_that_have_diverged_are_no_answer():
     clf = make().fit(UNIT, Y)
-    clf.weights_ = {name: value * np.nan for name, value in clf.weights_.items()}
+    for weight in clf.net_.module_.parameters():
+        weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match=r"row 0 .*diverged"):
         clf.predict(UNIT)
 

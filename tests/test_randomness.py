@@ -300,6 +300,7 @@ def test_every_estimator_works_in_a_forked_child(name, one_thread):
 
 
 @needs_fork
+@pytest.mark.filterwarnings("ignore:backbone=Sequential")  # a few steps
 def test_networks_are_copied_and_trained_in_a_forked_child(one_thread):
     X, y = make_blobs()
     clf = small(backbone=ConvNet(widths=(64, 256)), max_epochs=1).fit(X, y)

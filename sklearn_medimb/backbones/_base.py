@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from sklearn.base import BaseEstimator
-from torch import Tensor, cat, nn, stack
+from torch import Tensor, are_deterministic_algorithms_enabled, cat, nn, stack
 
 from sklearn_medimb.backbones._weights import load_weights
 
@@ -141,13 +142,22 @@ def as_tokens(output: Tensor, max_tokens: int | None = None) -> Tensor:
 
     sides = tuple(grid.shape[2:])
     if max_tokens is not None and math.prod(sides) > max_tokens:
-        for axis, size in enumerate(pooled_grid(sides, max_tokens), 2):
-            grid = _pooled_along(grid, axis, size)
+        pooled = pooled_grid(sides, max_tokens)
+        if are_deterministic_algorithms_enabled():  # torch's has no such gradient on CUDA
+            for axis, size in enumerate(pooled, 2):
+                grid = _pooled_along(grid, axis, size)
+        else:
+            pools: tuple[Callable[..., Tensor], ...] = (
+                F.adaptive_avg_pool1d,
+                F.adaptive_avg_pool2d,
+                F.adaptive_avg_pool3d,
+            )
+            grid = pools[len(sides) - 1](grid, pooled)
     return cat([first[:, None], grid.flatten(2).transpose(1, 2)], 1)
 
 
 def _pooled_along(grid: Tensor, axis: int, size: int) -> Tensor:
-    """Adaptive average pooling of one axis; torch's has no deterministic gradient on CUDA."""
+    """Adaptive average pooling of one axis."""
     side = grid.shape[axis]
     if side == size:
         return grid
