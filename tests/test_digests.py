@@ -26,6 +26,7 @@ from sklearn_medimb.datasets import DatasetImages, MappedImages
 from sklearn_medimb.digests import digest_of
 from sklearn_medimb.images import read_images
 from tests.conftest import make_blobs
+from tests.test_training import CrashAfter
 
 X, Y = make_blobs((40, 24, 16))
 SMALL = {
@@ -39,15 +40,6 @@ SMALL = {
 
 
 SEEN: list[int] = []
-
-
-class CrashAfter(Callback):
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_epoch_begin(self, net, **kwargs):
-        if len(net.history) == self.epoch + 1:
-            raise RuntimeError("power cut")
 
 
 class Count(Callback):

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from joblib import Parallel, delayed
-from skorch.callbacks import Callback
 
 from sklearn_medimb import SoftmaxClassifier, persistence
 from sklearn_medimb.backbones import ConvNet
@@ -24,6 +23,7 @@ from sklearn_medimb.onnx import export_onnx
 from sklearn_medimb.persistence import load, save
 from sklearn_medimb.runtime import replacing
 from tests.conftest import make_blobs
+from tests.test_training import CrashAfter
 
 FORK = multiprocessing.get_context("fork")
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
@@ -201,15 +201,6 @@ def test_a_checkpoint_that_another_fit_removes_is_none(tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------- foreign checkpoints
-
-
-class CrashAfter(Callback):
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_epoch_begin(self, net, **kwargs):
-        if len(net.history) == self.epoch + 1:
-            raise RuntimeError("power cut")
 
 
 def interrupted(folder, **params):
