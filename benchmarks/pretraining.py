@@ -36,7 +36,7 @@ from sklearn_medimb import (
     SSLEncoder,
 )
 from sklearn_medimb.datasets import load_npz
-from sklearn_medimb.rows import group_codes
+from sklearn_medimb._data.rows import group_codes
 
 SETS = {
     "labels": ("bccd_cells", "pneumoniamnist", "herlev_papsmear"),

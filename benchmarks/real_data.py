@@ -28,7 +28,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from sklearn_medimb import CSSNClassifier, SoftmaxClassifier
 from sklearn_medimb.datasets import load_npz, make_long_tailed
-from sklearn_medimb.rows import group_codes
+from sklearn_medimb._data.rows import group_codes
 
 Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 

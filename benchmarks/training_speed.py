@@ -26,8 +26,8 @@ from torch import nn
 
 from sklearn_medimb import SoftmaxClassifier
 from sklearn_medimb.backbones import ConvNet, as_features
-from sklearn_medimb.net import learning_rate_factor
-from sklearn_medimb.runtime import inference_block, resolve_device, resolve_precision
+from sklearn_medimb._training.net import learning_rate_factor
+from sklearn_medimb._machine.runtime import inference_block, resolve_device, resolve_precision
 
 BATCH = 64
 DEVICE = resolve_device("auto")

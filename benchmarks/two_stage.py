@@ -28,7 +28,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from sklearn_medimb import LMDClassifier, MetricTwoStageClassifier, SoftmaxClassifier
 from sklearn_medimb.datasets import load_npz
-from sklearn_medimb.rows import group_codes
+from sklearn_medimb._data.rows import group_codes
 
 Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 

@@ -73,7 +73,7 @@ def ldam(logits: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
     Parameters
     ----------
     logits : tensor of shape (n, K)
-        Scaled cosines, as :class:`~sklearn_medimb.one_stage.CosineHead` gives them.
+        Scaled cosines, as :class:`~sklearn_medimb.base._one_stage.CosineHead` gives them.
     margins : tensor of shape (K,)
         What is taken off logit k where k is the label, on the scale of the logits.
 

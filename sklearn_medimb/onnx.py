@@ -19,9 +19,9 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 import sklearn_medimb
-from sklearn_medimb.batches import Preprocessor
-from sklearn_medimb.classifier import BaseImageClassifier
-from sklearn_medimb.runtime import replacing
+from sklearn_medimb._data.batches import Preprocessor
+from sklearn_medimb.base._classifier import BaseImageClassifier
+from sklearn_medimb._machine.runtime import replacing
 
 
 def export_onnx(classifier: Any, path: str | os.PathLike[str]) -> None:

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from sklearn_medimb import BalancedBatchSampler, SoftmaxClassifier
 from sklearn_medimb.augment import AUGMENTATIONS, Augmentation
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.batches import Batches, Preprocessor, class_balanced, pk, shuffled
-from sklearn_medimb.images import Images, infer_layout
+from sklearn_medimb._data.batches import Batches, Preprocessor, class_balanced, pk, shuffled
+from sklearn_medimb._data.images import Images, infer_layout
 
 CPU = torch.device("cpu")
 

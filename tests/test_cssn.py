@@ -13,7 +13,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from sklearn_medimb import CSSNClassifier
 from sklearn_medimb.backbones import ConvNet, ViT
-from sklearn_medimb.cssn import (
+from sklearn_medimb.methods._cssn import (
     CSSNHead,
     CSSNLoss,
     CSSNNetwork,

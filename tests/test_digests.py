@@ -21,10 +21,10 @@ from torch.utils.data import TensorDataset
 from sklearn_medimb import AMIMVClassifier, AMIMVEncoder, SoftmaxClassifier, SPMixSampler
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.checkpoint import data_digest
+from sklearn_medimb._training.checkpoint import data_digest
 from sklearn_medimb.datasets import DatasetImages, MappedImages
-from sklearn_medimb.digests import digest_of
-from sklearn_medimb.images import read_images
+from sklearn_medimb._training.digests import digest_of
+from sklearn_medimb._data.images import read_images
 from tests.conftest import make_blobs
 from tests.test_training import CrashAfter
 
@@ -309,7 +309,7 @@ def test_the_digest_is_the_same_in_every_process():
 import sys, json
 sys.path.insert(0, sys.argv[1])
 from tests.test_digests import SAME, OTHER
-from sklearn_medimb.digests import digest_of
+from sklearn_medimb._training.digests import digest_of
 values = [make() for make in SAME.values()] + [v for pair in OTHER.values() for v in pair]
 print(json.dumps([digest_of(value, "value").hex() for value in values]))
 """

@@ -95,12 +95,12 @@ def test_two_processes_learn_what_one_does(tmp_path):
         f"""
 import json, os, pathlib
 import torch.distributed as dist
-import sklearn_medimb.distributed
+import sklearn_medimb._machine.distributed
 from tests.test_distributed import train
 
 sizes = []
-share_out = sklearn_medimb.distributed.share_out
-sklearn_medimb.distributed.share_out = lambda encode, images: share_out(
+share_out = sklearn_medimb._machine.distributed.share_out
+sklearn_medimb._machine.distributed.share_out = lambda encode, images: share_out(
     lambda own: (sizes.append((len(own), len(images))), encode(own))[1], images
 )
 results = train(pathlib.Path({str(tmp_path)!r}))
@@ -211,7 +211,7 @@ def test_out_of_memory_halves_what_the_backbone_sees(Classifier, params, when):
 
 def test_running_statistics_move_once_per_part():
     """The second pass over a part must not move them again."""
-    from sklearn_medimb.net import Trunk
+    from sklearn_medimb._training.net import Trunk
 
     trunks = []
     for micro_batch in (None, 6):

@@ -32,7 +32,7 @@ from sklearn_medimb import (
 from sklearn_medimb import encoder as engine
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.encoder import (
+from sklearn_medimb.base._encoder import (
     ENCODERS,
     PRETRAINING,
     EncoderNetwork,
@@ -46,7 +46,7 @@ from sklearn_medimb.encoder import (
     perceptron,
     resolve_encoder,
 )
-from sklearn_medimb.net import Trunk
+from sklearn_medimb._training.net import Trunk
 from tests.conftest import make_blobs
 from tests.test_batches import make_batches, noise_images, numbered
 from tests.test_lmd import all_equal, same_arrays, snapshot

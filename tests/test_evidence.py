@@ -15,7 +15,7 @@ from torch import nn
 from sklearn_medimb import CSSNClassifier
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.datasets import MappedImages, make_lesions
-from sklearn_medimb.evidence import Places
+from sklearn_medimb.methods._evidence import Places
 from sklearn_medimb.persistence import load, save
 from tests.conftest import make_blobs
 
@@ -362,7 +362,7 @@ class TestHowItBehaves:
         X, _ = blobs
         whole = fitted.explain(X[:4], supports=X, n_places=9)
         fitted._chunk_elements = 1
-        monkeypatch.setattr("sklearn_medimb.cssn.inference_block", lambda *a: 3)
+        monkeypatch.setattr("sklearn_medimb.methods._cssn.inference_block", lambda *a: 3)
         small = fitted.explain(X[:4], supports=X, n_places=9)
         assert np.allclose(small.maps, whole.maps, atol=1e-4)
         assert np.allclose(small.support_maps, whole.support_maps, atol=1e-4)

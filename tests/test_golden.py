@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from sklearn_medimb import losses, metric_losses
-from sklearn_medimb.amimv import thresholded_contrastive
-from sklearn_medimb.cssn import CSSNLoss, PairScores, soft_log_target
-from sklearn_medimb.lmd import (
+from sklearn_medimb.methods._amimv import thresholded_contrastive
+from sklearn_medimb.methods._cssn import CSSNLoss, PairScores, soft_log_target
+from sklearn_medimb.methods._lmd import (
     batch_relation_loss,
     channel_relation_loss,
     distribution_consistency,
@@ -22,8 +22,8 @@ from sklearn_medimb.lmd import (
     probability_consistency_loss,
 )
 from sklearn_medimb.mixing import spmix_ratio
-from sklearn_medimb.self_supervised import barlow_twins, negative_cosine, nt_xent, vicreg
-from sklearn_medimb.spmix import gpaco_loss, supcon_with_memory
+from sklearn_medimb.methods._self_supervised import barlow_twins, negative_cosine, nt_xent, vicreg
+from sklearn_medimb.methods._spmix import gpaco_loss, supcon_with_memory
 
 COUNTS = np.array([100.0, 30.0, 4.0])
 PRIOR = COUNTS / COUNTS.sum()

@@ -30,9 +30,9 @@ from sklearn_medimb import (
     gpu_queue,
 )
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.encoder import BaseImageEncoder
-from sklearn_medimb.gpu_queue import MemoryQueue
-from sklearn_medimb.net import Net, Trunk
+from sklearn_medimb.base._encoder import BaseImageEncoder
+from sklearn_medimb._machine.gpu_queue import MemoryQueue
+from sklearn_medimb._training.net import Net, Trunk
 
 from .conftest import make_blobs
 
@@ -135,7 +135,7 @@ def test_every_fit_on_a_gpu_takes_its_turn(tmp_path, monkeypatch):
             held.append([path.name for path in tmp_path.rglob("*.held")])
             return 0.5
 
-    monkeypatch.setattr("sklearn_medimb.base.turn", on_gpu)
+    monkeypatch.setattr("sklearn_medimb.base._image_estimator.turn", on_gpu)
     X, y = make_blobs((360, 160, 80))
     params = {"max_epochs": 1, "device": "cpu", "random_state": 0}
     SoftmaxClassifier(early_stopping=True, scoring=Look(), **params).fit(X, y)
@@ -195,7 +195,7 @@ def test_the_estimate_counts_every_image_that_backbones_encode(monkeypatch, esti
         return nullcontext()
 
     monkeypatch.setattr(Net, "_within_memory", step)
-    monkeypatch.setattr("sklearn_medimb.base.turn", on_gpu)
+    monkeypatch.setattr("sklearn_medimb.base._image_estimator.turn", on_gpu)
     monkeypatch.setattr(BaseImageEncoder, "_auto_epochs", 1)
     monkeypatch.setattr(BaseImageEncoder, "_auto_steps", 1)
     X, y = make_blobs()

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from sklearn_medimb import SoftmaxClassifier, datasets
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.images import (
+from sklearn_medimb._data.images import (
     DatasetImages,
     Images,
     Layout,

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from sklearn_medimb.backbones import ConvNet, HybridViT, ResNet, ViT
-from sklearn_medimb.batches import Preprocessor
-from sklearn_medimb.net import Trunk, may_be_channels_last
+from sklearn_medimb._data.batches import Preprocessor
+from sklearn_medimb._training.net import Trunk, may_be_channels_last
 
 # oneDNN's set and ATen's, from old machines to new ones.
 SETS = {

@@ -25,9 +25,9 @@ from sklearn_medimb import (
     SSLEncoder,
 )
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.base import BaseImageEstimator
-from sklearn_medimb.callbacks import BestEpoch, SaveCheckpoint, SklearnCallbacks
-from sklearn_medimb.net import Net
+from sklearn_medimb.base._image_estimator import BaseImageEstimator
+from sklearn_medimb._training.callbacks import BestEpoch, SaveCheckpoint, SklearnCallbacks
+from sklearn_medimb._training.net import Net
 from tests.conftest import make_blobs
 
 SMALL = {

@@ -19,7 +19,7 @@ from torch import nn
 from sklearn_medimb import LMDClassifier, SoftmaxClassifier, VirtualFeatureCalibration, losses
 from sklearn_medimb.augment import Augmentation, resolve_augmentation
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.lmd import (
+from sklearn_medimb.methods._lmd import (
     ICCLoss,
     LMDNetwork,
     RRLLoss,
@@ -32,9 +32,9 @@ from sklearn_medimb.lmd import (
     mahalanobis,
     probability_consistency_loss,
 )
-from sklearn_medimb.net import Trunk
+from sklearn_medimb._training.net import Trunk
 from sklearn_medimb.over_sampling._virtual_features import ClassGaussians
-from sklearn_medimb.two_stage import STAGE_ONE, STAGE_TWO, Output
+from sklearn_medimb.base._two_stage import STAGE_ONE, STAGE_TWO, Output
 from tests.conftest import make_blobs
 from tests.test_batches import make_batches, noise_images, numbered
 from tests.test_training import CrashAfter, EpochsRun
@@ -959,7 +959,7 @@ def test_statistics_come_from_one_plain_pass_over_the_data(tiny, blobs, monkeypa
         in_training.append((self.training, clf.net_.stage, images))
         return forward(self, images, weak)
 
-    monkeypatch.setattr("sklearn_medimb.lmd.ClassGaussians", Spy)
+    monkeypatch.setattr("sklearn_medimb.methods._lmd.ClassGaussians", Spy)
     monkeypatch.setattr(VirtualFeatureCalibration, "fit", fitting)
     monkeypatch.setattr(LMDNetwork, "forward", spying)
     clf = LMDClassifier(**{**tiny, "augment": "strong"}, n_rounds=3, device="cpu")

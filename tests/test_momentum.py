@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sklearn_medimb.momentum import KeyQueue, follow
+from sklearn_medimb._training.momentum import KeyQueue, follow
 
 # ---------------------------------------------------------------- follow
 

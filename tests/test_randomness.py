@@ -26,10 +26,10 @@ from torch.utils.checkpoint import checkpoint
 
 from sklearn_medimb import SoftmaxClassifier
 from sklearn_medimb.backbones import MLP, ConvNet, ViT
-from sklearn_medimb.base import BaseImageEstimator
-from sklearn_medimb.net import Trunk
-from sklearn_medimb.randomness import Draws, current_draws, drawing_from, may_draw, redirected
-from sklearn_medimb.runtime import one_thread_in_workers
+from sklearn_medimb.base._image_estimator import BaseImageEstimator
+from sklearn_medimb._training.net import Trunk
+from sklearn_medimb._machine.randomness import Draws, current_draws, drawing_from, may_draw, redirected
+from sklearn_medimb._machine.runtime import one_thread_in_workers
 
 from .conftest import make_blobs
 from .test_conformance import TINY, public_estimators
@@ -466,7 +466,7 @@ def test_fused_dropout_has_the_gradient_of_its_mask():
 
 def test_every_random_operation_of_torch_can_be_given_a_generator_or_is_refused():
     """A new operation that draws must not slip past."""
-    from sklearn_medimb.randomness import _OWN_WAYS, _is_random, _rate, _taking_generator
+    from sklearn_medimb._machine.randomness import _OWN_WAYS, _is_random, _rate, _taking_generator
 
     # Tagged, but they draw nothing, or are no operations of a forward pass on a tensor.
     others = {"aten::_fill_mem_eff_dropout_mask_", "aten::_nested_tensor_softmax_with_shape"}

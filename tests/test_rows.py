@@ -24,9 +24,9 @@ from sklearn_medimb import (
     SPMixSampler,
 )
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.images import Images, infer_layout
-from sklearn_medimb.rows import group_codes, validation_split
-from sklearn_medimb.rows import resample as resample_with_origin
+from sklearn_medimb._data.images import Images, infer_layout
+from sklearn_medimb._data.rows import group_codes, validation_split
+from sklearn_medimb._data.rows import resample as resample_with_origin
 
 
 def rng(seed=0):

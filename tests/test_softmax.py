@@ -11,7 +11,7 @@ from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from sklearn_medimb import SoftmaxClassifier
 from sklearn_medimb.backbones import MLP, ConvNet
-from sklearn_medimb.one_stage import LOSSES
+from sklearn_medimb.base._one_stage import LOSSES
 from tests.conftest import make_blobs
 
 

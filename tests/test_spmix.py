@@ -19,15 +19,15 @@ from torch import nn
 from sklearn_medimb import SoftmaxClassifier, SPMixClassifier, SSLEncoder
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import MLP, ConvNet, HybridViT, ResNet, ViT
-from sklearn_medimb.base import TrainingSet
-from sklearn_medimb.batches import class_balanced, shuffled
+from sklearn_medimb.base._image_estimator import TrainingSet
+from sklearn_medimb._data.batches import class_balanced, shuffled
 from sklearn_medimb.datasets import make_lesions
 from sklearn_medimb.losses import LabelLoss, cross_entropy, logit_adjusted
 from sklearn_medimb.metric_losses import supcon
 from sklearn_medimb.mixing import spmix_ratio
-from sklearn_medimb.net import Trunk
+from sklearn_medimb._training.net import Trunk
 from sklearn_medimb.saliency import fine_grained
-from sklearn_medimb.spmix import (
+from sklearn_medimb.methods._spmix import (
     ContrastLoss,
     MixedOutput,
     MixedViews,
@@ -1267,7 +1267,7 @@ def test_predictions_do_not_depend_on_the_company(params, blobs, monkeypatch):
     def never(*args, **kwargs):
         raise AssertionError("saliency at predict")
 
-    monkeypatch.setattr("sklearn_medimb.spmix.saliency_maps", never)
+    monkeypatch.setattr("sklearn_medimb.methods._spmix.saliency_maps", never)
     monkeypatch.setattr(MixingNetwork, "mix", never)
     proba = clf.predict_proba(X)
     np.testing.assert_array_equal(clf.predict_proba(X), proba)

@@ -24,8 +24,8 @@ from sklearn_medimb import (
 )
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.net import SCHEDULES, Trunk, learning_rate_factor
-from sklearn_medimb.runtime import has_native_bf16, resolve_precision
+from sklearn_medimb._training.net import SCHEDULES, Trunk, learning_rate_factor
+from sklearn_medimb._machine.runtime import has_native_bf16, resolve_precision
 from tests.conftest import make_blobs
 
 EACH = pytest.mark.parametrize(

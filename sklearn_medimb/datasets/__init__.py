@@ -3,6 +3,6 @@
 from sklearn_medimb.datasets._lesions import make_lesions
 from sklearn_medimb.datasets._long_tail import make_long_tailed
 from sklearn_medimb.datasets._npz import load_npz
-from sklearn_medimb.images import DatasetImages, MappedImages
+from sklearn_medimb._data.images import DatasetImages, MappedImages
 
 __all__ = ["DatasetImages", "MappedImages", "load_npz", "make_lesions", "make_long_tailed"]

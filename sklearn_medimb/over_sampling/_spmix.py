@@ -14,7 +14,7 @@ from imblearn.utils import check_target_type
 from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from sklearn_medimb.images import (
+from sklearn_medimb._data.images import (
     INPUT_CONSTRAINTS,
     ExtendedImages,
     Images,
@@ -25,8 +25,8 @@ from sklearn_medimb.images import (
     warn_of_flat_images,
 )
 from sklearn_medimb.mixing import patch_means, spmix, spmix_ratio
-from sklearn_medimb.rows import group_codes
-from sklearn_medimb.runtime import one_thread_in_workers, pixel_block, resolve_device
+from sklearn_medimb._data.rows import group_codes
+from sklearn_medimb._machine.runtime import one_thread_in_workers, pixel_block, resolve_device
 from sklearn_medimb.saliency import (
     DETECTORS,
     Detector,

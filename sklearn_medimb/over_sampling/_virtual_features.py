@@ -15,7 +15,7 @@ from scipy import sparse
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from sklearn_medimb.runtime import one_thread_in_workers
+from sklearn_medimb._machine.runtime import one_thread_in_workers
 
 _BLOCK = 2**24  # numbers drawn at a time: 64 to 128 MB, of a larger result
 

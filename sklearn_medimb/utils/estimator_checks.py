@@ -43,7 +43,7 @@ from sklearn.model_selection import PredefinedSplit, cross_val_score, cross_vali
 from sklearn.utils import get_tags
 from sklearn.utils._testing import raises
 
-from sklearn_medimb.runtime import resolve_device
+from sklearn_medimb._machine.runtime import resolve_device
 
 # The same images in another memory layout are summed in another order: 1e-16, which the training
 # of a few epochs amplifies.

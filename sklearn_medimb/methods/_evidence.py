@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sklearn_medimb.backbones import pooled_grid
-from sklearn_medimb.runtime import in_blocks
+from sklearn_medimb._machine.runtime import in_blocks
 
 
 class Places:

@@ -13,7 +13,7 @@ from imblearn.over_sampling.base import BaseOverSampler
 from imblearn.under_sampling import RandomUnderSampler
 from sklearn.base import clone
 
-from sklearn_medimb.images import ExtendedImages, Images, Layout
+from sklearn_medimb._data.images import ExtendedImages, Images, Layout
 
 
 def group_codes(groups: Any, y: np.ndarray) -> np.ndarray:

@@ -11,10 +11,10 @@ import torch
 from sklearn.base import _fit_context
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from sklearn_medimb._docs import shared_parameters
-from sklearn_medimb.base import TrainingSet
-from sklearn_medimb.batches import Batches, class_balanced, shuffled
-from sklearn_medimb.one_stage import OneStageClassifier
+from sklearn_medimb.base._docs import shared_parameters
+from sklearn_medimb.base._image_estimator import TrainingSet
+from sklearn_medimb._data.batches import Batches, class_balanced, shuffled
+from sklearn_medimb.base._one_stage import OneStageClassifier
 
 
 class MixedBatches:

@@ -23,10 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 from sklearn_medimb import distributed
 from sklearn_medimb.backbones import as_features
-from sklearn_medimb.batches import Batches, image_format
-from sklearn_medimb.callbacks import check_patterns, explain_missing
-from sklearn_medimb.randomness import Draws, current_draws, drawing_from, may_draw, redirected
-from sklearn_medimb.runtime import is_out_of_memory, noting_interrupts
+from sklearn_medimb._data.batches import Batches, image_format
+from sklearn_medimb._training.callbacks import check_patterns, explain_missing
+from sklearn_medimb._machine.randomness import Draws, current_draws, drawing_from, may_draw, redirected
+from sklearn_medimb._machine.runtime import is_out_of_memory, noting_interrupts
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 SCHEDULES = ("one_cycle", "cosine", "constant")
@@ -311,7 +311,7 @@ def learning_rate_factor(schedule: str, step: int, n_steps: int, warm_up: float 
 
 
 class Net(NeuralNet):
-    """A skorch net that trains on :class:`~sklearn_medimb.batches.Batches`.
+    """A skorch net that trains on :class:`~sklearn_medimb._data.batches.Batches`.
 
     ``infer`` and ``get_loss`` are skorch's: ``criterion_(module_(images), targets)``, unless a
     stage has a forward pass of its own. The history receives one ``train_loss`` per epoch, and the

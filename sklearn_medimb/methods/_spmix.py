@@ -28,17 +28,17 @@ from sklearn.base import _fit_context
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
-from sklearn_medimb._docs import shared_parameters
+from sklearn_medimb.base._docs import shared_parameters
 from sklearn_medimb.augment import geometry
-from sklearn_medimb.base import Stage, TrainingSet
-from sklearn_medimb.batches import Batches, class_balanced, n_batches, shuffled
-from sklearn_medimb.encoder import UpdateTarget, perceptron
-from sklearn_medimb.images import as_pixels, warn_of_flat_images
+from sklearn_medimb.base._image_estimator import Stage, TrainingSet
+from sklearn_medimb._data.batches import Batches, class_balanced, n_batches, shuffled
+from sklearn_medimb.base._encoder import UpdateTarget, perceptron
+from sklearn_medimb._data.images import as_pixels, warn_of_flat_images
 from sklearn_medimb.losses import LabelLoss, LabelStageLoss
 from sklearn_medimb.mixing import spmix, spmix_ratio
-from sklearn_medimb.momentum import KeyQueue, follow
-from sklearn_medimb.net import SoftmaxNetwork, Trunk
-from sklearn_medimb.one_stage import OneStageClassifier
+from sklearn_medimb._training.momentum import KeyQueue, follow
+from sklearn_medimb._training.net import SoftmaxNetwork, Trunk
+from sklearn_medimb.base._one_stage import OneStageClassifier
 from sklearn_medimb.saliency import DETECTORS, maps_of, saliency_maps
 
 # ---------------------------------------------------------------- pairs

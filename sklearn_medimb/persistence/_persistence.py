@@ -37,12 +37,12 @@ from skorch.history import History
 
 import sklearn_medimb
 from sklearn_medimb.backbones import Backbone, check_described
-from sklearn_medimb.base import BaseImageEstimator, check_answer
-from sklearn_medimb.classifier import BaseImageClassifier
+from sklearn_medimb.base._image_estimator import BaseImageEstimator, check_answer
+from sklearn_medimb.base._classifier import BaseImageClassifier
 from sklearn_medimb.rebalance import RebalancedHead
-from sklearn_medimb.rebuilding import rebuild
-from sklearn_medimb.runtime import replacing
-from sklearn_medimb.two_stage import head_logits
+from sklearn_medimb.persistence._rebuilding import rebuild
+from sklearn_medimb._machine.runtime import replacing
+from sklearn_medimb.base._two_stage import head_logits
 
 FORMAT = 1
 

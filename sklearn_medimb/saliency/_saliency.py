@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
 from sklearn.utils._param_validation import StrOptions
 
-from sklearn_medimb.images import (
+from sklearn_medimb._data.images import (
     INPUT_CONSTRAINTS,
     Images,
     as_list,
@@ -29,7 +29,7 @@ from sklearn_medimb.images import (
     to_unit_scale,
     warn_of_flat_images,
 )
-from sklearn_medimb.runtime import one_thread_in_workers, pixel_block, resolve_device
+from sklearn_medimb._machine.runtime import one_thread_in_workers, pixel_block, resolve_device
 
 Detector = Callable[..., torch.Tensor]
 

@@ -26,10 +26,10 @@ from sklearn.utils import column_or_1d
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from torch import nn
 
-from sklearn_medimb._docs import shared_parameters
+from sklearn_medimb.base._docs import shared_parameters
 from sklearn_medimb.augment import Augmentation, resolve_augmentation
-from sklearn_medimb.base import Stage, TrainingSet
-from sklearn_medimb.encoder import (
+from sklearn_medimb.base._image_estimator import Stage, TrainingSet
+from sklearn_medimb.base._encoder import (
     ENCODERS,
     BaseImageEncoder,
     Encoded,
@@ -39,7 +39,7 @@ from sklearn_medimb.encoder import (
 )
 from sklearn_medimb.losses import LabelStageLoss
 from sklearn_medimb.rebalance import resolve_head
-from sklearn_medimb.two_stage import TwoStageClassifier
+from sklearn_medimb.base._two_stage import TwoStageClassifier
 
 PAIRINGS = ("mimv", "asym_aug", "source_target", "weak_strong")
 

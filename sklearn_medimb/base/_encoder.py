@@ -24,11 +24,11 @@ from torch import nn
 
 from sklearn_medimb.augment import resolve_augmentation
 from sklearn_medimb.backbones import as_features
-from sklearn_medimb.base import BaseImageEstimator, Stage, TrainingSet
-from sklearn_medimb.batches import Batches, n_batches, shuffled
-from sklearn_medimb.momentum import follow
-from sklearn_medimb.net import Trunk
-from sklearn_medimb.rows import missing_entries
+from sklearn_medimb.base._image_estimator import BaseImageEstimator, Stage, TrainingSet
+from sklearn_medimb._data.batches import Batches, n_batches, shuffled
+from sklearn_medimb._training.momentum import follow
+from sklearn_medimb._training.net import Trunk
+from sklearn_medimb._data.rows import missing_entries
 
 PRETRAINING = "pre-training"
 

@@ -22,8 +22,8 @@ from sklearn.utils.multiclass import check_classification_targets
 from torch.utils.data import Sampler
 
 from sklearn_medimb.augment import Augmentation
-from sklearn_medimb.images import Images, to_unit_scale
-from sklearn_medimb.randomness import redirected
+from sklearn_medimb._data.images import Images, to_unit_scale
+from sklearn_medimb._machine.randomness import redirected
 
 Plan = Callable[[np.random.Generator], list[np.ndarray]]
 

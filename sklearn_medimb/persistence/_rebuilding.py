@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from sklearn_medimb.randomness import seeded
-from sklearn_medimb.runtime import resolve_device, resolve_precision
+from sklearn_medimb._machine.randomness import seeded
+from sklearn_medimb._machine.runtime import resolve_device, resolve_precision
 
 # What is made on the way and thrown away again, such as the last stages of a shortened ResNet.
 _SPARE_PARTS, _SPARE_BYTES = 2000, 2**26

@@ -31,8 +31,8 @@ from torch import nn
 from sklearn_medimb import distributed
 from sklearn_medimb.augment import resolve_augmentation
 from sklearn_medimb.backbones import Backbone, classifier_head, make_backbone
-from sklearn_medimb.batches import Preprocessor, n_batches
-from sklearn_medimb.callbacks import (
+from sklearn_medimb._data.batches import Preprocessor, n_batches
+from sklearn_medimb._training.callbacks import (
     BestEpoch,
     ProgressBar,
     SaveCheckpoint,
@@ -40,9 +40,9 @@ from sklearn_medimb.callbacks import (
     StopWhenAsked,
     resolve_callbacks,
 )
-from sklearn_medimb.checkpoint import Checkpoint, data_digest, fingerprint, plain
-from sklearn_medimb.gpu_queue import ALL_MEMORY, turn
-from sklearn_medimb.images import (
+from sklearn_medimb._training.checkpoint import Checkpoint, data_digest, fingerprint, plain
+from sklearn_medimb._machine.gpu_queue import ALL_MEMORY, turn
+from sklearn_medimb._data.images import (
     INPUT_CONSTRAINTS,
     Images,
     Layout,
@@ -50,9 +50,9 @@ from sklearn_medimb.images import (
     check_pixel_range,
     read_images,
 )
-from sklearn_medimb.net import SCHEDULES, Net, Trunk
-from sklearn_medimb.randomness import Draws, drawing_from, make_generator, redirected, seeded
-from sklearn_medimb.runtime import (
+from sklearn_medimb._training.net import SCHEDULES, Net, Trunk
+from sklearn_medimb._machine.randomness import Draws, drawing_from, make_generator, redirected, seeded
+from sklearn_medimb._machine.runtime import (
     in_blocks,
     inference_block,
     is_one_of_many,

@@ -28,8 +28,8 @@ from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils.multiclass import unique_labels
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
-from sklearn_medimb.intervals import Interval, as_numbers, profile_interval
-from sklearn_medimb.rows import group_codes
+from sklearn_medimb.metrics._score_test import Interval, as_numbers, profile_interval
+from sklearn_medimb._data.rows import group_codes
 
 Counts = Mapping[Any, int] | Any
 
@@ -268,7 +268,7 @@ def metric_interval(
     """Confidence interval of a metric, by patients where they are known.
 
     It is a score interval: for a recall Wilson's, [.57, 1] where five of five are found, and the
-    same idea for every other metric (:mod:`sklearn_medimb.intervals`).
+    same idea for every other metric (:mod:`sklearn_medimb.metrics._score_test`).
 
     Parameters
     ----------

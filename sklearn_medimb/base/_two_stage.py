@@ -16,14 +16,14 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sklearn_medimb import losses
-from sklearn_medimb.base import TrainingSet
-from sklearn_medimb.batches import Batches, shuffled
-from sklearn_medimb.classifier import BaseImageClassifier
-from sklearn_medimb.images import Images
+from sklearn_medimb.base._image_estimator import TrainingSet
+from sklearn_medimb._data.batches import Batches, shuffled
+from sklearn_medimb.base._classifier import BaseImageClassifier
+from sklearn_medimb._data.images import Images
 from sklearn_medimb.losses import LabelLoss, class_weights, of_unit_mean
-from sklearn_medimb.net import Output, SoftmaxNetwork, Trunk
+from sklearn_medimb._training.net import Output, SoftmaxNetwork, Trunk
 from sklearn_medimb.rebalance import HEADS, RebalancedHead, resolve_head
-from sklearn_medimb.runtime import one_thread_in_workers
+from sklearn_medimb._machine.runtime import one_thread_in_workers
 
 STAGE_ONE, STAGE_TWO = "stage one", "stage two"
 

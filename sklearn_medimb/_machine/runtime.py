@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from sklearn_medimb.distributed import launched, local_rank
+from sklearn_medimb._machine.distributed import launched, local_rank
 
 
 def resolve_device(device: str | torch.device, *, fall_back: bool = False) -> torch.device:

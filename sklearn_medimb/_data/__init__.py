@@ -1,0 +1,1 @@
+"""From the X of the caller to batches on the device."""

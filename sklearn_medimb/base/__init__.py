@@ -1,0 +1,1 @@
+"""What every estimator shares, and what a method of one's own is made of."""

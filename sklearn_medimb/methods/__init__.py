@@ -1,0 +1,20 @@
+"""The methods: one paper, one file, readable beside the paper."""
+
+from sklearn_medimb.methods._amimv import AMIMVClassifier, AMIMVEncoder
+from sklearn_medimb.methods._cssn import CSSNClassifier
+from sklearn_medimb.methods._lmd import LMDClassifier
+from sklearn_medimb.methods._metric_two_stage import MetricTwoStageClassifier
+from sklearn_medimb.methods._self_supervised import SSLEncoder
+from sklearn_medimb.methods._softmax import SoftmaxClassifier
+from sklearn_medimb.methods._spmix import SPMixClassifier
+
+__all__ = [
+    "AMIMVClassifier",
+    "AMIMVEncoder",
+    "CSSNClassifier",
+    "LMDClassifier",
+    "MetricTwoStageClassifier",
+    "SPMixClassifier",
+    "SSLEncoder",
+    "SoftmaxClassifier",
+]
