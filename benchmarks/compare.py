@@ -61,10 +61,10 @@ from sklearn_medimb import (
     SPMixClassifier,
     SPMixSampler,
 )
+from sklearn_medimb._data.rows import group_codes
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.datasets import load_npz, make_lesions, make_long_tailed
 from sklearn_medimb.metrics import expected_calibration_error, head_tail_gap, shot_recall
-from sklearn_medimb._data.rows import group_codes
 
 # ---------------------------------------------------------------- contestants
 

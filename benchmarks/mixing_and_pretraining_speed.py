@@ -18,12 +18,12 @@ import torch
 from cssn_step import StepTimes
 
 from sklearn_medimb import AMIMVEncoder, SaliencyMap, SoftmaxClassifier, SPMixClassifier
-from sklearn_medimb.methods._amimv import asymmetric, thresholded_contrastive
+from sklearn_medimb._machine.runtime import resolve_device, resolve_precision
+from sklearn_medimb._training.net import learning_rate_factor
+from sklearn_medimb._training.objectives import perceptron
 from sklearn_medimb.augment import resolve_augmentation
 from sklearn_medimb.backbones import ConvNet, as_features
-from sklearn_medimb.base._encoder import perceptron
-from sklearn_medimb._training.net import learning_rate_factor
-from sklearn_medimb._machine.runtime import resolve_device, resolve_precision
+from sklearn_medimb.methods._amimv import asymmetric, thresholded_contrastive
 
 DEVICE = resolve_device("auto")
 

@@ -35,8 +35,8 @@ from sklearn_medimb import (
     MetricTwoStageClassifier,
     SSLEncoder,
 )
-from sklearn_medimb.datasets import load_npz
 from sklearn_medimb._data.rows import group_codes
+from sklearn_medimb.datasets import load_npz
 
 SETS = {
     "labels": ("bccd_cells", "pneumoniamnist", "herlev_papsmear"),

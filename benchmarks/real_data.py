@@ -27,8 +27,8 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from sklearn_medimb import CSSNClassifier, SoftmaxClassifier
-from sklearn_medimb.datasets import load_npz, make_long_tailed
 from sklearn_medimb._data.rows import group_codes
+from sklearn_medimb.datasets import load_npz, make_long_tailed
 
 Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 

@@ -26,8 +26,8 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from sklearn_medimb import SoftmaxClassifier, SPMixClassifier
-from sklearn_medimb.datasets import load_npz
 from sklearn_medimb._data.rows import group_codes
+from sklearn_medimb.datasets import load_npz
 
 SETS = ("ph2_dermoscopy", "wbc_two_sites", "herlev_papsmear", "dr_maculopathy")
 METHODS: dict[str, Callable[..., Any]] = {

@@ -25,9 +25,9 @@ from skorch import NeuralNetClassifier
 from torch import nn
 
 from sklearn_medimb import SoftmaxClassifier
-from sklearn_medimb.backbones import ConvNet, as_features
-from sklearn_medimb._training.net import learning_rate_factor
 from sklearn_medimb._machine.runtime import inference_block, resolve_device, resolve_precision
+from sklearn_medimb._training.net import learning_rate_factor
+from sklearn_medimb.backbones import ConvNet, as_features
 
 BATCH = 64
 DEVICE = resolve_device("auto")

@@ -27,8 +27,8 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from sklearn_medimb import LMDClassifier, MetricTwoStageClassifier, SoftmaxClassifier
-from sklearn_medimb.datasets import load_npz
 from sklearn_medimb._data.rows import group_codes
+from sklearn_medimb.datasets import load_npz
 
 Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 

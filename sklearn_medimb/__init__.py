@@ -1,11 +1,17 @@
 """Imbalanced medical image classification, the scikit-learn way."""
 
-from sklearn_medimb.methods._amimv import AMIMVClassifier, AMIMVEncoder
-from sklearn_medimb._data.batches import BalancedBatchSampler
-from sklearn_medimb.methods._cssn import CSSNClassifier
+from sklearn_medimb._data.plans import BalancedBatchSampler
 from sklearn_medimb.inspection import SPMixDisplay
-from sklearn_medimb.methods._lmd import LMDClassifier
-from sklearn_medimb.methods._metric_two_stage import MetricTwoStageClassifier
+from sklearn_medimb.methods import (
+    AMIMVClassifier,
+    AMIMVEncoder,
+    CSSNClassifier,
+    LMDClassifier,
+    MetricTwoStageClassifier,
+    SoftmaxClassifier,
+    SPMixClassifier,
+    SSLEncoder,
+)
 from sklearn_medimb.over_sampling import BalancedVirtualFeatures, SPMixSampler
 from sklearn_medimb.rebalance import (
     BalancedSoftmax,
@@ -17,9 +23,6 @@ from sklearn_medimb.rebalance import (
     VirtualFeatureCalibration,
 )
 from sklearn_medimb.saliency import SaliencyMap
-from sklearn_medimb.methods._self_supervised import SSLEncoder
-from sklearn_medimb.methods._softmax import SoftmaxClassifier
-from sklearn_medimb.methods._spmix import SPMixClassifier
 
 __all__ = [
     "AMIMVClassifier",

@@ -10,7 +10,8 @@ import torch
 from sklearn.base import clone
 from sklearn.utils import _safe_indexing, check_random_state
 
-from sklearn_medimb._data.images import as_array, as_pixels, read_images
+from sklearn_medimb._data.images import as_array, read_images
+from sklearn_medimb._data.layout import as_pixels
 from sklearn_medimb.mixing import expand_ratio, spmix
 from sklearn_medimb.over_sampling import SPMixSampler
 from sklearn_medimb.saliency import SaliencyMap, as_maps, check_maps

@@ -20,8 +20,8 @@ from torch import nn
 
 import sklearn_medimb
 from sklearn_medimb._data.batches import Preprocessor
-from sklearn_medimb.base._classifier import BaseImageClassifier
 from sklearn_medimb._machine.runtime import replacing
+from sklearn_medimb.base._classifier import BaseImageClassifier
 
 
 def export_onnx(classifier: Any, path: str | os.PathLike[str]) -> None:

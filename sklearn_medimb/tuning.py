@@ -31,15 +31,18 @@ from typing import TYPE_CHECKING, Any
 from sklearn.frozen import FrozenEstimator
 from skorch.callbacks import Callback
 
-from sklearn_medimb.methods._amimv import AMIMVClassifier, AMIMVEncoder
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import MLP, HybridViT, ResNet, ViT
 from sklearn_medimb.base._image_estimator import BaseImageEstimator
+from sklearn_medimb.base._one_stage import LOSSES
+from sklearn_medimb.methods._amimv import AMIMVClassifier, AMIMVEncoder
 from sklearn_medimb.methods._cssn import CSSNClassifier
 from sklearn_medimb.methods._lmd import LMDClassifier
-from sklearn_medimb.metric_losses import METRIC_LOSSES
 from sklearn_medimb.methods._metric_two_stage import MetricTwoStageClassifier
-from sklearn_medimb.base._one_stage import LOSSES
+from sklearn_medimb.methods._self_supervised import SSLEncoder
+from sklearn_medimb.methods._softmax import SoftmaxClassifier
+from sklearn_medimb.methods._spmix import SPMixClassifier
+from sklearn_medimb.metric_losses import METRIC_LOSSES
 from sklearn_medimb.over_sampling import BalancedVirtualFeatures, SPMixSampler
 from sklearn_medimb.rebalance import (
     HEADS,
@@ -52,9 +55,6 @@ from sklearn_medimb.rebalance import (
     VirtualFeatureCalibration,
 )
 from sklearn_medimb.saliency import SaliencyMap
-from sklearn_medimb.methods._self_supervised import SSLEncoder
-from sklearn_medimb.methods._softmax import SoftmaxClassifier
-from sklearn_medimb.methods._spmix import SPMixClassifier
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

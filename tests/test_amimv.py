@@ -17,15 +17,17 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.svm import LinearSVC
 
 from sklearn_medimb import AMIMVClassifier, AMIMVEncoder, SoftmaxClassifier
+from sklearn_medimb._training.objectives import Encoded, encode
+from sklearn_medimb._training.views import ViewBatches
+from sklearn_medimb.augment import Augmentation, resolve_augmentation
+from sklearn_medimb.backbones import as_features
+from sklearn_medimb.base._encoder import PRETRAINING
 from sklearn_medimb.methods._amimv import (
     PAIRINGS,
     AMIMVObjective,
     asymmetric,
     thresholded_contrastive,
 )
-from sklearn_medimb.augment import Augmentation, resolve_augmentation
-from sklearn_medimb.backbones import as_features
-from sklearn_medimb.base._encoder import PRETRAINING, Encoded, ViewBatches, encode
 from sklearn_medimb.rebalance import HEADS, ClassifierRetraining, NearestClassMean
 from tests.conftest import make_blobs
 from tests.test_batches import make_batches, noise_images, numbered
@@ -521,7 +523,7 @@ def test_a_step_encodes_four_images_per_anchor(pairing, data, monkeypatch):
         assert n_views == {"n_online": 2, "n_target": 2}  # each passes alone, as in MIMV's code
         return encode(network, branches, **n_views)
 
-    monkeypatch.setattr("sklearn_medimb.base._encoder.encode", spying)
+    monkeypatch.setattr("sklearn_medimb._training.objectives.encode", spying)
     encoder = AMIMVEncoder(**{**TINY, "max_epochs": 1}, pairing=pairing).fit(data[0])
     assert shapes == [{"online": (30, 3, 12, 12), "target": (30, 3, 12, 12)}] * 4
     assert encoder.transform(data[0]).shape == (60, 8)

@@ -10,10 +10,12 @@ from imblearn.under_sampling import NearMiss, RandomUnderSampler
 from torch.utils.data import DataLoader, TensorDataset
 
 from sklearn_medimb import BalancedBatchSampler, SoftmaxClassifier
+from sklearn_medimb._data.batches import Batches, Preprocessor
+from sklearn_medimb._data.images import Images
+from sklearn_medimb._data.layout import infer_layout
+from sklearn_medimb._data.plans import class_balanced, pk, shuffled
 from sklearn_medimb.augment import AUGMENTATIONS, Augmentation
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb._data.batches import Batches, Preprocessor, class_balanced, pk, shuffled
-from sklearn_medimb._data.images import Images, infer_layout
 
 CPU = torch.device("cpu")
 

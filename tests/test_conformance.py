@@ -18,8 +18,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import sklearn_medimb
 from sklearn_medimb import AMIMVEncoder, SaliencyMap, SoftmaxClassifier, SPMixSampler
+from sklearn_medimb._data.containers import is_lazy
+from sklearn_medimb._data.images import check_pixel_range, read_images
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb._data.images import check_pixel_range, is_lazy, read_images
 from sklearn_medimb.utils import estimator_checks
 from sklearn_medimb.utils.estimator_checks import (
     LazyImages,

@@ -19,12 +19,12 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from sklearn_medimb import AMIMVClassifier, AMIMVEncoder, SoftmaxClassifier, SPMixSampler
+from sklearn_medimb._data.images import read_images
+from sklearn_medimb._training.checkpoint import data_digest
+from sklearn_medimb._training.digests import digest_of
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb._training.checkpoint import data_digest
 from sklearn_medimb.datasets import DatasetImages, MappedImages
-from sklearn_medimb._training.digests import digest_of
-from sklearn_medimb._data.images import read_images
 from tests.conftest import make_blobs
 from tests.test_training import CrashAfter
 

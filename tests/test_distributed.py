@@ -211,7 +211,7 @@ def test_out_of_memory_halves_what_the_backbone_sees(Classifier, params, when):
 
 def test_running_statistics_move_once_per_part():
     """The second pass over a part must not move them again."""
-    from sklearn_medimb._training.net import Trunk
+    from sklearn_medimb._training.network import Trunk
 
     trunks = []
     for micro_batch in (None, 6):

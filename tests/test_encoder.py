@@ -29,24 +29,14 @@ from sklearn_medimb import (
     SPMixClassifier,
     SSLEncoder,
 )
-from sklearn_medimb import encoder as engine
+from sklearn_medimb._training.monitors import Monitor, effective_rank, feature_std, knn_score
+from sklearn_medimb._training.network import Trunk
+from sklearn_medimb._training.objectives import encode, perceptron
+from sklearn_medimb._training.views import ViewBatches, Views
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.base._encoder import (
-    ENCODERS,
-    PRETRAINING,
-    EncoderNetwork,
-    Monitor,
-    ViewBatches,
-    Views,
-    effective_rank,
-    encode,
-    feature_std,
-    knn_score,
-    perceptron,
-    resolve_encoder,
-)
-from sklearn_medimb._training.net import Trunk
+from sklearn_medimb.base import _encoder as engine
+from sklearn_medimb.base._encoder import ENCODERS, PRETRAINING, EncoderNetwork, resolve_encoder
 from tests.conftest import make_blobs
 from tests.test_batches import make_batches, noise_images, numbered
 from tests.test_lmd import all_equal, same_arrays, snapshot

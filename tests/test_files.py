@@ -17,11 +17,11 @@ import torch
 from joblib import Parallel, delayed
 
 from sklearn_medimb import SoftmaxClassifier, persistence
-from sklearn_medimb.backbones import ConvNet
+from sklearn_medimb._machine.runtime import replacing
 from sklearn_medimb._training.checkpoint import Checkpoint
+from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.onnx import export_onnx
 from sklearn_medimb.persistence import load, save
-from sklearn_medimb._machine.runtime import replacing
 from tests.conftest import make_blobs
 from tests.test_training import CrashAfter
 

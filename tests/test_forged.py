@@ -333,7 +333,7 @@ def test_other_threads_build_what_they_want(saved, monkeypatch):
     """Layers are counted by hooks of torch that see those of every thread."""
     import threading
 
-    from sklearn_medimb import rebuilding
+    from sklearn_medimb.persistence import _rebuilding as rebuilding
 
     made, count = [], rebuilding._Budget.watching
 

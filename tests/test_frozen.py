@@ -13,8 +13,8 @@ from sklearn.base import clone
 from torch import nn
 
 from sklearn_medimb import LMDClassifier, SoftmaxClassifier, SSLEncoder
+from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet, classifier_head
-from sklearn_medimb._training.net import Trunk
 from tests.conftest import make_blobs
 from tests.test_interrupts import ESTIMATORS
 

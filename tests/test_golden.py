@@ -21,9 +21,9 @@ from sklearn_medimb.methods._lmd import (
     mahalanobis,
     probability_consistency_loss,
 )
-from sklearn_medimb.mixing import spmix_ratio
 from sklearn_medimb.methods._self_supervised import barlow_twins, negative_cosine, nt_xent, vicreg
-from sklearn_medimb.methods._spmix import gpaco_loss, supcon_with_memory
+from sklearn_medimb.methods._tailboost import gpaco_loss, supcon_with_memory
+from sklearn_medimb.mixing import spmix_ratio
 
 COUNTS = np.array([100.0, 30.0, 4.0])
 PRIOR = COUNTS / COUNTS.sum()

@@ -29,10 +29,11 @@ from sklearn_medimb import (
     SSLEncoder,
     gpu_queue,
 )
+from sklearn_medimb._machine.gpu_queue import MemoryQueue
+from sklearn_medimb._training.net import Net
+from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.base._encoder import BaseImageEncoder
-from sklearn_medimb._machine.gpu_queue import MemoryQueue
-from sklearn_medimb._training.net import Net, Trunk
 
 from .conftest import make_blobs
 

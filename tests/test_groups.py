@@ -25,9 +25,9 @@ from sklearn.model_selection import (
 )
 
 from sklearn_medimb import AMIMVClassifier, AMIMVEncoder, SoftmaxClassifier, SPMixSampler
+from sklearn_medimb._data.images import Images
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.base._classifier import BaseImageClassifier
-from sklearn_medimb._data.images import Images
 from sklearn_medimb.inspection import SPMixDisplay
 from sklearn_medimb.metrics import metric_interval, scorer_interval
 from tests.test_conformance import public_estimators

@@ -15,18 +15,11 @@ from sklearn.utils import _safe_indexing
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from sklearn_medimb import SoftmaxClassifier, datasets
+from sklearn_medimb._data.containers import DatasetImages, is_lazy, wrap_dataset
+from sklearn_medimb._data.images import Images, channel_statistics, read_images
+from sklearn_medimb._data.layout import Layout, infer_layout
+from sklearn_medimb._data.pixel_scale import to_unit_scale
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb._data.images import (
-    DatasetImages,
-    Images,
-    Layout,
-    channel_statistics,
-    infer_layout,
-    is_lazy,
-    read_images,
-    to_unit_scale,
-    wrap_dataset,
-)
 
 U8, F32, F64 = np.dtype(np.uint8), np.dtype(np.float32), np.dtype(np.float64)
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import nn
 
-from sklearn_medimb.backbones import ConvNet, HybridViT, ResNet, ViT
 from sklearn_medimb._data.batches import Preprocessor
-from sklearn_medimb._training.net import Trunk, may_be_channels_last
+from sklearn_medimb._training.network import Trunk, may_be_channels_last
+from sklearn_medimb.backbones import ConvNet, HybridViT, ResNet, ViT
 
 # oneDNN's set and ATen's, from old machines to new ones.
 SETS = {

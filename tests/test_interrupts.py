@@ -24,10 +24,10 @@ from sklearn_medimb import (
     SPMixClassifier,
     SSLEncoder,
 )
-from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.base._image_estimator import BaseImageEstimator
 from sklearn_medimb._training.callbacks import BestEpoch, SaveCheckpoint, SklearnCallbacks
 from sklearn_medimb._training.net import Net
+from sklearn_medimb.backbones import ConvNet
+from sklearn_medimb.base._image_estimator import BaseImageEstimator
 from tests.conftest import make_blobs
 
 SMALL = {

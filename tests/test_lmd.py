@@ -17,8 +17,10 @@ from skorch.callbacks import Callback
 from torch import nn
 
 from sklearn_medimb import LMDClassifier, SoftmaxClassifier, VirtualFeatureCalibration, losses
+from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.augment import Augmentation, resolve_augmentation
 from sklearn_medimb.backbones import ConvNet
+from sklearn_medimb.base._two_stage import STAGE_ONE, STAGE_TWO, Output
 from sklearn_medimb.methods._lmd import (
     ICCLoss,
     LMDNetwork,
@@ -32,9 +34,7 @@ from sklearn_medimb.methods._lmd import (
     mahalanobis,
     probability_consistency_loss,
 )
-from sklearn_medimb._training.net import Trunk
 from sklearn_medimb.over_sampling._virtual_features import ClassGaussians
-from sklearn_medimb.base._two_stage import STAGE_ONE, STAGE_TWO, Output
 from tests.conftest import make_blobs
 from tests.test_batches import make_batches, noise_images, numbered
 from tests.test_training import CrashAfter, EpochsRun

@@ -20,12 +20,14 @@ from sklearn_medimb import (
     SPMixClassifier,
     losses,
 )
+from sklearn_medimb._data.batches import Batches, Preprocessor
+from sklearn_medimb._data.images import Images
+from sklearn_medimb._data.layout import infer_layout
+from sklearn_medimb._data.plans import class_balanced, shuffled
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb._data.batches import Batches, Preprocessor, class_balanced, shuffled
-from sklearn_medimb._data.images import Images, infer_layout
-from sklearn_medimb.losses import LabelLoss
 from sklearn_medimb.base._one_stage import LOSSES, CosineHead
+from sklearn_medimb.losses import LabelLoss
 from sklearn_medimb.methods._softmax import MixedBatches
 
 COUNTS = [100.0, 30.0, 4.0, 1.0]

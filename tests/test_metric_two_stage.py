@@ -30,7 +30,9 @@ from sklearn_medimb import (
     SoftmaxClassifier,
 )
 from sklearn_medimb.backbones import ConvNet
+from sklearn_medimb.base._two_stage import Output
 from sklearn_medimb.losses import LabelLoss, cross_entropy
+from sklearn_medimb.methods._metric_two_stage import MetricStageLoss
 from sklearn_medimb.metric_losses import (
     METRIC_LOSSES,
     ClassCenterTriplet,
@@ -41,9 +43,7 @@ from sklearn_medimb.metric_losses import (
     supcon,
     triplet,
 )
-from sklearn_medimb.methods._metric_two_stage import MetricStageLoss
 from sklearn_medimb.rebalance import HEADS
-from sklearn_medimb.base._two_stage import Output
 from tests.conftest import make_blobs
 from tests.test_training import CrashAfter
 

@@ -46,12 +46,12 @@ from sklearn_medimb import (
 )
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet, ViT
-from sklearn_medimb.base._image_estimator import BaseImageEstimator
 from sklearn_medimb.base._classifier import BaseImageClassifier
+from sklearn_medimb.base._image_estimator import BaseImageEstimator
+from sklearn_medimb.base._two_stage import head_logits, torch_head
 from sklearn_medimb.onnx import export_onnx
 from sklearn_medimb.persistence import load, save
 from sklearn_medimb.rebalance import HEADS, resolve_head
-from sklearn_medimb.base._two_stage import head_logits, torch_head
 from tests.conftest import make_blobs
 
 safetensors = pytest.importorskip("safetensors")

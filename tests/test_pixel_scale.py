@@ -23,9 +23,9 @@ from sklearn_medimb import (
     SPMixSampler,
     SSLEncoder,
 )
+from sklearn_medimb._data.images import read_images
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.datasets import DatasetImages, MappedImages
-from sklearn_medimb._data.images import read_images
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (12, 8, 9), dtype=np.uint8)

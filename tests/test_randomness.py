@@ -25,11 +25,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sklearn_medimb import SoftmaxClassifier
+from sklearn_medimb._machine.randomness import (
+    Draws,
+    current_draws,
+    drawing_from,
+    may_draw,
+    redirected,
+)
+from sklearn_medimb._machine.runtime import one_thread_in_workers
+from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import MLP, ConvNet, ViT
 from sklearn_medimb.base._image_estimator import BaseImageEstimator
-from sklearn_medimb._training.net import Trunk
-from sklearn_medimb._machine.randomness import Draws, current_draws, drawing_from, may_draw, redirected
-from sklearn_medimb._machine.runtime import one_thread_in_workers
 
 from .conftest import make_blobs
 from .test_conformance import TINY, public_estimators

@@ -23,10 +23,11 @@ from sklearn_medimb import (
     SoftmaxClassifier,
     SPMixSampler,
 )
-from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb._data.images import Images, infer_layout
+from sklearn_medimb._data.images import Images
+from sklearn_medimb._data.layout import infer_layout
 from sklearn_medimb._data.rows import group_codes, validation_split
 from sklearn_medimb._data.rows import resample as resample_with_origin
+from sklearn_medimb.backbones import ConvNet
 
 
 def rng(seed=0):

@@ -13,8 +13,8 @@ from sklearn.base import clone
 from torch.nn.functional import normalize
 
 from sklearn_medimb import SSLEncoder
+from sklearn_medimb._training.objectives import Encoded, encode
 from sklearn_medimb.augment import Augmentation
-from sklearn_medimb.base._encoder import Encoded, encode
 from sklearn_medimb.methods._self_supervised import (
     METHODS,
     BarlowTwins,
@@ -410,7 +410,7 @@ def test_two_views_of_each_image_go_where_the_method_wants_them(method, monkeypa
         assert n_views == {"n_online": n_online, "n_target": n_target}
         return encode(network, branches, **n_views)
 
-    monkeypatch.setattr("sklearn_medimb.base._encoder.encode", spying)
+    monkeypatch.setattr("sklearn_medimb._training.objectives.encode", spying)
     params = {**SMALL, "max_epochs": 1, "precision": "float64"}
     encoder = SSLEncoder(method, **params, augment=(Add(100), Add(1000)))
     encoder.fit(X)

@@ -17,27 +17,25 @@ from skorch.callbacks import Callback
 from torch import nn
 
 from sklearn_medimb import SoftmaxClassifier, SPMixClassifier, SSLEncoder
+from sklearn_medimb._data.plans import class_balanced, shuffled
+from sklearn_medimb._training.network import Trunk
+from sklearn_medimb._training.stage import TrainingSet
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import MLP, ConvNet, HybridViT, ResNet, ViT
-from sklearn_medimb.base._image_estimator import TrainingSet
-from sklearn_medimb._data.batches import class_balanced, shuffled
 from sklearn_medimb.datasets import make_lesions
 from sklearn_medimb.losses import LabelLoss, cross_entropy, logit_adjusted
-from sklearn_medimb.metric_losses import supcon
-from sklearn_medimb.mixing import spmix_ratio
-from sklearn_medimb._training.net import Trunk
-from sklearn_medimb.saliency import fine_grained
 from sklearn_medimb.methods._spmix import (
-    ContrastLoss,
     MixedOutput,
     MixedViews,
     MixingNetwork,
     Partners,
     default_layer,
-    gpaco_loss,
     pooled,
-    supcon_with_memory,
 )
+from sklearn_medimb.methods._tailboost import ContrastLoss, gpaco_loss, supcon_with_memory
+from sklearn_medimb.metric_losses import supcon
+from sklearn_medimb.mixing import spmix_ratio
+from sklearn_medimb.saliency import fine_grained
 from tests.conftest import make_blobs
 from tests.test_batches import make_batches
 from tests.test_training import CrashAfter

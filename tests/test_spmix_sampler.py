@@ -13,9 +13,9 @@ from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 from sklearn_medimb import SaliencyMap, SoftmaxClassifier, SPMixSampler
-from sklearn_medimb._data.images import is_lazy
-from sklearn_medimb.mixing import spmix, spmix_ratio
+from sklearn_medimb._data.containers import is_lazy
 from sklearn_medimb._data.rows import resample
+from sklearn_medimb.mixing import spmix, spmix_ratio
 from sklearn_medimb.saliency import fine_grained
 from sklearn_medimb.utils.estimator_checks import LazyImages
 

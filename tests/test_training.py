@@ -22,10 +22,11 @@ from sklearn_medimb import (
     MetricTwoStageClassifier,
     SoftmaxClassifier,
 )
+from sklearn_medimb._machine.runtime import has_native_bf16, resolve_precision
+from sklearn_medimb._training.net import SCHEDULES, learning_rate_factor
+from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb._training.net import SCHEDULES, Trunk, learning_rate_factor
-from sklearn_medimb._machine.runtime import has_native_bf16, resolve_precision
 from tests.conftest import make_blobs
 
 EACH = pytest.mark.parametrize(

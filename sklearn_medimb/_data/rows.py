@@ -13,7 +13,9 @@ from imblearn.over_sampling.base import BaseOverSampler
 from imblearn.under_sampling import RandomUnderSampler
 from sklearn.base import clone
 
-from sklearn_medimb._data.images import ExtendedImages, Images, Layout
+from sklearn_medimb._data.containers import ExtendedImages
+from sklearn_medimb._data.images import Images
+from sklearn_medimb._data.layout import Layout
 
 
 def group_codes(groups: Any, y: np.ndarray) -> np.ndarray:
@@ -56,7 +58,7 @@ def group_codes(groups: Any, y: np.ndarray) -> np.ndarray:
     if groups.dtype.kind in "mM":
         kinds = np.full(len(groups), "date")
     else:
-        kinds = np.array([_kind(entry) for entry in groups.tolist()])
+        kinds = np.array([kind_of(entry) for entry in groups.tolist()])
     if (other := kinds != kinds[:1]).any():
         row = other.argmax()
         raise ValueError(
@@ -113,7 +115,7 @@ def _is_missing(entry: Any, texts: bool) -> bool:
         return True
 
 
-def _kind(entry: Any) -> str:
+def kind_of(entry: Any) -> str:
     """What may be compared with one another."""
     if isinstance(entry, Number) and not isinstance(entry, bool):
         return "number"

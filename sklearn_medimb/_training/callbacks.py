@@ -33,8 +33,8 @@ from skorch.callbacks import (
 from skorch.callbacks import Checkpoint as SkorchCheckpoint
 from skorch.callbacks import ProgressBar as SkorchProgressBar
 
-from sklearn_medimb._training.checkpoint import Checkpoint
 from sklearn_medimb._machine.distributed import is_main, of_main
+from sklearn_medimb._training.checkpoint import Checkpoint
 
 
 class ProgressBar(Callback):

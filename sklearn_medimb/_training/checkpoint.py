@@ -18,11 +18,11 @@ import torch
 from skorch.callbacks import Callback
 from skorch.history import History
 
-from sklearn_medimb._training.digests import digest_of, is_installed, only_watches
-from sklearn_medimb._machine.distributed import by_main
 from sklearn_medimb._data.images import Images
+from sklearn_medimb._machine.distributed import by_main
 from sklearn_medimb._machine.randomness import Draws
 from sklearn_medimb._machine.runtime import replacing, resolve_precision
+from sklearn_medimb._training.digests import digest_of, is_installed, only_watches
 
 FORMAT = 3
 

@@ -11,216 +11,26 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from skorch import NeuralNet
 from skorch.callbacks import Callback, EpochTimer
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from sklearn_medimb import distributed
-from sklearn_medimb.backbones import as_features
-from sklearn_medimb._data.batches import Batches, image_format
-from sklearn_medimb._training.callbacks import check_patterns, explain_missing
-from sklearn_medimb._machine.randomness import Draws, current_draws, drawing_from, may_draw, redirected
+from sklearn_medimb._data.batches import Batches
+from sklearn_medimb._machine import distributed
+from sklearn_medimb._machine.randomness import (
+    current_draws,
+    may_draw,
+    redirected,
+)
 from sklearn_medimb._machine.runtime import is_out_of_memory, noting_interrupts
+from sklearn_medimb._training.callbacks import check_patterns, explain_missing
+from sklearn_medimb._training.network import Trunk
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 SCHEDULES = ("one_cycle", "cosine", "constant")
-
-
-class Trunk(nn.Module):
-    """A backbone at its own precision: what leaves it is float32 (or float64) again.
-
-    Only the backbone, where the time goes, runs in bfloat16; heads, losses and weights do not.
-    In training it may see a batch in parts: in shares of several processes, or, where memory ran
-    out, a few images at a time, which backward encodes once more. Its output, and so the loss, is
-    that of the whole batch either way; batch normalisation takes the statistics of each part.
-    `divisible` is False where the images of a batch mix inside the backbone.
-
-    Parameters
-    ----------
-    backbone : nn.Module
-        The network.
-    input_shape : tuple of int
-        ``(C, *spatial)`` or ``(d,)``. Image networks hold their weights channels-last, and want
-        their images so, where `channels_last` says it.
-    autocast : torch.dtype or None
-        Reduced precision of the forward and backward pass.
-    """
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        input_shape: tuple[int, ...],
-        *,
-        autocast: torch.dtype | None,
-    ) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.input_shape = input_shape
-        self.autocast = autocast
-        self.frozen: list[nn.Module] = []
-        self.keep_frozen()
-        self.micro_batch: int | None = None
-        self.divisible = True
-        self.channels_last = len(input_shape) > 2 and may_be_channels_last(backbone)
-        for parameter in backbone.parameters():
-            memory_format = image_format(parameter.ndim, self.channels_last)
-            parameter.data = parameter.data.contiguous(memory_format=memory_format)
-
-    def keep_frozen(self) -> None:
-        """Note which layers are frozen now: in training, too, their running statistics stay."""
-        self.frozen = [layer for layer in _frozen_layers(self.backbone) if _has_statistics(layer)]
-
-    @property
-    def learns(self) -> bool:
-        """Whether any of its weights is trained."""
-        return any(parameter.requires_grad for parameter in self.parameters())
-
-    def statistics_left(self, n_steps: int) -> float:
-        """Largest share of a running statistic that is, after some steps, still as it came.
-
-        Layers that came without statistics of images, as they are made, do not count.
-        """
-        frozen = {id(layer) for layer in self.frozen}
-        left = [
-            (1 - layer.momentum) ** n_steps
-            for layer in self.backbone.modules()
-            if isinstance(layer, BATCH_NORMS)
-            and layer.momentum is not None  # else it averages all steps
-            and layer.running_mean is not None
-            and layer.running_mean.any()
-            and id(layer) not in frozen
-        ]
-        return max(left, default=0.0)
-
-    def train(self, mode: bool = True) -> Trunk:
-        """Switch the mode of all layers but those that are frozen with statistics."""
-        super().train(mode)
-        for layer in self.frozen:
-            layer.training = False
-        return self
-
-    def probe(self) -> torch.Tensor:
-        """Output for one blank image: tells a method the shape of what it will get."""
-        try:
-            with torch.no_grad():
-                return self._encode_blank()
-        except Exception as error:
-            raise ValueError(
-                f"backbone={type(self.backbone).__name__} failed on one image of shape "
-                f"{self.input_shape}: {error}"
-            ) from error
-
-    def _encode_blank(self) -> torch.Tensor:
-        training = self.training
-        like = next(self.parameters(), torch.empty(0))
-        blank = torch.zeros(1, *self.input_shape, dtype=like.dtype, device=like.device)
-        try:
-            return self.eval()(blank)
-        finally:
-            self.train(training)
-
-    def activation_bytes(self) -> int:
-        """Memory that one image takes until the backward pass."""
-        weights = {parameter.data_ptr() for parameter in self.parameters()}
-        kept: dict[int, torch.Tensor] = {}  # a tensor that two layers keep is there once
-
-        def keep(saved: torch.Tensor) -> torch.Tensor:
-            if saved.data_ptr() not in weights:
-                kept[saved.data_ptr()] = saved
-            return saved
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-            self._encode_blank()
-        return sum(saved.nbytes for saved in kept.values())
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode a batch of normalised images."""
-        if not (self.training and self.divisible):
-            return self._encode(images)
-        return distributed.share_out(self._encode_in_parts, images)
-
-    def _encode(self, images: torch.Tensor) -> torch.Tensor:
-        if self.autocast is None:
-            return self.backbone(images)
-        with torch.autocast(images.device.type, self.autocast):
-            output = self.backbone(images)
-        return output.to(images.dtype)
-
-    def _encode_in_parts(self, images: torch.Tensor) -> torch.Tensor:
-        """Keep the activations of one part at a time."""
-        if self.micro_batch is None or len(images) <= self.micro_batch:
-            return self._encode(images)
-        parts = images.tensor_split(-(-len(images) // self.micro_batch))
-        if not torch.is_grad_enabled():
-            return torch.cat([self._encode(part) for part in parts])
-        how: dict[str, Any] = {
-            "use_reentrant": False,
-            "preserve_rng_state": False,
-            "context_fn": partial(_first_and_second_pass, self.backbone),
-        }
-        return torch.cat([checkpoint(self._encode, part, **how) for part in parts])
-
-
-def _frozen_layers(module: nn.Module, parent: bool = False) -> Iterator[nn.Module]:
-    """Layers whose own parameters are frozen, or that have none and whose parent is frozen."""
-    every, own = list(module.parameters()), list(module.parameters(recurse=False))
-    whole = not any(p.requires_grad for p in every) if every else parent
-    if not any(p.requires_grad for p in own) if own else whole:
-        yield module
-    for child in module.children():
-        yield from _frozen_layers(child, whole)
-
-
-def _has_statistics(layer: nn.Module) -> bool:
-    """Whether a layer holds numbers that a forward pass in training may change."""
-    return any(buffer.is_floating_point() for buffer in layer.buffers(recurse=False))
-
-
-def may_be_channels_last(backbone: nn.Module) -> bool:
-    """Whether the layers of a network are safe with channels-last images and weights.
-
-    On CPUs whose widest instructions are AVX2, oneDNN writes past the end of a buffer in the
-    backward pass of a strided convolution with kernels of one pixel on fewer than 8 channels, if it
-    is channels-last: the process dies, or worse. Weights that no convolution of torch's own holds
-    may be used with any stride.
-    """
-    kinds = (nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    layers = [layer for layer in backbone.modules() if isinstance(layer, kinds)]
-    held = {id(layer.weight) for layer in layers}
-    strided = [layer.weight for layer in layers if max(layer.stride) > 1]
-    strided += [w for w in backbone.parameters() if w.ndim in (4, 5) and id(w) not in held]
-    return not any(w.shape[1] < 8 and math.prod(w.shape[2:]) == 1 for w in strided)
-
-
-def _first_and_second_pass(backbone: nn.Module) -> tuple[Any, Any]:
-    """Contexts of a part's two forward passes.
-
-    The second draws what the first did, and leaves running statistics alone.
-    """
-    draws = current_draws()
-    return nullcontext(), _second_pass(backbone, None if draws is None else draws.copy())
-
-
-@contextmanager
-def _second_pass(backbone: nn.Module, draws: Draws | None) -> Iterator[None]:
-    norms = [module for module in backbone.modules() if isinstance(module, BATCH_NORMS)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked = norm.num_batches_tracked.clone()
-    try:
-        with drawing_from(draws):
-            yield
-    finally:
-        for norm, (momentum, n_batches) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, n_batches
 
 
 class _State:
@@ -261,31 +71,6 @@ class _State:
             part.set_extra_state(counter)
         if self.draws is not None:
             self.draws.set_state(self.random)
-
-
-class Output(NamedTuple):
-    """Features (n, d) and logits (n, K) of a batch."""
-
-    features: torch.Tensor
-    logits: torch.Tensor
-
-
-class SoftmaxNetwork(nn.Module):
-    """Backbone, pooled features, head."""
-
-    def __init__(self, trunk: Trunk, head: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.n_features = as_features(trunk.probe()).shape[1]
-        self.head = head(self.n_features)
-
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Embedding of shape (n, n_features)."""
-        return as_features(self.trunk(images))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits of shape (n, n_classes)."""
-        return self.head(self.features(images))
 
 
 def learning_rate_factor(schedule: str, step: int, n_steps: int, warm_up: float = 0.3) -> float:

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from sklearn_medimb.backbones._base import Backbone, check_ints, check_option, check_rate
 from sklearn_medimb._machine.randomness import Dropout
+from sklearn_medimb.backbones._base import Backbone, check_ints, check_option, check_rate
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}

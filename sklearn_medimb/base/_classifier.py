@@ -20,12 +20,9 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, assert_all_finite, check_is_fitted
 from torch import nn
 
-from sklearn_medimb.base._image_estimator import BaseImageEstimator, Stage, TrainingSet
 from sklearn_medimb._data.batches import Batches
-from sklearn_medimb._training.callbacks import BestEpoch
-from sklearn_medimb.base._encoder import BaseImageEncoder, resolve_encoder
-from sklearn_medimb._data.images import Images, wrap_dataset
-from sklearn_medimb.metrics import scorer_name, with_labels
+from sklearn_medimb._data.containers import wrap_dataset
+from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.rows import (
     carries_groups,
     group_codes,
@@ -34,6 +31,11 @@ from sklearn_medimb._data.rows import (
     takes_groups,
     validation_split,
 )
+from sklearn_medimb._training.callbacks import BestEpoch
+from sklearn_medimb._training.stage import Stage, TrainingSet
+from sklearn_medimb.base._encoder import BaseImageEncoder, resolve_encoder
+from sklearn_medimb.base._image_estimator import BaseImageEstimator
+from sklearn_medimb.metrics import scorer_name, with_labels
 
 
 class _Guess(ClassifierMixin, BaseEstimator):

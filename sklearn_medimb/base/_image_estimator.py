@@ -6,9 +6,8 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
@@ -28,30 +27,19 @@ from skorch.callbacks import Callback
 from skorch.history import History
 from torch import nn
 
-from sklearn_medimb import distributed
-from sklearn_medimb.augment import resolve_augmentation
-from sklearn_medimb.backbones import Backbone, classifier_head, make_backbone
-from sklearn_medimb._data.batches import Preprocessor, n_batches
-from sklearn_medimb._training.callbacks import (
-    BestEpoch,
-    ProgressBar,
-    SaveCheckpoint,
-    SklearnCallbacks,
-    StopWhenAsked,
-    resolve_callbacks,
-)
-from sklearn_medimb._training.checkpoint import Checkpoint, data_digest, fingerprint, plain
+from sklearn_medimb._data.batches import Preprocessor
+from sklearn_medimb._data.images import Images, channel_statistics, check_pixel_range, read_images
+from sklearn_medimb._data.layout import INPUT_CONSTRAINTS, Layout
+from sklearn_medimb._data.plans import n_batches
+from sklearn_medimb._machine import distributed
 from sklearn_medimb._machine.gpu_queue import ALL_MEMORY, turn
-from sklearn_medimb._data.images import (
-    INPUT_CONSTRAINTS,
-    Images,
-    Layout,
-    channel_statistics,
-    check_pixel_range,
-    read_images,
+from sklearn_medimb._machine.randomness import (
+    Draws,
+    drawing_from,
+    make_generator,
+    redirected,
+    seeded,
 )
-from sklearn_medimb._training.net import SCHEDULES, Net, Trunk
-from sklearn_medimb._machine.randomness import Draws, drawing_from, make_generator, redirected, seeded
 from sklearn_medimb._machine.runtime import (
     in_blocks,
     inference_block,
@@ -61,6 +49,19 @@ from sklearn_medimb._machine.runtime import (
     resolve_device,
     resolve_precision,
 )
+from sklearn_medimb._training.callbacks import (
+    BestEpoch,
+    ProgressBar,
+    SaveCheckpoint,
+    SklearnCallbacks,
+    StopWhenAsked,
+    resolve_callbacks,
+)
+from sklearn_medimb._training.checkpoint import Checkpoint, data_digest, fingerprint, plain
+from sklearn_medimb._training.net import SCHEDULES, Net
+from sklearn_medimb._training.network import Trunk
+from sklearn_medimb.augment import resolve_augmentation
+from sklearn_medimb.backbones import Backbone, classifier_head, make_backbone
 
 try:
     from sklearn.callback import CallbackSupportMixin
@@ -70,77 +71,14 @@ except ImportError:  # scikit-learn < 1.9
         """Stand-in: this scikit-learn has no callbacks."""
 
 
+from sklearn_medimb._training.stage import Stage, TrainingSet
+
 # What the estimator decides about its skorch net; everything else may come in `net_params`.
 _RESERVED = {
     "module", "criterion", "lr", "max_epochs", "callbacks", "train_split", "device", "compile",
     "dataset", "iterator_train", "iterator_valid", "warm_start", "verbose", "batch_size",
     "predict_nonlinearity", "optimizer__lr",
 }  # fmt: skip
-
-
-@dataclass
-class Stage:
-    """One course of training: what is minimised, on which batches, for how long.
-
-    `forward` takes the place of the network's own forward pass: (network, batch) to its output.
-    `optimizer` holds skorch's parameters of another optimiser than the estimator's. Where
-    `validated` is False no validation score decides on the stage's epochs. A criterion with a
-    method ``start_from`` is shown the network as it is when the stage begins.
-    """
-
-    criterion: nn.Module
-    batches: Iterable[Any]
-    n_epochs: int
-    steps_per_epoch: int
-    lr: float
-    lr_schedule: str
-    name: str = ""
-    callbacks: tuple[Callback, ...] = ()
-    forward: Callable[[nn.Module, Any], Any] | None = None
-    optimizer: dict[str, Any] | None = None
-    validated: bool = True
-
-
-@dataclass
-class TrainingSet:
-    """Validated training data: row numbers into `images`, with one class and weight per row.
-
-    Class -1 means: no label. `origin` has their row numbers among the caller's images, -1 for those
-    that a sampler made; None where these are `rows`. `natural` is the set as it was before the
-    sampler, `unlabelled` further rows that have no class, `unlabelled_groups` their patients.
-    """
-
-    images: Images
-    rows: np.ndarray
-    y: np.ndarray
-    weight: np.ndarray | None = None
-    origin: np.ndarray | None = None
-    natural: TrainingSet | None = None
-    unlabelled: np.ndarray | None = None
-    unlabelled_groups: np.ndarray | None = None
-
-    def class_mass(self, n_classes: int) -> np.ndarray:
-        """Summed weight of each class, shape (n_classes,).
-
-        A class that this portion lacks, which only partial_fit and warm starts allow, counts as
-        one sample: no prior, weight or margin may become infinite.
-        """
-        mass = np.bincount(self.y, self.weight, minlength=n_classes).astype(np.float64)
-        return np.where(mass > 0, mass, 1.0)
-
-    def label_mass(self, n_classes: int) -> np.ndarray:
-        """One-hot label of each row times its weight, shape (n, n_classes)."""
-        mass = np.eye(n_classes)[self.y]
-        return mass if self.weight is None else mass * self.weight[:, None]
-
-    def without_labels(self) -> tuple[np.ndarray, np.ndarray]:
-        """Rows for label-free training, with and without labels, and their classes, else -1."""
-        natural = self if self.natural is None else self.natural
-        rows, y = natural.rows, natural.y
-        if natural.unlabelled is not None:
-            rows = np.concatenate([rows, natural.unlabelled])
-            y = np.concatenate([y, np.full(len(natural.unlabelled), -1)])
-        return rows, y
 
 
 class BaseImageEstimator(

@@ -14,10 +14,10 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
 from sklearn_medimb import losses
-from sklearn_medimb.base._image_estimator import TrainingSet
+from sklearn_medimb._training.network import SoftmaxNetwork, Trunk
+from sklearn_medimb._training.stage import TrainingSet
 from sklearn_medimb.base._classifier import BaseImageClassifier
 from sklearn_medimb.losses import LabelLoss, class_weights, of_unit_mean
-from sklearn_medimb._training.net import SoftmaxNetwork, Trunk
 
 LOSSES = (
     "cross_entropy",

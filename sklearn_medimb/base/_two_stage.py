@@ -16,14 +16,15 @@ from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sklearn_medimb import losses
-from sklearn_medimb.base._image_estimator import TrainingSet
-from sklearn_medimb._data.batches import Batches, shuffled
-from sklearn_medimb.base._classifier import BaseImageClassifier
+from sklearn_medimb._data.batches import Batches
 from sklearn_medimb._data.images import Images
-from sklearn_medimb.losses import LabelLoss, class_weights, of_unit_mean
-from sklearn_medimb._training.net import Output, SoftmaxNetwork, Trunk
-from sklearn_medimb.rebalance import HEADS, RebalancedHead, resolve_head
+from sklearn_medimb._data.plans import shuffled
 from sklearn_medimb._machine.runtime import one_thread_in_workers
+from sklearn_medimb._training.network import Output, SoftmaxNetwork, Trunk
+from sklearn_medimb._training.stage import TrainingSet
+from sklearn_medimb.base._classifier import BaseImageClassifier
+from sklearn_medimb.losses import LabelLoss, class_weights, of_unit_mean
+from sklearn_medimb.rebalance import HEADS, RebalancedHead, resolve_head
 
 STAGE_ONE, STAGE_TWO = "stage one", "stage two"
 

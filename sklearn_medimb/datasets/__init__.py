@@ -1,8 +1,8 @@
 """Data sets: readers, and makers of imbalance."""
 
+from sklearn_medimb._data.containers import DatasetImages, MappedImages
 from sklearn_medimb.datasets._lesions import make_lesions
 from sklearn_medimb.datasets._long_tail import make_long_tailed
 from sklearn_medimb.datasets._npz import load_npz
-from sklearn_medimb._data.images import DatasetImages, MappedImages
 
 __all__ = ["DatasetImages", "MappedImages", "load_npz", "make_lesions", "make_long_tailed"]

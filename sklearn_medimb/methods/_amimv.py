@@ -26,20 +26,15 @@ from sklearn.utils import column_or_1d
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from torch import nn
 
-from sklearn_medimb.base._docs import shared_parameters
+from sklearn_medimb._training.objectives import Encoded, Objective, perceptron
+from sklearn_medimb._training.stage import Stage, TrainingSet
+from sklearn_medimb._training.views import Views
 from sklearn_medimb.augment import Augmentation, resolve_augmentation
-from sklearn_medimb.base._image_estimator import Stage, TrainingSet
-from sklearn_medimb.base._encoder import (
-    ENCODERS,
-    BaseImageEncoder,
-    Encoded,
-    Objective,
-    Views,
-    perceptron,
-)
+from sklearn_medimb.base._docs import shared_parameters
+from sklearn_medimb.base._encoder import ENCODERS, BaseImageEncoder
+from sklearn_medimb.base._two_stage import TwoStageClassifier
 from sklearn_medimb.losses import LabelStageLoss
 from sklearn_medimb.rebalance import resolve_head
-from sklearn_medimb.base._two_stage import TwoStageClassifier
 
 PAIRINGS = ("mimv", "asym_aug", "source_target", "weak_strong")
 

@@ -22,16 +22,17 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch import nn
 
-from sklearn_medimb.base._docs import shared_parameters
-from sklearn_medimb.backbones import as_tokens
-from sklearn_medimb.base._image_estimator import TrainingSet
-from sklearn_medimb._data.batches import Batches, class_balanced
-from sklearn_medimb.base._classifier import BaseImageClassifier
-from sklearn_medimb.methods._evidence import Evidence, Places
+from sklearn_medimb._data.batches import Batches
 from sklearn_medimb._data.images import Images
-from sklearn_medimb._training.net import Trunk
+from sklearn_medimb._data.plans import class_balanced
 from sklearn_medimb._machine.randomness import Dropout
 from sklearn_medimb._machine.runtime import in_blocks, inference_block, one_thread_in_workers
+from sklearn_medimb._training.network import Trunk
+from sklearn_medimb._training.stage import TrainingSet
+from sklearn_medimb.backbones import as_tokens
+from sklearn_medimb.base._classifier import BaseImageClassifier
+from sklearn_medimb.base._docs import shared_parameters
+from sklearn_medimb.methods._evidence import Evidence, Places
 
 
 def soft_log_target(same: torch.Tensor, p: torch.Tensor, soft_ratio: float = 0.7) -> torch.Tensor:

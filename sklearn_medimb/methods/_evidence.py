@@ -10,8 +10,8 @@ from numbers import Integral
 import numpy as np
 import torch
 
-from sklearn_medimb.backbones import pooled_grid
 from sklearn_medimb._machine.runtime import in_blocks
+from sklearn_medimb.backbones import pooled_grid
 
 
 class Places:

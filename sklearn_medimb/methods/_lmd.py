@@ -25,16 +25,16 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from skorch.callbacks import Callback
 from torch import nn
 
-from sklearn_medimb.base._docs import shared_parameters
-from sklearn_medimb.augment import Augmentation
-from sklearn_medimb.base._image_estimator import Stage, TrainingSet
 from sklearn_medimb._data.batches import Batches
-from sklearn_medimb.losses import LabelStageLoss
 from sklearn_medimb._training.momentum import follow
-from sklearn_medimb._training.net import Output
+from sklearn_medimb._training.network import Output
+from sklearn_medimb._training.stage import Stage, TrainingSet
+from sklearn_medimb.augment import Augmentation
+from sklearn_medimb.base._docs import shared_parameters
+from sklearn_medimb.base._two_stage import STAGE_ONE, STAGE_TWO, TwoStageClassifier, TwoStageNetwork
+from sklearn_medimb.losses import LabelStageLoss
 from sklearn_medimb.over_sampling._virtual_features import ClassGaussians
 from sklearn_medimb.rebalance import VirtualFeatureCalibration
-from sklearn_medimb.base._two_stage import STAGE_ONE, STAGE_TWO, TwoStageClassifier, TwoStageNetwork
 
 # ---------------------------------------------------------------- stage one: relations
 

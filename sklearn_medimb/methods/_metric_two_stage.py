@@ -27,13 +27,14 @@ from sklearn.base import _fit_context
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
 from torch import nn
 
+from sklearn_medimb._data.batches import Batches
+from sklearn_medimb._data.plans import pk
+from sklearn_medimb._training.network import Output
+from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb.base._docs import shared_parameters
-from sklearn_medimb.base._image_estimator import Stage, TrainingSet
-from sklearn_medimb._data.batches import Batches, pk
+from sklearn_medimb.base._two_stage import STAGE_ONE, TwoStageClassifier
 from sklearn_medimb.losses import LabelStageLoss
 from sklearn_medimb.metric_losses import METRIC_LOSSES, ClassCenterTriplet, ProxyAnchor
-from sklearn_medimb._training.net import Output
-from sklearn_medimb.base._two_stage import STAGE_ONE, TwoStageClassifier
 
 
 class MetricStageLoss(nn.Module):

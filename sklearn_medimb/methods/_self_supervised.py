@@ -1,6 +1,6 @@
 """The neighbours that AMIMV is compared with: six self-supervised methods on one engine.
 
-Each is an :class:`~sklearn_medimb.base._encoder.Objective` whose views are two augmentations of one
+Each is an `Objective` whose views are two augmentations of one
 image: two of the online branch, or one of each of two branches. As in the authors' code the two
 views of a branch pass the network one after the other, in SimCLR together: batch normalisation
 tells the difference.
@@ -17,16 +17,11 @@ import torch.nn.functional as F
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
 
-from sklearn_medimb.base._docs import shared_parameters
-from sklearn_medimb.base._encoder import (
-    ENCODERS,
-    BaseImageEncoder,
-    Encoded,
-    Objective,
-    Views,
-    perceptron,
-)
 from sklearn_medimb._training.momentum import KeyQueue
+from sklearn_medimb._training.objectives import Encoded, Objective, perceptron
+from sklearn_medimb._training.views import Views
+from sklearn_medimb.base._docs import shared_parameters
+from sklearn_medimb.base._encoder import ENCODERS, BaseImageEncoder
 
 
 def nt_xent(z1: Tensor, z2: Tensor, temperature: float) -> Tensor:

@@ -11,9 +11,10 @@ import torch
 from sklearn.base import _fit_context
 from sklearn.utils._param_validation import Interval, StrOptions
 
+from sklearn_medimb._data.batches import Batches
+from sklearn_medimb._data.plans import class_balanced, shuffled
+from sklearn_medimb._training.stage import TrainingSet
 from sklearn_medimb.base._docs import shared_parameters
-from sklearn_medimb.base._image_estimator import TrainingSet
-from sklearn_medimb._data.batches import Batches, class_balanced, shuffled
 from sklearn_medimb.base._one_stage import OneStageClassifier
 
 

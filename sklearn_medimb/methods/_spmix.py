@@ -14,7 +14,6 @@ centres (GPaCo). The file reads so: pairs, mixing network, contrast, estimator.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,17 +27,19 @@ from sklearn.base import _fit_context
 from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
-from sklearn_medimb.base._docs import shared_parameters
+from sklearn_medimb._data.batches import Batches
+from sklearn_medimb._data.images import warn_of_flat_images
+from sklearn_medimb._data.layout import as_pixels
+from sklearn_medimb._data.plans import class_balanced, n_batches, shuffled
+from sklearn_medimb._training.network import SoftmaxNetwork, Trunk
+from sklearn_medimb._training.objectives import UpdateTarget
+from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb.augment import geometry
-from sklearn_medimb.base._image_estimator import Stage, TrainingSet
-from sklearn_medimb._data.batches import Batches, class_balanced, n_batches, shuffled
-from sklearn_medimb.base._encoder import UpdateTarget, perceptron
-from sklearn_medimb._data.images import as_pixels, warn_of_flat_images
-from sklearn_medimb.losses import LabelLoss, LabelStageLoss
-from sklearn_medimb.mixing import spmix, spmix_ratio
-from sklearn_medimb._training.momentum import KeyQueue, follow
-from sklearn_medimb._training.net import SoftmaxNetwork, Trunk
+from sklearn_medimb.base._docs import shared_parameters
 from sklearn_medimb.base._one_stage import OneStageClassifier
+from sklearn_medimb.losses import LabelStageLoss
+from sklearn_medimb.methods._tailboost import ContrastLoss
+from sklearn_medimb.mixing import spmix, spmix_ratio
 from sklearn_medimb.saliency import DETECTORS, maps_of, saliency_maps
 
 # ---------------------------------------------------------------- pairs
@@ -375,209 +376,6 @@ def default_layer(backbone: nn.Module) -> str:
         f'mix_layer="auto" knows no layer of {type(backbone).__name__} to mix at: name one of '
         f'{list(children)}, or choose level="image".'
     )
-
-
-# ---------------------------------------------------------------- contrast
-
-
-def gpaco_loss(
-    logits: torch.Tensor,
-    similarity: torch.Tensor,
-    y: torch.Tensor,
-    y_candidates: torch.Tensor,
-    log_prior: torch.Tensor,
-    *,
-    w_con: float = 0.05,
-    gamma: float = 1.0,
-    beta: float = 1.0,
-    weight: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Generalised parametric contrastive loss: class centres and samples in one softmax [1]_.
-
-    With ``a_ic = s_ic + log(pi_c)`` and ``D_i = sum_c exp(a_ic) + gamma sum_j exp(u_ij)``, j over
-    all candidates but i itself and P_i those of class y_i,
-
-        L_i = -[beta (a_{i,y_i} - log D_i) + w sum_{j in P_i} (u_ij - log D_i)] / (beta + w |P_i|).
-
-    With w = gamma = 0 it is the balanced softmax cross-entropy.
-
-    Parameters
-    ----------
-    logits : tensor of shape (N, K)
-        s, of the anchors.
-    similarity : tensor of shape (N, M)
-        u, cosines over temperature between anchors and candidates, of which the first N are the
-        anchors themselves.
-    y, y_candidates : tensor of int of shape (N,) and (M,)
-        Classes.
-    log_prior : tensor of shape (K,)
-        log(pi), of the classes as they are drawn.
-    w_con, gamma, beta : float
-        w, gamma and beta.
-    weight : tensor of shape (K,), default=None
-        Class weights of the anchors.
-
-    References
-    ----------
-    .. [1] J. Cui et al., "Generalized parametric contrastive learning", IEEE TPAMI 2023.
-    """
-    itself = torch.eye(*similarity.shape, dtype=torch.bool, device=similarity.device)
-    positive = (y.unsqueeze(1) == y_candidates) & ~itself
-    centres = logits + log_prior
-    log_d = centres.logsumexp(dim=1)
-    if gamma:
-        others = (similarity + math.log(gamma)).masked_fill(itself, -torch.inf)
-        log_d = torch.cat([centres, others], dim=1).logsumexp(dim=1)
-    own = centres.gather(1, y.unsqueeze(1)).squeeze(1) - log_d
-    pairs = torch.where(positive, similarity - log_d.unsqueeze(1), 0).sum(dim=1)
-    n_positive = positive.sum(dim=1).to(logits.dtype)
-    costs = -(beta * own + w_con * pairs) / (beta + w_con * n_positive)
-    return (costs if weight is None else costs * weight[y]).mean()
-
-
-def supcon_with_memory(
-    similarity: torch.Tensor, y: torch.Tensor, y_candidates: torch.Tensor
-) -> torch.Tensor:
-    """Supervised contrastive loss of anchors against candidates, their own rows left out.
-
-    Parameters
-    ----------
-    similarity, y, y_candidates
-        As in :func:`gpaco_loss`.
-    """
-    itself = torch.eye(*similarity.shape, dtype=torch.bool, device=similarity.device)
-    positive = (y.unsqueeze(1) == y_candidates) & ~itself
-    lowest = torch.finfo(similarity.dtype).min
-    log_p = similarity - similarity.masked_fill(itself, lowest).logsumexp(dim=1, keepdim=True)
-    n_positive = positive.sum(dim=1)
-    costs = -torch.where(positive, log_p, 0).sum(dim=1) / n_positive.clamp_min(1)
-    return costs.sum() / (n_positive > 0).sum().clamp_min(1)
-
-
-class ContrastLoss(nn.Module):
-    """Labels and contrast of two views; owns projector, predictor, queue and key encoder.
-
-    Queries are ``q = predictor(projector(h))`` of the first view, keys ``k = projector(h)`` of the
-    second, both of length 1. Without a key encoder both views are anchors and gradients flow
-    through both; with one (PaCo) only queries are.
-
-    Parameters
-    ----------
-    network : MixingNetwork
-        Copied where there is a key encoder.
-    kind : {"supcon", "gpaco"}
-        Which contrast.
-    label_loss : LabelLoss
-        (logits, masses) to a scalar, of "supcon"; "gpaco" takes its class weights.
-    log_prior : tensor of shape (n_classes,)
-        Of the classes as they are drawn, for "gpaco".
-    w_con, gamma, temperature : float
-        Of the contrast.
-    queue_size : int
-        Keys to remember.
-    projection_dim, hidden : int
-        Sizes of projections and of the layers before them.
-    key_momentum : float or None
-        m of the key encoder.
-    """
-
-    log_prior: torch.Tensor
-
-    def __init__(
-        self,
-        network: MixingNetwork,
-        kind: str,
-        label_loss: LabelLoss,
-        log_prior: torch.Tensor,
-        *,
-        w_con: float,
-        gamma: float,
-        temperature: float,
-        queue_size: int,
-        projection_dim: int,
-        hidden: int,
-        key_momentum: float | None,
-    ) -> None:
-        super().__init__()
-        d = network.n_features
-        self.kind = kind
-        self.label_loss = label_loss
-        self.w_con = w_con
-        self.gamma = gamma
-        self.temperature = temperature
-        self.key_momentum = key_momentum
-        self.projector = perceptron(
-            [d, hidden, hidden, projection_dim], last_norm=True, affine=False
-        )
-        self.predictor = perceptron(
-            [projection_dim, hidden, projection_dim], last_norm=True, affine=False
-        )
-        self.queue = KeyQueue(queue_size, projection_dim)
-        self.register_buffer("log_prior", log_prior)
-        self.terms: dict[str, torch.Tensor] = {}
-        if key_momentum is not None:
-            encoders = {"network": network, "projector": self.projector}
-            self.key_encoder = nn.ModuleDict({k: copy.deepcopy(v) for k, v in encoders.items()})
-            self.key_encoder.requires_grad_(False)
-
-    def go_on(self, last: dict[str, Any]) -> None:
-        """Take over what an earlier fit learned beside the network, where it is of this shape."""
-        learned = ("projector", "predictor", "queue")
-        own = {k: v for k, v in self.state_dict().items() if k.split(".")[0] in learned}
-        tensors = {k: v.shape for k, v in own.items() if isinstance(v, torch.Tensor)}
-        if all(k in last and last[k].shape == shape for k, shape in tensors.items()):
-            self.load_state_dict({k: last[k] for k in own}, strict=False)
-
-    def forward(self, output: MixedOutput, mass: torch.Tensor) -> torch.Tensor:
-        """Loss of a batch of B bases."""
-        y = mass.argmax(dim=1)
-        logits, features = output.logits, output.features
-        if self.key_momentum is None:
-            h_q, h_k = features.chunk(2)
-            keys = F.normalize(self.projector(h_k))
-            n_views = 2
-        else:
-            h_q, n_views = features, 1
-            with torch.no_grad():
-                views = {k.removeprefix("key_"): v for k, v in output.keys.items()}
-                h_k = self.key_encoder["network"](**views).features
-                keys = F.normalize(self.key_encoder["projector"](h_k))
-        queries = F.normalize(self.predictor(self.projector(h_q)))
-        remembered, y_remembered = self.queue.filled()
-        candidates = torch.cat([queries, keys, remembered])
-        y_candidates = torch.cat([y, y, y_remembered])
-        anchors = candidates[: n_views * len(y)]
-        similarity = anchors @ candidates.T / self.temperature
-        y_anchors = y.repeat(n_views)
-        if self.kind == "gpaco":
-            loss = gpaco_loss(
-                logits,
-                similarity,
-                y_anchors,
-                y_candidates,
-                self.log_prior,
-                w_con=self.w_con,
-                gamma=self.gamma,
-                weight=self.label_loss.next_weight(),
-            )
-        else:
-            label = self.label_loss(logits, mass.repeat(n_views, 1))
-            contrast = supcon_with_memory(similarity, y_anchors, y_candidates)
-            self.terms = {"label": label, "contrast": contrast}
-            loss = label + self.w_con * contrast
-        self.queue.push(keys.detach(), y)
-        return loss
-
-    def start_from(self, network: nn.Module) -> None:
-        """Begin with a key encoder that is a copy of the network."""
-        if self.key_momentum is not None:
-            self.key_encoder["network"].load_state_dict(network.state_dict())
-
-    def update_target(self, network: nn.Module) -> None:
-        """Move the key encoder."""
-        if self.key_momentum is not None:
-            follow(self.key_encoder["network"], network, 1 - self.key_momentum)
-            follow(self.key_encoder["projector"], self.projector, 1 - self.key_momentum)
 
 
 # ---------------------------------------------------------------- the estimator

@@ -14,19 +14,12 @@ from imblearn.utils import check_target_type
 from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
 from sklearn.utils._param_validation import Interval, StrOptions
 
-from sklearn_medimb._data.images import (
-    INPUT_CONSTRAINTS,
-    ExtendedImages,
-    Images,
-    as_array,
-    as_pixels,
-    holds_images,
-    read_images,
-    warn_of_flat_images,
-)
-from sklearn_medimb.mixing import patch_means, spmix, spmix_ratio
+from sklearn_medimb._data.containers import ExtendedImages, holds_images
+from sklearn_medimb._data.images import Images, as_array, read_images, warn_of_flat_images
+from sklearn_medimb._data.layout import INPUT_CONSTRAINTS, as_pixels
 from sklearn_medimb._data.rows import group_codes
 from sklearn_medimb._machine.runtime import one_thread_in_workers, pixel_block, resolve_device
+from sklearn_medimb.mixing import patch_means, spmix, spmix_ratio
 from sklearn_medimb.saliency import (
     DETECTORS,
     Detector,

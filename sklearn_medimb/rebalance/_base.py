@@ -17,8 +17,8 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
-from sklearn_medimb.losses import class_weights
 from sklearn_medimb._machine.runtime import one_thread_in_workers
+from sklearn_medimb.losses import class_weights
 
 
 class Rows(NamedTuple):

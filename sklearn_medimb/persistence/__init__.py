@@ -1,0 +1,20 @@
+"""Fitted estimators as files that hold data alone.
+
+One safetensors file: every array under a plain name, so that other tools read the weights, and one
+JSON text with the rest, parameters included. Nothing in it is code, and reading it runs none:
+classes are looked up in a fixed list, networks are rebuilt from the parameters.
+
+>>> from sklearn_medimb.persistence import load, save
+>>> save(classifier, "classifier.safetensors")  # doctest: +SKIP
+>>> classifier = load("classifier.safetensors")  # doctest: +SKIP
+
+A file is neither secret nor signed: its digest finds damage, but whoever writes files can write one
+that loads, with weights and parameters of their choice. It fetches nothing, calls no function that
+the file names, and takes little more memory than the file is long.
+"""
+
+from __future__ import annotations
+
+from sklearn_medimb.persistence._files import load, save
+
+__all__ = ["load", "save"]

@@ -1,0 +1,140 @@
+"""`save` and `load`."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
+
+import sklearn_medimb
+from sklearn_medimb._machine.runtime import replacing
+from sklearn_medimb.persistence._format import (
+    FORMAT,
+    MAX_TEXT,
+    class_names,
+    digest_of_file,
+    safetensors_library,
+)
+from sklearn_medimb.persistence._reading import read_file, reason
+from sklearn_medimb.persistence._writing import Writer
+
+
+def save(estimator: Any, path: str | os.PathLike[str]) -> None:
+    """Write a fitted estimator to one file, without pickle.
+
+    Parameters
+    ----------
+    estimator : estimator of this package
+        Fitted. Parameters and head may hold other estimators: those of this package, the linear
+        and naive Bayes models of scikit-learn, the samplers of imbalanced-learn.
+    path : str or path-like
+        File to write, by custom ``*.safetensors``. An older one is replaced at once, when the new
+        one is complete and was read back; until then, and in case of an error, it stays.
+
+    Raises
+    ------
+    sklearn.exceptions.NotFittedError
+        If the estimator is not fitted.
+    ValueError
+        If a parameter or attribute is no data: a function, a module, a callback, an object of
+        another package; or if parameters were changed after ``fit`` so that the weights do not fit.
+    ImportError
+        If safetensors is not installed.
+    OSError
+        If the file cannot be written, such as on a full disk.
+
+    See Also
+    --------
+    load : Reads the file.
+    sklearn_medimb.onnx.export_onnx : Predictions without this package.
+
+    Notes
+    -----
+    A fitted estimator that training began with (``backbone=encoder`` or ``pretrain=encoder``) is
+    stored as its parameters: predictions, ``partial_fit`` and warm starts do without its weights,
+    a ``fit`` from the start asks for them. Pickle and joblib keep everything. Paths among the
+    parameters (``checkpoint_dir``, ``weights``) are written as they are. The state of the optimiser
+    is not stored, nor is it in a pickle.
+    """
+    safetensors = safetensors_library()
+    if not isinstance(estimator, BaseEstimator) or type(estimator) not in class_names():
+        raise ValueError(
+            f"{type(estimator).__name__} is no estimator of sklearn_medimb: save the one inside "
+            "(best_estimator_, a step of a pipeline), or use pickle or joblib."
+        )
+    check_is_fitted(estimator)
+    writer = Writer(estimator)
+    tree = writer.estimator(estimator, "", "all")
+    stamp = {
+        "sklearn_medimb": sklearn_medimb.__version__,
+        "sklearn_medimb_format": str(FORMAT),
+        "estimator": json.dumps(tree, allow_nan=False, separators=(",", ":")),
+    }
+    if len(stamp["estimator"]) > MAX_TEXT:
+        raise ValueError(
+            f"{type(estimator).__name__} has {len(stamp['estimator'])} characters of parameters "
+            f"and history beside its arrays; a file takes {MAX_TEXT}. Shorten history_, or use "
+            "pickle or joblib."
+        )
+    stamp["digest"] = digest_of_file(stamp, writer.tensors)
+    with replacing(Path(path)) as draft:
+        try:
+            safetensors.numpy.save_file(writer.tensors, draft, metadata=stamp)
+        except safetensors.SafetensorError as error:
+            raise OSError(f"{os.fspath(path)} cannot be written: {error}") from error
+        try:
+            read_file(draft)
+        except Exception as error:
+            raise ValueError(
+                f"{type(estimator).__name__} cannot be restored from a file: {reason(error)}"
+            ) from error
+
+
+def load(path: str | os.PathLike[str]) -> Any:
+    """Read an estimator that `save` wrote; nothing in the file is executed.
+
+    Parameters
+    ----------
+    path : str or path-like
+        The file.
+
+    Returns
+    -------
+    estimator : estimator
+        It predicts what the saved one did, on whatever device this machine has, and can be trained
+        further.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it was not written by `save`, is damaged, or does not describe an estimator of this
+        version; the message begins with the path.
+    ImportError
+        If safetensors is not installed.
+
+    Warns
+    -----
+    UserWarning
+        If another version (major or minor) of the package wrote it: predictions may differ.
+    """
+    safetensors_library()
+    if not Path(path).exists():
+        raise FileNotFoundError(f"{os.fspath(path)}: there is no such file.")
+    try:
+        estimator, version = read_file(Path(path))
+    except Exception as error:  # a file can be wrong in ways that nobody has thought of
+        raise ValueError(f"{os.fspath(path)}: {reason(error)}") from error
+    if version.split(".")[:2] != sklearn_medimb.__version__.split(".")[:2]:
+        warnings.warn(
+            f"{os.fspath(path)} was written by sklearn_medimb {version}; this is "
+            f"{sklearn_medimb.__version__}, which may predict otherwise: check it, then save anew.",
+            stacklevel=2,
+        )
+    return estimator
