@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from sklearn_medimb.backbones import ConvNet
-
-from .simulated_cuda import SimulatedCuda
+from tests.simulated_cuda import SimulatedCuda
 
 mpl.use("Agg")
 if torch.cuda.is_available():  # the same fit twice is compared to the bit

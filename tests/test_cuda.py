@@ -16,17 +16,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sklearn_medimb import AMIMVEncoder, CSSNClassifier, SoftmaxClassifier, SSLEncoder, gpu_queue
+from sklearn_medimb import AMIMVEncoder, CSSNClassifier, SoftmaxClassifier, SSLEncoder
 from sklearn_medimb._data.batches import Batches
+from sklearn_medimb._machine import gpu_queue
 from sklearn_medimb._machine.runtime import resolve_device
 from sklearn_medimb._training.callbacks import SaveCheckpoint
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet, ViT
 from sklearn_medimb.persistence import load, save
-
-from .conftest import make_blobs
-from .simulated_cuda import CudaTensor, SimulatedCuda
-from .test_conformance import public_estimators
+from tests.conftest import make_blobs
+from tests.simulated_cuda import CudaTensor, SimulatedCuda
+from tests.test_conformance import public_estimators
 
 REAL = torch.cuda.is_available()
 simulated = pytest.mark.skipif(REAL, reason="looks into the simulation")

@@ -33,7 +33,7 @@ from sklearn_medimb.backbones import (
 )
 from sklearn_medimb.persistence import load, save
 from tests.conftest import make_blobs
-from tests.test_persistence import forged, set_state
+from tests.persistence.test_persistence import forged, set_state
 
 pytest.importorskip("safetensors")
 X, Y = make_blobs((12, 8, 4))
@@ -240,7 +240,7 @@ def test_memory_and_time_are_bounded(saved, tmp_path):
         forged(paths[-1], edit)
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("the peak of a process is measured on Linux")
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", MEASURE, root]
     done = subprocess.run(
         [*command, json.dumps(list(map(str, paths)))], check=True, capture_output=True

@@ -25,8 +25,8 @@ from sklearn_medimb._training.digests import digest_of
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.datasets import DatasetImages, MappedImages
+from tests.base.test_training import CrashAfter
 from tests.conftest import make_blobs
-from tests.test_training import CrashAfter
 
 X, Y = make_blobs((40, 24, 16))
 SMALL = {
@@ -308,12 +308,12 @@ def test_the_digest_is_the_same_in_every_process():
     code = """
 import sys, json
 sys.path.insert(0, sys.argv[1])
-from tests.test_digests import SAME, OTHER
+from tests._training.test_digests import SAME, OTHER
 from sklearn_medimb._training.digests import digest_of
 values = [make() for make in SAME.values()] + [v for pair in OTHER.values() for v in pair]
 print(json.dumps([digest_of(value, "value").hex() for value in values]))
 """
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", code, root]
     env = {**os.environ, "PYTHONHASHSEED": "1"}  # another one than here
     there = subprocess.run(command, env=env, check=True, capture_output=True).stdout

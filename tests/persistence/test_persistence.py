@@ -638,7 +638,7 @@ FORGERIES = {
     "an optimiser": set_class("torch.optim.SGD"),
     "a function of the list's modules": set_class("sklearn.linear_model.ridge_regression"),
     "another module": set_class("sklearn.ensemble.RandomForestClassifier"),
-    "a private name": set_class("sklearn_medimb.persistence._Reader"),
+    "a private name": set_class("sklearn_medimb.persistence._reading.Reader"),
     "a class that is no text": set_class(["sklearn_medimb.SoftmaxClassifier"]),
     "another class": set_class("sklearn_medimb.CSSNClassifier"),
     "an encoder": set_class("sklearn_medimb.SSLEncoder"),

@@ -109,7 +109,7 @@ def test_convolutions_are_right_on_every_cpu(name):
     if aten:
         env["ATEN_CPU_CAPABILITY"] = aten
     # The fault that is known is one of AVX2; of the others a third is looked at.
-    code = f"from tests.test_instructions import run; run({1 if name == 'AVX2' else 3})"
+    code = f"from tests._machine.test_instructions import run; run({1 if name == 'AVX2' else 3})"
     child = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     last = child.stdout.splitlines()[-1:]
     assert child.returncode == 0, f"{last}: {child.returncode}\n{child.stderr[-2000:]}"

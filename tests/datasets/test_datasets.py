@@ -439,7 +439,7 @@ def test_a_bomb_does_not_fill_the_memory(tmp_path):
                 file.write(member((500, 1024, 1024)))
                 for _ in range(500):
                     file.write(bytes(n))
-    command = [sys.executable, "-c", BOMB, str(Path(__file__).parents[1])]
+    command = [sys.executable, "-c", BOMB, str(Path(__file__).parents[2])]
     paths = [str(tmp_path / name) for name in ("other", "train_images")]
     done = subprocess.run([*command, *paths], check=True, capture_output=True, text=True).stdout
     first, second, growth = done.splitlines()

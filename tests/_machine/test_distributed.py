@@ -24,8 +24,7 @@ from sklearn_medimb import (
     SSLEncoder,
 )
 from sklearn_medimb.backbones import ViT
-
-from .conftest import make_blobs
+from tests.conftest import make_blobs
 
 # Layer normalisation: the statistics of batch normalisation belong to each process's share.
 COMMON = {
@@ -96,7 +95,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
 import json, os, pathlib
 import torch.distributed as dist
 import sklearn_medimb._machine.distributed
-from tests.test_distributed import train
+from tests._machine.test_distributed import train
 
 sizes = []
 share_out = sklearn_medimb._machine.distributed.share_out

@@ -36,9 +36,8 @@ from sklearn_medimb._machine.runtime import one_thread_in_workers
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import MLP, ConvNet, ViT
 from sklearn_medimb.base._image_estimator import BaseImageEstimator
-
-from .conftest import make_blobs
-from .test_conformance import TINY, public_estimators
+from tests.conftest import make_blobs
+from tests.test_conformance import TINY, public_estimators
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),

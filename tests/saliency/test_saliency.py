@@ -14,7 +14,6 @@ from sklearn.datasets import load_sample_images
 from sklearn_medimb import SaliencyMap
 from sklearn_medimb.saliency import (
     DETECTORS,
-    RADII,
     center,
     fine_grained,
     intensity,
@@ -22,6 +21,7 @@ from sklearn_medimb.saliency import (
     spectral_residual,
     valid_region,
 )
+from sklearn_medimb.saliency._detectors import RADII
 from sklearn_medimb.utils.estimator_checks import LazyImages
 
 SHAPES = [(1, 20, 24), (3, 17, 9), (2, 6, 8, 7), (1, 1, 12), (4, 1, 1)]
@@ -86,7 +86,7 @@ def test_fine_grained_is_its_definition(polarity, masked, reference_size):
 
 
 def test_radii_follow_the_shorter_side():
-    from sklearn_medimb.saliency import _radii
+    from sklearn_medimb.saliency._detectors import _radii
 
     assert [r[0] for r in _radii((224, 300), 450.0)] == [6, 12, 24, 14, 28, 56]
     assert [r[1] for r in _radii((28, 28), 450.0)] == [1, 1, 3, 2, 3, 7]
@@ -154,7 +154,7 @@ def test_blocks_do_not_matter(monkeypatch):
     images = noise(7, 1, 12, 12)
     valid = images[:, 0] > 0.1
     whole = {name: detect(images, valid=valid) for name, detect in DETECTORS.items()}
-    monkeypatch.setattr("sklearn_medimb.saliency.pixel_block", lambda *_: 2)
+    monkeypatch.setattr("sklearn_medimb.saliency._detectors.pixel_block", lambda *_: 2)
     for name, detect in DETECTORS.items():
         torch.testing.assert_close(detect(images, valid=valid), whole[name], rtol=0, atol=1e-12)
 

@@ -29,9 +29,8 @@ from sklearn_medimb.methods._amimv import (
     thresholded_contrastive,
 )
 from sklearn_medimb.rebalance import HEADS, ClassifierRetraining, NearestClassMean
-from tests.conftest import make_blobs
-from tests.test_batches import make_batches, noise_images, numbered
-from tests.test_encoder import (
+from tests._data.test_batches import make_batches, noise_images, numbered
+from tests.base.test_encoder import (
     SMALL,
     Add,
     Files,
@@ -41,8 +40,9 @@ from tests.test_encoder import (
     spy_on_rows,
     stages,
 )
-from tests.test_lmd import Watch, all_equal, same_arrays, snapshot
-from tests.test_training import CrashAfter, EpochsRun
+from tests.base.test_training import CrashAfter, EpochsRun
+from tests.conftest import make_blobs
+from tests.methods.test_lmd import Watch, all_equal, same_arrays, snapshot
 
 BAND = (0.1, 0.9)
 TINY = {**SMALL, "projection_dim": 16}

@@ -25,8 +25,7 @@ from sklearn_medimb import (
     SSLEncoder,
 )
 from sklearn_medimb.backbones import ConvNet
-
-from .conftest import make_blobs
+from tests.conftest import make_blobs
 
 
 def scalars(folder, tag):

@@ -37,10 +37,10 @@ from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.base import _encoder as engine
 from sklearn_medimb.base._encoder import ENCODERS, PRETRAINING, EncoderNetwork, resolve_encoder
+from tests._data.test_batches import make_batches, noise_images, numbered
+from tests.base.test_training import CrashAfter
 from tests.conftest import make_blobs
-from tests.test_batches import make_batches, noise_images, numbered
-from tests.test_lmd import all_equal, same_arrays, snapshot
-from tests.test_training import CrashAfter
+from tests.methods.test_lmd import all_equal, same_arrays, snapshot
 
 SHARED = {"backbone": ConvNet(widths=(4, 8)), "batch_size": 16, "random_state": 0}
 SMALL = {**SHARED, "max_epochs": 2}

@@ -27,15 +27,14 @@ from sklearn_medimb import (
     SoftmaxClassifier,
     SPMixClassifier,
     SSLEncoder,
-    gpu_queue,
 )
+from sklearn_medimb._machine import gpu_queue
 from sklearn_medimb._machine.gpu_queue import MemoryQueue
 from sklearn_medimb._training.net import Net
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.base._encoder import BaseImageEncoder
-
-from .conftest import make_blobs
+from tests.conftest import make_blobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 

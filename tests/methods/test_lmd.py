@@ -35,10 +35,10 @@ from sklearn_medimb.methods._lmd import (
     probability_consistency_loss,
 )
 from sklearn_medimb.over_sampling._virtual_features import ClassGaussians
+from tests._data.test_batches import make_batches, noise_images, numbered
+from tests.base.test_training import CrashAfter, EpochsRun
 from tests.conftest import make_blobs
-from tests.test_batches import make_batches, noise_images, numbered
-from tests.test_training import CrashAfter, EpochsRun
-from tests.test_virtual_features import KINDS, moments, problem
+from tests.over_sampling.test_virtual_features import KINDS, moments, problem
 
 # (B, d): fewer samples than channels and more, one sample, one channel.
 SHAPES = pytest.mark.parametrize("shape", [(5, 3), (3, 7), (6, 6), (1, 4), (4, 1)])
