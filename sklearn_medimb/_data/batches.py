@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,28 @@ class Preprocessor:
         return self.normalise(to_unit_scale(self.upload(rows), self.dtype))
 
 
+@dataclass(frozen=True)
+class Context:
+    """What all batches of a fit have in common.
+
+    Attributes
+    ----------
+    preprocess : Preprocessor
+        Normalisation and device.
+    views : tuple of Augmentation
+        Each gives one copy of a batch, all stacked along the first axis.
+    rng : numpy.random.Generator
+        For the plans.
+    generator : torch.Generator
+        For the augmentation, on the device.
+    """
+
+    preprocess: Preprocessor
+    views: tuple[Any, ...]
+    rng: np.random.Generator
+    generator: torch.Generator
+
+
 class Batches:
     """One training epoch per iteration: pairs ``(images, targets)`` on the device.
 
@@ -82,14 +105,8 @@ class Batches:
         One target per training row, on the device.
     plan : callable
         ``plan(rng)`` gives the epoch's index arrays.
-    preprocess : Preprocessor
-        Normalisation and device.
-    views : sequence of Augmentation
-        Each gives one copy of a batch, all stacked along the first axis.
-    rng : numpy.random.Generator
-        For the plans.
-    generator : torch.Generator
-        For the augmentation, on the device.
+    context : Context
+        How they become tensors.
     """
 
     # One resident copy on an accelerator may take this share of its free memory.
@@ -101,20 +118,16 @@ class Batches:
         rows: np.ndarray,
         targets: torch.Tensor,
         plan: Plan,
-        preprocess: Preprocessor,
-        views: Sequence[Augmentation],
-        *,
-        rng: np.random.Generator,
-        generator: torch.Generator,
+        context: Context,
     ) -> None:
         self.images = images
         self.rows = rows
         self.targets = targets
         self.plan = plan
-        self.preprocess = preprocess
-        self.views = views
-        self.rng = rng
-        self.generator = generator
+        self.preprocess = context.preprocess
+        self.views = context.views
+        self.rng = context.rng
+        self.generator = context.generator
         self.resident = self._resident_copy()
 
     def _resident_copy(self) -> torch.Tensor | None:

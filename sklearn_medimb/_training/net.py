@@ -160,21 +160,29 @@ class Net(NeuralNet):
         return loss
 
     def start_schedule(
-        self, schedule: str, n_steps: int, lr: float, optimizer: dict[str, Any] | None = None
+        self,
+        schedule: str,
+        n_steps: int,
+        lr: float,
+        optimizer: dict[str, Any] | None = None,
+        backbone_lr: float = 1.0,
     ) -> None:
         """Begin a course of `n_steps` with a fresh optimiser at peak rate `lr`.
 
-        `optimizer` holds skorch's parameters of another optimiser for this course alone.
+        `optimizer` holds skorch's parameters of another optimiser for this course alone,
+        `backbone_lr` the backbone's share of the rate.
         """
         self.lr, self.schedule = lr, schedule
         attributes: dict[str, Any] = self.__dict__
         own = {k: v for k, v in attributes.items() if k.split("__")[0] == "optimizer"}
-        if optimizer is not None:
-            for name in own:
-                del attributes[name]
-            attributes.update(optimizer)
+        given = dict(own if optimizer is None else optimizer)
+        if backbone_lr != 1:
+            given["optimizer__param_groups"] = [("trunk.*", {"lr": backbone_lr * lr})]
+        for name in own:
+            del attributes[name]
+        attributes.update(given)
         self.initialize_optimizer()
-        for name in optimizer or {}:
+        for name in given:
             del attributes[name]
         attributes.update(own)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -340,14 +348,16 @@ class Net(NeuralNet):
         count = 0
         state = _State(self.module_, self.criterion_)
         for batch in iterator:
+            self.criterion_.before_step(self.module_)
             self.notify("on_batch_begin", batch=batch, training=training)
             state.remember()
             step = self._within_memory(step_fn, batch, state, **fit_params)
             self.scheduler.step()
-            terms = {"loss": step["loss"], **getattr(self.criterion_, "terms", {})}
+            terms = {"loss": step["loss"], **self.criterion_.terms}
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() * len(batch[1])
             count += len(batch[1])
+            self.criterion_.after_step(self.module_)
             self.notify("on_batch_end", batch=batch, training=training, **step)
         distributed.average_buffers(self.module_)
         distributed.average_buffers(self.criterion_)

@@ -235,6 +235,7 @@ class SoftmaxNetwork(nn.Module):
         """Embedding of shape (n, n_features)."""
         return as_features(self.trunk(images))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits of shape (n, n_classes)."""
-        return self.head(self.features(images))
+    def forward(self, images: torch.Tensor) -> Output:
+        """Features and logits."""
+        features = self.features(images)
+        return Output(features, self.head(features))

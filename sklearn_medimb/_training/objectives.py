@@ -7,13 +7,11 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from skorch.callbacks import Callback
 from torch import nn
 
+from sklearn_medimb._training.criterion import Criterion
 from sklearn_medimb._training.momentum import follow
 from sklearn_medimb.backbones import as_features
-
-# ---------------------------------------------------------------- objectives
 
 
 def perceptron(widths: list[int], *, last_norm: bool, affine: bool = True) -> nn.Sequential:
@@ -37,7 +35,7 @@ def perceptron(widths: list[int], *, last_norm: bool, affine: bool = True) -> nn
     return nn.Sequential(*layers)
 
 
-class Encoded(NamedTuple):
+class EncodedViews(NamedTuple):
     """Features (B, d) of each online view; the images of each target view as they came."""
 
     features: list[torch.Tensor]
@@ -46,17 +44,17 @@ class Encoded(NamedTuple):
 
 def encode(
     network: Any, branches: dict[str, torch.Tensor], n_online: int, n_target: int
-) -> Encoded:
+) -> EncodedViews:
     """Forward pass of pre-training: of any network of the package only the backbone.
 
     Each view passes alone, so that batch normalisation sees one kind of view at a time.
     """
     online = branches["online"].chunk(n_online)
     target = branches["target"].chunk(n_target) if n_target else ()
-    return Encoded([as_features(network.trunk(view)) for view in online], list(target))
+    return EncodedViews([as_features(network.trunk(view)) for view in online], list(target))
 
 
-class Objective(nn.Module):
+class Objective(Criterion):
     """A self-supervised loss; owns what only training needs.
 
     The online views pass the network one by one, or `jointly`, as a method's authors have them.
@@ -78,7 +76,6 @@ class Objective(nn.Module):
         super().__init__()
         self.projector = projector
         self.momentum = momentum
-        self.terms: dict[str, torch.Tensor] = {}
         if momentum is not None:
             online = {"trunk": network.trunk, "projector": projector}
             self.target = nn.ModuleDict({k: copy.deepcopy(v) for k, v in online.items()})
@@ -89,11 +86,12 @@ class Objective(nn.Module):
         with torch.no_grad():
             return self.target["projector"](as_features(self.target["trunk"](images)))
 
-    def complaints(self) -> list[str]:
-        """What the user should know about the training that was."""
-        return []
+    def go_on(self, last: dict[str, Any]) -> None:
+        """Go on from an earlier projector, if it is of this shape."""
+        if _shapes(last) == _shapes(self.state_dict()):
+            self.load_state_dict(last)
 
-    def update_target(self, network: Any) -> None:
+    def before_step(self, network: Any) -> None:
         """Move the target branch."""
         if self.momentum is None:
             return
@@ -101,11 +99,5 @@ class Objective(nn.Module):
         follow(self.target["projector"], self.projector, 1 - self.momentum)
 
 
-class UpdateTarget(Callback):
-    """Move the target branch at the start of each step, with the weights that the step sees."""
-
-    may_stop = False
-
-    def on_batch_begin(self, net: Any, **kwargs: Any) -> None:
-        """Average."""
-        net.criterion_.update_target(net.module_)
+def _shapes(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: getattr(value, "shape", None) for name, value in state.items()}

@@ -11,31 +11,26 @@ from skorch.callbacks import Callback
 from torch import nn
 
 from sklearn_medimb._data.images import Images
-
-try:
-    from sklearn.callback import CallbackSupportMixin
-except ImportError:  # scikit-learn < 1.9
-
-    class CallbackSupportMixin:  # type: ignore[no-redef]
-        """Stand-in: this scikit-learn has no callbacks."""
+from sklearn_medimb._training.criterion import Criterion
 
 
-@dataclass
+@dataclass(frozen=True)
 class Stage:
     """One course of training: what is minimised, on which batches, for how long.
 
-    `forward` takes the place of the network's own forward pass: (network, batch) to its output.
-    `optimizer` holds skorch's parameters of another optimiser than the estimator's. Where
-    `validated` is False no validation score decides on the stage's epochs. A criterion with a
-    method ``start_from`` is shown the network as it is when the stage begins.
+    The backbone learns at ``backbone_lr * lr``. `forward` takes the place of the network's own
+    forward pass: (network, batch) to its output. `optimizer` holds skorch's parameters of another
+    optimiser than the estimator's. Where `validated` is False no validation score decides on the
+    stage's epochs.
     """
 
-    criterion: nn.Module
+    criterion: Criterion
     batches: Iterable[Any]
     n_epochs: int
     steps_per_epoch: int
     lr: float
     lr_schedule: str
+    backbone_lr: float = 1.0
     name: str = ""
     callbacks: tuple[Callback, ...] = ()
     forward: Callable[[nn.Module, Any], Any] | None = None

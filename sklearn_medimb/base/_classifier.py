@@ -5,24 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sklearn
 import torch
 from scipy.special import softmax
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context
 from sklearn.metrics import check_scoring, get_scorer_names
 from sklearn.utils import _safe_indexing, check_consistent_length, column_or_1d
-from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils._param_validation import HasMethods, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, assert_all_finite, check_is_fitted
 from torch import nn
 
-from sklearn_medimb._data.batches import Batches
+from sklearn_medimb._data.batches import Batches, Context
 from sklearn_medimb._data.containers import wrap_dataset
 from sklearn_medimb._data.images import Images
+from sklearn_medimb._data.plans import Plan, shuffled
 from sklearn_medimb._data.rows import (
     carries_groups,
     group_codes,
@@ -31,11 +31,17 @@ from sklearn_medimb._data.rows import (
     takes_groups,
     validation_split,
 )
+from sklearn_medimb._parameters import integers, learned, parameter, within
 from sklearn_medimb._training.callbacks import BestEpoch
+from sklearn_medimb._training.criterion import Criterion
+from sklearn_medimb._training.network import SoftmaxNetwork, Trunk
 from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb.base._encoder import BaseImageEncoder, resolve_encoder
 from sklearn_medimb.base._image_estimator import BaseImageEstimator
 from sklearn_medimb.metrics import scorer_name, with_labels
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class _Guess(ClassifierMixin, BaseEstimator):
@@ -64,38 +70,109 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
     lists them (`_stages`).
     """
 
-    classes_: np.ndarray
+    pretrain: Any = parameter(
+        *(str, BaseImageEncoder, None),
+        default=None,
+        kind="str, encoder or None",
+        doc="""Label-free training of the backbone before the rest, on the same images: "amimv",
+        "simclr", "moco", "byol", "simsiam", "barlow_twins", "vicreg", or an
+        :class:`~sklearn_medimb.AMIMVEncoder` or :class:`~sklearn_medimb.SSLEncoder`, which lends
+        its parameters (but for backbone, device and input); a fitted one is the start, as in
+        `backbone`. Only a first ``fit`` pre-trains. It takes as long as the encoder's own
+        `max_epochs` says, by default about 600 steps, often more than all the rest:
+        ``pretrain=SSLEncoder("simclr", max_epochs=20)`` is shorter.""",
+    )
+    sampler: Any = parameter(
+        *(None, HasMethods(["fit_resample"])),
+        default=None,
+        kind="imbalanced-learn sampler or None",
+        doc="Resamples the training rows *after* the inner validation split.",
+    )
+    early_stopping: bool = parameter(
+        "boolean",
+        default=False,
+        doc="""Hold out a stratified validation split, stop when `scoring` no longer rises, and keep
+        the best epoch's weights.""",
+        last=True,
+    )
+    validation_fraction: float = parameter(
+        within(0, 1, closed="neither"), default=0.2, doc="Share of that split.", last=True
+    )
+    n_iter_no_change: int = parameter(
+        integers(1), default=10, doc="Epochs without a rise before stopping.", last=True
+    )
+    scoring: Any = parameter(
+        *(StrOptions(set(get_scorer_names())), callable),
+        default="balanced_accuracy",
+        kind="str or callable",
+        doc="scikit-learn scorer for early stopping.",
+        last=True,
+    )
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **BaseImageEstimator._parameter_constraints,
-        "pretrain": [None, str, BaseImageEncoder],
-        "sampler": [None, HasMethods(["fit_resample"])],
-        "early_stopping": ["boolean"],
-        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
-        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
-        "scoring": [StrOptions(set(get_scorer_names())), callable],
-    }
+    classes_: np.ndarray = learned("ndarray of shape (n_classes,)", "Class labels.")
+    class_counts_: np.ndarray = learned(
+        "ndarray of int of shape (n_classes,)", "Images of each class given to the first ``fit``."
+    )
+    best_score_: float = learned(
+        "float", "Validation score of the epoch kept; only with early stopping."
+    )
+
+    @_fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X: Any, y: Any, *, groups: Any = None) -> Self:
+        """Train the classifier.
+
+        Parameters
+        ----------
+        X : array-like or lazy sequence of n images
+            Images in any layout of the package's README, uint8 or float.
+        y : array-like of shape (n,)
+            Class labels: numbers or strings, at least two classes.
+        groups : array-like of shape (n,), default=None
+            Patient of each image: the inner validation split keeps every group whole.
+
+        Returns
+        -------
+        self : estimator
+            The fitted classifier.
+
+        Raises
+        ------
+        ValueError
+            If the input is wrong or ambiguous; the message names the parameter or row to mend.
+        """
+        return self._fit(X, y, groups=groups)
 
     # ---------------------------------------------------------------- what a method supplies
 
-    def _make_criterion(self, train: TrainingSet, n_steps: int) -> nn.Module:
+    def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
+        """Backbone, pooled features, head."""
+        return SoftmaxNetwork(trunk(), self._make_head)
+
+    def _make_head(self, n_features: int) -> nn.Module:
+        """From features to class scores."""
+        return nn.Linear(n_features, len(self.classes_))
+
+    def _make_criterion(self, train: TrainingSet, n_steps: int) -> Criterion:
+        """What training minimises, in so many steps."""
         raise NotImplementedError
 
-    def _make_batches(self, train: TrainingSet, **common: Any) -> Batches:
-        raise NotImplementedError
+    def _make_batches(self, train: TrainingSet, context: Context) -> Any:
+        """Batches of a stage; by default every training row once per epoch."""
+        n = len(train.y)
+        return self._label_batches(train, lambda rng: shuffled(n, self.batch_size, rng), context)
 
-    def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
+    def _label_batches(self, train: TrainingSet, plan: Plan, context: Context) -> Batches:
+        """Batches by some plan; the target of a row is its one-hot label times its weight."""
+        mass = torch.as_tensor(
+            train.label_mass(len(self.classes_)), dtype=self.net_.dtype, device=self.net_.device
+        )
+        return Batches(train.images, train.rows, mass, plan, context)
+
+    def _stages(self, train: TrainingSet, n_epochs: int, context: Context) -> list[Stage]:
         n_steps = self._steps_per_epoch(len(train.rows))
-        return [
-            Stage(
-                self._make_criterion(train, n_epochs * n_steps),
-                self._make_batches(train, **common),
-                n_epochs,
-                n_steps,
-                self.lr,
-                self.lr_schedule,
-            )
-        ]
+        criterion = self._make_criterion(train, n_epochs * n_steps)
+        batches = self._make_batches(train, context)
+        return [self._stage(criterion, batches, n_epochs, n_steps)]
 
     def _score_function(self, *, in_chunks: bool = True) -> Callable[[torch.Tensor], torch.Tensor]:
         """Map from normalised images (n, ...) to class scores (n, n_classes), in torch alone.
@@ -103,19 +180,15 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         Scores are on a log scale: their softmax is `predict_proba`. An exported graph runs it too,
         for any n: without chunks, whose number would depend on n.
         """
-        raise NotImplementedError
+        module = self.net_.module_
+        return lambda batch: module.head(module.features(batch))
 
     def _scores(self, images: Images) -> np.ndarray:
         """Class scores of images, shape (n, n_classes)."""
         return self._map(images, self._score_function()).cpu().numpy().astype(np.float64)
 
-    _array_kinds: ClassVar[dict[str, tuple[str, str, int]]] = {
-        **BaseImageEstimator._array_kinds,
-        "class_counts_": ("iu", "K", 1),
-    }
-
     def _sizes(self) -> dict[str, int]:
-        return {**super()._sizes(), "K": len(self.classes_)}
+        return {**super()._sizes(), "n_classes": len(self.classes_)}
 
     def _answer(self, images: Images) -> tuple[np.ndarray, int]:
         return self._scores(images), len(self.classes_)
@@ -132,22 +205,16 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         if self.pretrain is not None and self._start is not self.pretrain:
             resolve_encoder(self.pretrain)
 
-    @property
-    def _start(self) -> BaseImageEstimator | None:
-        start, given = super()._start, self.pretrain
-        fitted = isinstance(given, BaseImageEncoder) and given._was_fitted
-        return given if start is None and fitted else start
-
     def _pretrainer(self) -> BaseImageEncoder | None:
         """Encoder whose training on the images of this fit comes first."""
         if self.pretrain is None or self._start is self.pretrain:
             return None
         return resolve_encoder(self.pretrain)
 
-    def _pretraining(self, train: TrainingSet, **common: Any) -> list[Stage]:
+    def _pretraining(self, train: TrainingSet, context: Context) -> list[Stage]:
         """Label-free pre-training of the backbone on the images that are about to be learned."""
         encoder = self._pretrainer()
-        return [] if encoder is None else [encoder.pretraining(self, train, **common)]
+        return [] if encoder is None else [encoder.pretraining(self, train, context)]
 
     def _most_images(self, train: TrainingSet) -> int:
         n_images, encoder = super()._most_images(train), self._pretrainer()

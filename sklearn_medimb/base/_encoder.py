@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from numbers import Integral
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from sklearn.base import _fit_context, clone
 from sklearn.utils import check_consistent_length, column_or_1d
-from sklearn.utils._param_validation import HasMethods, Interval
+from sklearn.utils._param_validation import HasMethods
 from sklearn.utils.multiclass import type_of_target
 from torch import nn
 
-from sklearn_medimb._data.batches import Batches
+from sklearn_medimb._data.batches import Batches, Context
 from sklearn_medimb._data.plans import n_batches, shuffled
 from sklearn_medimb._data.rows import missing_entries
+from sklearn_medimb._parameters import integers, learned, one_of, parameter
 from sklearn_medimb._training.monitors import Monitor
 from sklearn_medimb._training.network import Trunk
-from sklearn_medimb._training.objectives import Objective, UpdateTarget, encode
+from sklearn_medimb._training.objectives import Objective, encode
 from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb._training.views import ViewBatches, Views
 from sklearn_medimb.augment import resolve_augmentation
 from sklearn_medimb.backbones import as_features
 from sklearn_medimb.base._image_estimator import BaseImageEstimator
+
+if TYPE_CHECKING:
+    from typing import Self
 
 PRETRAINING = "pre-training"
 
@@ -54,12 +57,34 @@ class BaseImageEncoder(BaseImageEstimator):
     A method supplies its loss (`_objective`) and the views it needs (`_view_set`).
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **BaseImageEstimator._parameter_constraints,
-        "batch_size": [Interval(Integral, 2, None, closed="left")],
-        "augment": [str, HasMethods(["draw", "apply"]), tuple],
-        "projection_dim": [Interval(Integral, 1, None, closed="left")],
-    }
+    projection_dim: int = parameter(
+        integers(1), default=128, doc="Size of the projections.", search=(64, 512, "log")
+    )
+    max_epochs: Any = parameter(
+        integers(1),
+        one_of("auto"),
+        default="auto",
+        doc='Passes over the training images. "auto" aims at 600 steps, and at least 20 epochs.',
+    )
+    batch_size: int = parameter(
+        integers(2), default=128, doc="Anchors per step.", search=(32, 256, "log")
+    )
+    weight_decay: float = 1e-4
+    augment: Any = parameter(
+        *(str, HasMethods(["draw", "apply"]), tuple),
+        default="contrastive",
+        kind="str, Augmentation or a pair of these",
+        doc="""Hard views; a pair gives the two kinds of a method that has two. "contrastive" flips
+        both ways. Of feature vectors a view has three in ten entries from other rows.""",
+        search=["strong", "contrastive", "mimv"],
+    )
+
+    history_: list[dict[str, Any]] = learned(
+        "list of dict",
+        """Per epoch: number, seconds (``dur``), ``train_loss`` and further ``train_<term>``, the
+        collapse monitors ``feature_std`` (1: features fill the sphere, 0: collapsed) and
+        ``effective_rank``, and with labels ``knn_score``.""",
+    )
 
     # Where max_epochs="auto": steps to aim at, and the least number of epochs.
     _auto_steps, _auto_epochs = 600, 20
@@ -73,7 +98,7 @@ class BaseImageEncoder(BaseImageEstimator):
         raise NotImplementedError
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: Any, y: Any = None) -> BaseImageEncoder:
+    def fit(self, X: Any, y: Any = None) -> Self:
         """Train the encoder.
 
         Parameters
@@ -97,7 +122,7 @@ class BaseImageEncoder(BaseImageEstimator):
         return self._fit(X, y)
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def partial_fit(self, X: Any, y: Any = None) -> BaseImageEncoder:
+    def partial_fit(self, X: Any, y: Any = None) -> Self:
         """Train one more epoch on the given images, at a constant learning rate.
 
         Parameters
@@ -165,24 +190,20 @@ class BaseImageEncoder(BaseImageEstimator):
         n_steps = self._auto_steps if len(self.image_shape_) > 1 else self._auto_steps // 3
         return max(self._auto_epochs, -(-n_steps // self._steps_per_epoch(n_samples)))
 
-    def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
+    def _stages(self, train: TrainingSet, n_epochs: int, context: Context) -> list[Stage]:
         if not self.net_.module_.trunk.learns:
             raise ValueError(
                 f"There is nothing to train for {type(self).__name__}: all parameters of backbone "
                 "are frozen (requires_grad=False)."
             )
-        stage = self.pretraining(self, train, n_epochs, **common)
-        last = self.net_.last_criterion
-        if last is not None and _shapes(last) == _shapes(stage.criterion.state_dict()):
-            stage.criterion.load_state_dict(last)  # further training goes on from its projector
-        return [stage]
+        return [self.pretraining(self, train, context, n_epochs)]
 
     def pretraining(
         self,
         owner: BaseImageEstimator,
         train: TrainingSet,
+        context: Context,
         n_epochs: int | None = None,
-        **common: Any,
     ) -> Stage:
         """Course of label-free training of an estimator's backbone.
 
@@ -192,10 +213,10 @@ class BaseImageEncoder(BaseImageEstimator):
             Whose network is trained: this encoder, or a classifier that starts with it.
         train : TrainingSet
             Its natural rows and its unlabelled ones are used; classes are for the kNN score alone.
+        context : Context
+            Preprocessing and generators of the fit.
         n_epochs : int or None, default=None
             None takes this encoder's own `max_epochs`.
-        **common
-            Preprocessing and generators of the fit.
 
         Returns
         -------
@@ -211,7 +232,7 @@ class BaseImageEncoder(BaseImageEstimator):
             rows,
             torch.zeros(n, device=net.device),
             lambda rng: shuffled(n, self.batch_size, rng, at_least=2),
-            **common,
+            context,
         )
         width = as_features(net.module_.trunk.probe()).shape[1]
         objective = self._objective(net.module_, width).to(net.device, net.dtype)
@@ -226,15 +247,13 @@ class BaseImageEncoder(BaseImageEstimator):
 
         self.image_shape_, params = owner.image_shape_, self._net_params()
         n_epochs = self._n_epochs(n) if n_epochs is None else n_epochs
-        return Stage(
+        return self._stage(
             objective,
             ViewBatches(batches, views),
             n_epochs,
             self._steps_per_epoch(n),
-            self.lr,
-            self.lr_schedule,
-            PRETRAINING,
-            callbacks=(UpdateTarget(), Monitor(embed, y, n_epochs)),
+            name=PRETRAINING,
+            callbacks=(Monitor(embed, y, n_epochs),),
             forward=partial(encode, n_online=n_online, n_target=len(views.target)),
             optimizer={k: v for k, v in params.items() if k.split("__")[0] == "optimizer"},
             validated=False,
@@ -260,10 +279,6 @@ def _codes(y: Any, images: Any) -> np.ndarray:
     except (TypeError, ValueError):
         return unknown
     return codes
-
-
-def _shapes(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: getattr(value, "shape", None) for name, value in state.items()}
 
 
 # ---------------------------------------------------------------- by name

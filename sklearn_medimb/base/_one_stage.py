@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from numbers import Real
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
-from sklearn_medimb import losses
-from sklearn_medimb._training.network import SoftmaxNetwork, Trunk
+from sklearn_medimb._parameters import at_least, learned, one_of, parameter
+from sklearn_medimb._training.criterion import Criterion, LabelCriterion
 from sklearn_medimb._training.stage import TrainingSet
 from sklearn_medimb.base._classifier import BaseImageClassifier
-from sklearn_medimb.losses import LabelLoss, class_weights, of_unit_mean
-
-LOSSES = (
-    "cross_entropy",
-    "focal",
-    "class_balanced",
-    "ldam",
-    "balanced_softmax",
-    "logit_adjusted",
+from sklearn_medimb.losses import (
+    LOSSES,
+    LabelLoss,
+    LDAMLoss,
+    Loss,
+    class_weights,
+    effective_number_weights,
+    of_unit_mean,
+    resolve_loss,
 )
 
 
 class CosineHead(nn.Module):
     """Scaled cosines between features and class vectors, as LDAM needs them."""
 
-    scale = 30.0
+    scale = LDAMLoss.scale
 
     def __init__(self, n_features: int, n_classes: int) -> None:
         super().__init__()
@@ -51,81 +48,73 @@ class OneStageClassifier(BaseImageClassifier):
     the training rows have, also those (`_class_mass`).
     """
 
-    class_prior_: np.ndarray
-
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **BaseImageClassifier._parameter_constraints,
-        "loss": [StrOptions(set(LOSSES))],
-        "class_weight": [dict, StrOptions({"balanced"}), None],
-        "focal_gamma": [Interval(Real, 0, None, closed="left")],
-        "beta": [Interval(Real, 0, 1, closed="left")],
-        "max_margin": [Interval(Real, 0, None, closed="neither")],
-        "tau": [Interval(Real, 0, None, closed="left")],
-        "post_hoc_tau": [Interval(Real, 0, None, closed="left")],
-        "reweight_after": [StrOptions({"auto"}), Interval(Real, 0, 1, closed="both"), None],
-    }
-
-    _array_kinds: ClassVar[dict[str, tuple[str, str, int]]] = {
-        **BaseImageClassifier._array_kinds,
-        "class_prior_": ("f", "K", 1),
-    }
-    _inference_arrays: ClassVar[tuple[str, ...]] = (
-        *BaseImageClassifier._inference_arrays,
-        "class_prior_",
+    loss: Any = parameter(
+        *(one_of(*LOSSES), Loss, callable),
+        default="cross_entropy",
+        kind='{"cross_entropy", "focal", "class_balanced", "ldam", "balanced_softmax", '
+        '"logit_adjusted"}, Loss or callable',
+        doc="""By name, with its defaults, or an object of :mod:`sklearn_medimb.losses`, whose
+        parameters are searchable, such as ``loss__gamma`` of ``FocalLoss()``. "class_balanced":
+        cross-entropy weighted by effective numbers; "ldam": label-distribution-aware margins on a
+        cosine head, with deferred re-weighting; "balanced_softmax" is "logit_adjusted". A callable
+        of one's own maps (logits (n, K), labels (n,), class counts (K,)) to n costs.""",
+        search=list(LOSSES),
     )
+    class_weight: Any = parameter(
+        *(dict, one_of("balanced"), None),
+        default=None,
+        doc="Weights of the classes, on top of `loss`; only their ratios matter.",
+        search=[None, "balanced"],
+    )
+    post_hoc_tau: float = parameter(
+        at_least(0),
+        default=0.0,
+        doc="""Subtracts ``post_hoc_tau * log(prior)`` from the logits at predict (A. K. Menon et
+        al., ICLR 2021); use it with ``loss="cross_entropy"``, where 1 aims at balanced
+        accuracy.""",
+        search=(0.0, 2.0),
+    )
+
+    class_prior_: np.ndarray = learned(
+        "ndarray of float of shape (n_classes,)",
+        "Class shares in training: of the rows as they are resampled, weighted and mixed.",
+        predicts=True,
+    )
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        resolve_loss(self.loss)
 
     def _class_mass(self, train: TrainingSet) -> np.ndarray:
         """Weight of each class in the batches, shape (n_classes,)."""
         return train.class_mass(len(self.classes_))
 
-    def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
-        return SoftmaxNetwork(trunk(), self._make_head)
-
     def _make_head(self, n_features: int) -> nn.Module:
-        head = CosineHead if self.loss == "ldam" else nn.Linear
+        head = CosineHead if resolve_loss(self.loss).on_cosines else nn.Linear
         return head(n_features, len(self.classes_))
 
-    def _make_criterion(self, train: TrainingSet, n_steps: int) -> nn.Module:
-        return self._label_loss(train, n_steps)
+    def _make_criterion(self, train: TrainingSet, n_steps: int) -> Criterion:
+        return LabelCriterion(self._label_loss(train, n_steps))
 
     def _label_loss(self, train: TrainingSet, n_steps: int) -> LabelLoss:
-        class_mass = self._class_mass(train)
+        loss, class_mass = resolve_loss(self.loss), self._class_mass(train)
         mass = torch.from_numpy(class_mass)
         in_rows = mass * torch.from_numpy(np.isin(np.arange(len(mass)), train.y))
-        effective = losses.effective_number_weights(mass, self.beta)
         weight = torch.from_numpy(class_weights(self.class_weight, self.classes_, class_mass))
-        late = None
-        reweight_after = self.reweight_after
-        if reweight_after == "auto":
-            reweight_after = 0.5 if self.loss == "ldam" else None
-        if self.loss == "class_balanced":
-            weight = weight * effective
-        elif reweight_after is not None:
-            late = of_unit_mean(weight * effective, in_rows)
-        switch = 0 if late is None else round(reweight_after * n_steps)
-        return LabelLoss(self._label_costs(mass), of_unit_mean(weight, in_rows), late, switch)
-
-    def _label_costs(self, mass: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Choose the formula."""
-        if self.loss in ("cross_entropy", "class_balanced"):
-            return losses.cross_entropy
-        if self.loss == "focal":
-            return partial(losses.focal, gamma=self.focal_gamma)
-        device, dtype = self.net_.device, self.net_.dtype
-        if self.loss == "ldam":
-            margins = CosineHead.scale * losses.ldam_margins(mass, self.max_margin)
-            return partial(losses.ldam, margins=margins.to(device, dtype))
-        log_prior = (mass / mass.sum()).log().to(device, dtype)
-        tau = 1.0 if self.loss == "balanced_softmax" else self.tau
-        return partial(losses.logit_adjusted, log_prior=log_prior, tau=tau)
+        late, switch = None, 0
+        if loss.reweight_after is not None:
+            late = of_unit_mean(weight * effective_number_weights(mass, loss.beta), in_rows)
+            switch = round(loss.reweight_after * n_steps)
+        weight = of_unit_mean(weight, in_rows)
+        return LabelLoss(loss.costs, weight, late, switch, loss.constants(mass))
 
     def _inference_state(self, train: TrainingSet) -> dict[str, Any]:
         mass = self._class_mass(train)
         return {"class_prior_": mass / mass.sum()}
 
     def _score_function(self, *, in_chunks: bool = True) -> Callable[[torch.Tensor], torch.Tensor]:
-        module, offset = self.net_.module_, torch.zeros(())
+        logits, offset = super()._score_function(in_chunks=in_chunks), torch.zeros(())
         if self.post_hoc_tau:
             offset = torch.as_tensor(self.post_hoc_tau * np.log(self.class_prior_))
         offset = offset.to(self.net_.dtype).to(self.net_.device)
-        return lambda batch: module.head(module.features(batch)) - offset
+        return lambda batch: logits(batch) - offset

@@ -5,37 +5,26 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
-from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted
-from torch import nn
 
 from sklearn_medimb import losses
-from sklearn_medimb._data.batches import Batches
+from sklearn_medimb._data.batches import Context
 from sklearn_medimb._data.images import Images
-from sklearn_medimb._data.plans import shuffled
 from sklearn_medimb._machine.runtime import one_thread_in_workers
-from sklearn_medimb._training.network import Output, SoftmaxNetwork, Trunk
+from sklearn_medimb._parameters import learned, one_of, parameter
+from sklearn_medimb._training.criterion import Criterion, LabelCriterion
 from sklearn_medimb._training.stage import TrainingSet
 from sklearn_medimb.base._classifier import BaseImageClassifier
 from sklearn_medimb.losses import LabelLoss, class_weights, of_unit_mean
 from sklearn_medimb.rebalance import HEADS, RebalancedHead, resolve_head
 
 STAGE_ONE, STAGE_TWO = "stage one", "stage two"
-
-
-class TwoStageNetwork(SoftmaxNetwork):
-    """Backbone, pooled features, linear head; training sees the features too."""
-
-    def forward(self, images: torch.Tensor) -> Output:  # type: ignore[override]
-        """Features and logits."""
-        features = self.features(images)
-        return Output(features, self.head(features))
 
 
 class TwoStageClassifier(BaseImageClassifier):
@@ -46,18 +35,19 @@ class TwoStageClassifier(BaseImageClassifier):
     network changes. Where validation rows decide on the epoch, they are scored with a head too.
     """
 
-    head_: Any
-    class_prior_: np.ndarray
+    class_weight: Any = parameter(
+        *(dict, one_of("balanced"), None),
+        default=None,
+        doc="""Weights of the classes in the cross-entropy of stage one, by their ratios; a dict
+        also weighs them in stage two, where a head that takes weights is fitted anew.""",
+        search=[None, "balanced"],
+    )
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **BaseImageClassifier._parameter_constraints,
-        "class_weight": [dict, StrOptions({"balanced"}), None],
-    }
-
-    _array_kinds: ClassVar[dict[str, tuple[str, str, int]]] = {
-        **BaseImageClassifier._array_kinds,
-        "class_prior_": ("f", "K", 1),
-    }
+    head_: Any = learned("classifier", "Head of stage two, on features as `transform` gives them.")
+    class_prior_: np.ndarray = learned(
+        "ndarray of float of shape (n_classes,)",
+        "Class shares of stage one, with `sampler` and `class_weight`.",
+    )
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
@@ -69,9 +59,8 @@ class TwoStageClassifier(BaseImageClassifier):
 
     # ---------------------------------------------------------------- stage one
 
-    def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
-        n_classes = len(self.classes_)
-        return TwoStageNetwork(trunk(), lambda n_features: nn.Linear(n_features, n_classes))
+    def _make_criterion(self, train: TrainingSet, n_steps: int) -> Criterion:
+        return LabelCriterion(self._label_loss(train))
 
     def _label_loss(self, train: TrainingSet) -> LabelLoss:
         """Cross-entropy, with the constructor's class weights."""
@@ -79,9 +68,7 @@ class TwoStageClassifier(BaseImageClassifier):
         weight = torch.from_numpy(class_weights(self.class_weight, self.classes_, mass))
         return LabelLoss(losses.cross_entropy, of_unit_mean(weight, torch.from_numpy(mass)))
 
-    def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
-        """Every training row once per epoch; targets are one-hot."""
-        n, net = len(train.y), self.net_
+    def _make_batches(self, train: TrainingSet, context: Context) -> Any:
         self._check_classes(train.y)
         if (rare := np.bincount(train.y) == 1).any():
             warnings.warn(
@@ -89,16 +76,7 @@ class TwoStageClassifier(BaseImageClassifier):
                 "of their spread comes from augmentation and from the other classes.",
                 stacklevel=6,
             )
-        mass = torch.as_tensor(
-            train.label_mass(len(self.classes_)), dtype=net.dtype, device=net.device
-        )
-        return Batches(
-            train.images,
-            train.rows,
-            mass,
-            lambda rng: shuffled(n, self.batch_size, rng),
-            **common,
-        )
+        return super()._make_batches(train, context)
 
     def _check_classes(self, codes: np.ndarray) -> None:
         missing = np.setdiff1d(np.arange(len(self.classes_)), codes)
@@ -212,9 +190,9 @@ class TwoStageClassifier(BaseImageClassifier):
     # ---------------------------------------------------------------- persistence
 
     @property
-    def _inference_arrays(self) -> tuple[str, ...]:  # type: ignore[override]
+    def _inference_arrays(self) -> tuple[str, ...]:
         linear = isinstance(getattr(self, "head_", None), RebalancedHead)
-        names = BaseImageClassifier._inference_arrays
+        names = super()._inference_arrays
         return (*names, "head_coef_", "head_intercept_") if linear else names
 
     @property

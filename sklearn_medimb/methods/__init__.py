@@ -7,11 +7,13 @@ from sklearn_medimb.methods._metric_two_stage import MetricTwoStageClassifier
 from sklearn_medimb.methods._self_supervised import SSLEncoder
 from sklearn_medimb.methods._softmax import SoftmaxClassifier
 from sklearn_medimb.methods._spmix import SPMixClassifier
+from sklearn_medimb.methods._tailboost import Contrast
 
 __all__ = [
     "AMIMVClassifier",
     "AMIMVEncoder",
     "CSSNClassifier",
+    "Contrast",
     "LMDClassifier",
     "MetricTwoStageClassifier",
     "SPMixClassifier",

@@ -16,25 +16,28 @@ from __future__ import annotations
 
 import warnings
 from numbers import Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.base import _fit_context, clone
 from sklearn.utils import column_or_1d
-from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils._param_validation import HasMethods
 from torch import nn
 
-from sklearn_medimb._training.objectives import Encoded, Objective, perceptron
+from sklearn_medimb._data.batches import Context
+from sklearn_medimb._parameters import above, learned, one_of, parameter, within
+from sklearn_medimb._training.objectives import EncodedViews, Objective, perceptron
 from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb._training.views import Views
 from sklearn_medimb.augment import Augmentation, resolve_augmentation
-from sklearn_medimb.base._docs import shared_parameters
 from sklearn_medimb.base._encoder import ENCODERS, BaseImageEncoder
 from sklearn_medimb.base._two_stage import TwoStageClassifier
-from sklearn_medimb.losses import LabelStageLoss
-from sklearn_medimb.rebalance import resolve_head
+from sklearn_medimb.rebalance import HEADS, resolve_head
+
+if TYPE_CHECKING:
+    from typing import Self
 
 PAIRINGS = ("mimv", "asym_aug", "source_target", "weak_strong")
 
@@ -128,7 +131,7 @@ class AMIMVObjective(Objective):
         self.register_buffer("n_skipped", torch.zeros(()))
         self.register_buffer("n_steps", torch.zeros(()))
 
-    def forward(self, encoded: Encoded, _: torch.Tensor) -> torch.Tensor:
+    def forward(self, encoded: EncodedViews, _: torch.Tensor) -> torch.Tensor:
         """Loss of a batch."""
         x, y = map(self.projector, encoded.features)
         x_target, y_target = map(self.project_target, encoded.target)
@@ -154,50 +157,12 @@ class AMIMVObjective(Objective):
         return [message]
 
 
-@shared_parameters
 class AMIMVEncoder(BaseImageEncoder):
     """Label-free encoder by asymmetric multi-image multi-view self-supervision.
 
     Anchors are fused with uniformly drawn partners, one clean and one augmented, and a slowly
     moving target branch sees the two the other way round, augmented differently [1]_. Labels play
     no part: permuting them changes nothing.
-
-    Parameters
-    ----------
-    {backbone}
-
-    pairing : {{"asym_aug", "mimv", "source_target", "weak_strong"}}, default="asym_aug"
-        Views of anchor x and partner y, n being the clean image. "mimv", the predecessor's [2]_:
-        online n(x) and a(y), target a(x) and n(y). "asym_aug": the same with two kinds of hard
-        view, a1 in the online and a2 in the target branch. "source_target": online a(x) and a(y),
-        target n(x) and n(y) [3]_. "weak_strong": online n(x) and a(y), target a weak view of x and
-        n(y). All but "mimv" are readings of AMIMV's abstract, not the paper's text.
-
-    projection_dim : int, default=128
-        Size of the projections; cosines of random vectors shrink with it, and `thresholds` cut
-        accordingly.
-
-    temperature : float, default=0.3
-        T of the loss.
-
-    thresholds : tuple of float or None, default=(0.1, 0.9)
-        Absolute cosines that the loss looks at; None keeps all.
-
-    momentum : float, default=0.9
-        m of the target branch.
-
-    exact_mimv_loss : bool, default=False
-        The predecessor's published loss, for study only: NaN or negative in small batches.
-
-    {encoder_training}
-
-    Attributes
-    ----------
-    {encoder_attributes}
-
-    n_skipped_steps_ : int
-        Steps in which the thresholds left no positive pair: the loss had no gradient, and only
-        momentum and weight decay moved the weights.
 
     See Also
     --------
@@ -237,69 +202,41 @@ class AMIMVEncoder(BaseImageEncoder):
     (10, 128)
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **BaseImageEncoder._parameter_constraints,
-        "pairing": [StrOptions(set(PAIRINGS))],
-        "temperature": [Interval(Real, 0, None, closed="neither")],
-        "thresholds": [tuple, list, None],
-        "momentum": [Interval(Real, 0, 1, closed="both")],
-        "exact_mimv_loss": ["boolean"],
-    }
+    pairing: str = parameter(
+        one_of(*PAIRINGS),
+        default="asym_aug",
+        doc="""Views of anchor x and partner y, n being the clean image. "mimv", the predecessor's
+        [2]_: online n(x) and a(y), target a(x) and n(y). "asym_aug": the same with two kinds of
+        hard view, a1 in the online and a2 in the target branch. "source_target": online a(x) and
+        a(y), target n(x) and n(y) [3]_. "weak_strong": online n(x) and a(y), target a weak view of
+        x and n(y). All but "mimv" are readings of AMIMV's abstract, not the paper's text.""",
+        search=list(PAIRINGS),
+    )
+    temperature: float = parameter(
+        above(0), default=0.3, doc="T of the loss.", search=(0.05, 1.0, "log")
+    )
+    thresholds: tuple[float, float] | None = parameter(
+        *(tuple, list, None),
+        default=(0.1, 0.9),
+        kind="tuple of float or None",
+        doc="""Absolute cosines that the loss looks at; None keeps all. Cosines of random vectors
+        shrink with `projection_dim`, and thresholds cut accordingly.""",
+    )
+    momentum: float = parameter(
+        within(0, 1), default=0.9, doc="m of the target branch.", search=(0.8, 0.999)
+    )
+    exact_mimv_loss: bool = parameter(
+        "boolean",
+        default=False,
+        doc="""The predecessor's published loss, for study only: NaN or negative in small
+        batches.""",
+    )
 
-    def __init__(
-        self,
-        backbone: Any = "auto",
-        *,
-        pairing: str = "asym_aug",
-        projection_dim: int = 128,
-        temperature: float = 0.3,
-        thresholds: tuple[float, float] | None = (0.1, 0.9),
-        momentum: float = 0.9,
-        exact_mimv_loss: bool = False,
-        max_epochs: Any = "auto",
-        batch_size: int = 128,
-        lr: float = 2e-3,
-        weight_decay: float = 1e-4,
-        lr_schedule: str = "one_cycle",
-        augment: Any = "contrastive",
-        callbacks: list[Any] | None = None,
-        checkpoint_dir: Any = None,
-        image_shape: tuple[int, ...] | None = None,
-        data_format: str = "auto",
-        spatial_dims: int | None = None,
-        device: Any = "auto",
-        precision: str = "auto",
-        compile: bool = False,
-        warm_start: bool = False,
-        net_params: dict[str, Any] | None = None,
-        random_state: Any = None,
-        verbose: Any = 0,
-    ) -> None:
-        self.backbone = backbone
-        self.pairing = pairing
-        self.projection_dim = projection_dim
-        self.temperature = temperature
-        self.thresholds = thresholds
-        self.momentum = momentum
-        self.exact_mimv_loss = exact_mimv_loss
-        self.max_epochs = max_epochs
-        self.batch_size = batch_size
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.lr_schedule = lr_schedule
-        self.augment = augment
-        self.callbacks = callbacks
-        self.checkpoint_dir = checkpoint_dir
-        self.image_shape = image_shape
-        self.data_format = data_format
-        self.spatial_dims = spatial_dims
-        self.device = device
-        self.precision = precision
-        self.compile = compile
-        self.warm_start = warm_start
-        self.net_params = net_params
-        self.random_state = random_state
-        self.verbose = verbose
+    n_skipped_steps_: int = learned(
+        "int",
+        """Steps in which the thresholds left no positive pair: the loss had no gradient, and only
+        momentum and weight decay moved the weights.""",
+    )
 
     @classmethod
     def published(cls, **params: Any) -> AMIMVEncoder:
@@ -395,7 +332,6 @@ def asymmetric(augment: Any) -> tuple[Any, Any]:
 ENCODERS["amimv"] = AMIMVEncoder
 
 
-@shared_parameters
 class AMIMVClassifier(TwoStageClassifier):
     """Label-free pre-training on all images, then a balanced head on those that have a label.
 
@@ -403,40 +339,6 @@ class AMIMVClassifier(TwoStageClassifier):
     Name the ``classes`` in ``fit`` to be told of one that has no labelled image. In a
     cross-validation give test parts without such rows (``cv`` may be an iterable of row numbers):
     scorers count -1 as a class.
-
-    Parameters
-    ----------
-    {backbone}
-
-    {pretrain_amimv}
-
-    head : str or classifier, default="crt"
-        What classifies the features: a head by name, as in
-        :class:`~sklearn_medimb.MetricTwoStageClassifier`, or any scikit-learn classifier.
-
-    fine_tune : bool, default=False
-        Whether the labelled images train the network further, by cross-entropy, before the head is
-        fitted. Epochs, rates, `sampler` and early stopping below concern this course; the encoder
-        has its own.
-
-    class_weight : dict, "balanced" or None, default=None
-        Weights of the classes in fine-tuning, by their ratios; a dict also reaches heads that take
-        one.
-
-    batch_size : int, default=64
-        Labelled images per step.
-
-    {training}
-
-    Attributes
-    ----------
-    {attributes}
-
-    head_ : classifier
-        The fitted head.
-
-    class_prior_ : ndarray of shape (n_classes,)
-        Class shares of the labelled training rows, as fine-tuning saw them.
 
     See Also
     --------
@@ -468,75 +370,35 @@ class AMIMVClassifier(TwoStageClassifier):
     (5,)
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **TwoStageClassifier._parameter_constraints,
-        "head": [str, HasMethods(["fit", "predict"])],
-        "fine_tune": ["boolean"],
-    }
-
-    def __init__(
-        self,
-        backbone: Any = "auto",
-        *,
-        pretrain: Any = "amimv",
-        head: Any = "crt",
-        fine_tune: bool = False,
-        class_weight: Any = None,
-        max_epochs: Any = "auto",
-        batch_size: int = 64,
-        lr: float = 2e-3,
-        weight_decay: float = 1e-2,
-        lr_schedule: str = "one_cycle",
-        augment: Any = "medical",
-        sampler: Any = None,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.2,
-        n_iter_no_change: int = 10,
-        scoring: Any = "balanced_accuracy",
-        callbacks: list[Any] | None = None,
-        checkpoint_dir: Any = None,
-        image_shape: tuple[int, ...] | None = None,
-        data_format: str = "auto",
-        spatial_dims: int | None = None,
-        device: Any = "auto",
-        precision: str = "auto",
-        compile: bool = False,
-        warm_start: bool = False,
-        net_params: dict[str, Any] | None = None,
-        random_state: Any = None,
-        verbose: Any = 0,
-    ) -> None:
-        self.backbone = backbone
-        self.pretrain = pretrain
-        self.head = head
-        self.fine_tune = fine_tune
-        self.class_weight = class_weight
-        self.max_epochs = max_epochs
-        self.batch_size = batch_size
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.lr_schedule = lr_schedule
-        self.augment = augment
-        self.sampler = sampler
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.scoring = scoring
-        self.callbacks = callbacks
-        self.checkpoint_dir = checkpoint_dir
-        self.image_shape = image_shape
-        self.data_format = data_format
-        self.spatial_dims = spatial_dims
-        self.device = device
-        self.precision = precision
-        self.compile = compile
-        self.warm_start = warm_start
-        self.net_params = net_params
-        self.random_state = random_state
-        self.verbose = verbose
+    pretrain: Any = parameter(
+        *TwoStageClassifier._parameter_constraints["pretrain"],
+        default="amimv",
+        kind="str, encoder or None",
+        doc="""Label-free training of the backbone on all images, labelled or not: by name as in
+        :class:`~sklearn_medimb.SoftmaxClassifier`, or an :class:`~sklearn_medimb.AMIMVEncoder` or
+        :class:`~sklearn_medimb.SSLEncoder`, which lends its parameters (but for backbone, device
+        and input). A fitted encoder is taken as it is, here or as `backbone`; None leaves the
+        backbone as given.""",
+    )
+    head: Any = parameter(
+        *(str, HasMethods(["fit", "predict"])),
+        default="crt",
+        kind="str or classifier",
+        doc="""What classifies the features: a head by name, as in
+        :class:`~sklearn_medimb.MetricTwoStageClassifier`, or any scikit-learn classifier.""",
+        search=list(HEADS),
+    )
+    fine_tune: bool = parameter(
+        "boolean",
+        default=False,
+        doc="""Whether the labelled images train the network further, by cross-entropy, before the
+        head is fitted. Epochs, rates, `sampler` and early stopping concern this course; the encoder
+        has its own.""",
+        search=[False, True],
+    )
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: Any, y: Any, *, groups: Any = None, classes: Any = None) -> AMIMVClassifier:
+    def fit(self, X: Any, y: Any, *, groups: Any = None, classes: Any = None) -> Self:
         """Train the encoder on all images and the head on the labelled ones.
 
         Parameters
@@ -553,7 +415,7 @@ class AMIMVClassifier(TwoStageClassifier):
 
         Returns
         -------
-        self : AMIMVClassifier
+        self : estimator
             The fitted classifier.
 
         Raises
@@ -623,8 +485,5 @@ class AMIMVClassifier(TwoStageClassifier):
         # Without fine-tuning the network's own head has learned nothing.
         return super()._stage_one_head() if self.fine_tune else {}
 
-    def _make_criterion(self, train: TrainingSet, n_steps: int) -> nn.Module:
-        return LabelStageLoss(self._label_loss(train))
-
-    def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
-        return super()._stages(train, n_epochs, **common) if self.fine_tune else []
+    def _stages(self, train: TrainingSet, n_epochs: int, context: Context) -> list[Stage]:
+        return super()._stages(train, n_epochs, context) if self.fine_tune else []

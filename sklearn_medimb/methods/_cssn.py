@@ -11,27 +11,27 @@ its sigmoid, k(q, s) the cosine of the class branch, y_qs = 1 for two images of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral, Real
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import replace
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.base import _fit_context
-from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch import nn
 
-from sklearn_medimb._data.batches import Batches
+from sklearn_medimb._data.batches import Batches, Context
 from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.plans import class_balanced
 from sklearn_medimb._machine.randomness import Dropout
 from sklearn_medimb._machine.runtime import in_blocks, inference_block, one_thread_in_workers
+from sklearn_medimb._parameters import at_least, integers, learned, one_of, parameter, within
+from sklearn_medimb._training.criterion import Criterion
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb._training.stage import TrainingSet
 from sklearn_medimb.backbones import as_tokens
 from sklearn_medimb.base._classifier import BaseImageClassifier
-from sklearn_medimb.base._docs import shared_parameters
 from sklearn_medimb.methods._evidence import Evidence, Places
 
 
@@ -71,7 +71,7 @@ class Mlp(nn.Sequential):
         )
 
 
-class Encoded(NamedTuple):
+class EncodedImages(NamedTuple):
     """Images as the comparison sees them.
 
     Pooled patches (n, L // 2, C), class embedding (n, C), and the backbone's class token (n, C).
@@ -109,8 +109,6 @@ class CSSNHead(nn.Module):
         C, token width.
     lam : float, default=3.0
         Weight of the class token added to every patch.
-    scorer_hidden : int, default=256
-        Hidden width of the patch scorer.
     dropout : float, default=0.1
         Inside every MLP.
     gate : bool, default=True
@@ -123,7 +121,6 @@ class CSSNHead(nn.Module):
         width: int,
         *,
         lam: float = 3.0,
-        scorer_hidden: int = 256,
         dropout: float = 0.1,
         gate: bool = True,
     ) -> None:
@@ -137,14 +134,14 @@ class CSSNHead(nn.Module):
             self.mix_norm = nn.LayerNorm(n_tokens)
             self.fuse = Mlp(width, 96, width, dropout)
             self.fuse_norm = nn.LayerNorm(width)
-        self.scorer = Mlp((n_tokens // 2) ** 2, scorer_hidden, 1, dropout)
+        self.scorer = Mlp((n_tokens // 2) ** 2, 256, 1, dropout)
         self.embed = Mlp(width, 96, width, dropout)
 
     def with_context(self, tokens: torch.Tensor) -> torch.Tensor:
         """Step 1: add what the mean over all tokens says to each of them."""
         return self.context_norm(tokens + self.context(tokens.mean(dim=1, keepdim=True)))
 
-    def forward(self, tokens: torch.Tensor, reference: torch.Tensor | None = None) -> Encoded:
+    def forward(self, tokens: torch.Tensor, reference: torch.Tensor | None = None) -> EncodedImages:
         """Encode images once, for any number of comparisons.
 
         Parameters
@@ -156,7 +153,7 @@ class CSSNHead(nn.Module):
 
         Returns
         -------
-        encoded : Encoded
+        encoded : EncodedImages
             Pooled patches, class embedding, class token.
         """
         raw, tokens = tokens[:, 0], self.with_context(tokens)
@@ -172,7 +169,7 @@ class CSSNHead(nn.Module):
         # two pair means, so pooling neighbours first gives the same at a quarter of the cost.
         even = patches[:, : patches.shape[1] // 2 * 2]
         pooled = even.unflatten(1, (-1, 2)).mean(dim=2)
-        return Encoded(pooled, self.embed(class_token[:, 0]), raw)
+        return EncodedImages(pooled, self.embed(class_token[:, 0]), raw)
 
     def similarity_maps(self, queries: torch.Tensor, supports: torch.Tensor) -> torch.Tensor:
         """Pooled patch-to-patch similarities M of all pairs: (n_q, n_s, L // 2, L // 2)."""
@@ -234,7 +231,7 @@ class CSSNNetwork(nn.Module):
         """Tokens of shape (n, 1 + L, C)."""
         return as_tokens(self.trunk(images), self.max_tokens)
 
-    def encode(self, images: torch.Tensor) -> Encoded:
+    def encode(self, images: torch.Tensor) -> EncodedImages:
         """Encode images, or pairs of them: a pair lies in the channels."""
         if self.reference != "paired":
             return self.head(self.tokens(images))
@@ -260,7 +257,7 @@ class CSSNNetwork(nn.Module):
         return PairScores(z, k, logits)
 
 
-class CSSNLoss(nn.Module):
+class CSSNLoss(Criterion):
     """``(1 - w) BCE(p, y) + w BCE(q, t(y, p)) + aux CE``, averaged over pairs.
 
     Parameters
@@ -336,105 +333,12 @@ def _log_odds(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     return scores.gather(1, label[:, None])[:, 0] - others
 
 
-@shared_parameters
 class CSSNClassifier(BaseImageClassifier):
     """Cross-Supervision Similarity Network: classify by comparing with labelled supports.
 
     One binary scorer learns "same class?" on all ordered pairs of a class-balanced batch; an image
     gets the class whose support images it resembles most. The class prior enters neither training
     nor decision, which is why the method suits small, imbalanced sets with few classes.
-
-    Parameters
-    ----------
-    {backbone}
-
-    {pretrain}
-
-    lam : float, default=3.0
-        Weight of the class token added to each patch.
-
-    soft_ratio : float, default=0.7
-        Softness r of the class branch's target; 0 gives hard targets.
-
-    class_loss_weight : float, default=0.5
-        Weight w of the class branch, between 0 and 1; published: 0.01.
-
-    class_link : {{"affine", "double_sigmoid"}}, default="affine"
-        How the class cosine becomes a probability; "double_sigmoid" is the published form.
-
-    reference : {{"none", "self", "paired"}}, default="none"
-        Second image fused into the patches: none, the image itself (published for single images;
-        it takes time and changed nothing we measured), or a registered one (before
-        and after treatment, say): "paired" reads X as ``(n, 2, ...)``, image and reference stacked.
-
-    n_tokens : int, default=16
-        Upper limit of patch tokens per image; more are pooled. The published network has 196.
-
-    scorer_hidden : int, default=256
-        Hidden width of the pair scorer.
-
-    dropout : float, default=0.0
-        In the head; published: 0.1, which takes time and changed nothing we measured.
-
-    pair_weighting : {{"balanced"}} or None, default="balanced"
-        "balanced" gives positive and negative pairs the same total weight, which matters with more
-        than two classes; None is published.
-
-    aux_weight : float or "auto", default="auto"
-        Weight of an auxiliary cross-entropy on the class token; "auto": 2 for more than two
-        classes, else 0.
-
-    decision : {{"auto", "patch", "combined"}}, default="auto"
-        "patch": the class of highest mean patch probability, as published; "combined": times the
-        probability of the auxiliary classifier; "auto": combined where there is one.
-
-    pair_view : {{"image", "pair"}}, default="image"
-        Augment each image twice per step, once as query and once as support, or afresh for every
-        member of every pair: 2 n or the published 2 n^2 encodings for the same n^2 pairs.
-
-    n_support : int, default=10
-        Supports per class and draw; a smaller class gives all its images.
-
-    support_strategy : {{"random", "all", "medoid"}}, default="random"
-        Random draws, every training image, or the images closest to their class's mean embedding.
-
-    n_support_draws : int, default=5
-        Random draws that are averaged.
-
-    symmetric : bool, default=False
-        Whether to average z(q, s) and z(s, q) at predict.
-
-    head_lr : float or None, default=None
-        Learning rate of everything but the backbone; None takes `lr`.
-
-    batch_size : int or "auto", default="auto"
-        n, images per step; "auto" is 32 (16 for vectors), at least two per class. Below 16 training
-        from scratch fails: there are too few pairs.
-
-    {training}
-
-    Attributes
-    ----------
-    {attributes}
-
-    support_indices_ : ndarray of int of shape (n_supports,)
-        Rows of X in the support bank. Images that `sampler` made are supports, with the number -1,
-        only where their class has no others.
-
-    support_codes_ : ndarray of int of shape (n_supports,)
-        Their classes, as positions in ``classes_``.
-
-    support_labels_ : ndarray of shape (n_supports,)
-        Their classes.
-
-    support_weights_ : ndarray of shape (n_supports,)
-        Share of each support in its class's mean score.
-
-    support_patches_ : ndarray of shape (n_supports, L // 2, C)
-        Their pooled patches.
-
-    support_embeddings_ : ndarray of shape (n_supports, C)
-        Their class embeddings.
 
     See Also
     --------
@@ -470,136 +374,139 @@ class CSSNClassifier(BaseImageClassifier):
     (160, 2)
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **BaseImageClassifier._parameter_constraints,
-        "lam": [Interval(Real, 0, None, closed="left")],
-        "soft_ratio": [Interval(Real, 0, 1, closed="both")],
-        "class_loss_weight": [Interval(Real, 0, 1, closed="both")],
-        "class_link": [StrOptions({"affine", "double_sigmoid"})],
-        "reference": [StrOptions({"self", "none", "paired"})],
-        "n_tokens": [Interval(Integral, 4, None, closed="left")],
-        "scorer_hidden": [Interval(Integral, 1, None, closed="left")],
-        "dropout": [Interval(Real, 0, 1, closed="left")],
-        "pair_weighting": [StrOptions({"balanced"}), None],
-        "decision": [StrOptions({"auto", "patch", "combined"})],
-        "aux_weight": [StrOptions({"auto"}), Interval(Real, 0, None, closed="left")],
-        "pair_view": [StrOptions({"image", "pair"})],
-        "n_support": [Interval(Integral, 1, None, closed="left")],
-        "support_strategy": [StrOptions({"random", "all", "medoid"})],
-        "n_support_draws": [Interval(Integral, 1, None, closed="left")],
-        "symmetric": ["boolean"],
-        "head_lr": [Interval(Real, 0, None, closed="neither"), None],
-        "batch_size": [StrOptions({"auto"}), Interval(Integral, 2, None, closed="left")],
-    }
+    lam: float = parameter(
+        at_least(0),
+        default=3.0,
+        doc="Weight of the class token added to each patch.",
+        search=(0.3, 10.0, "log"),
+    )
+    soft_ratio: float = parameter(
+        within(0, 1),
+        default=0.7,
+        doc="Softness r of the class branch's target; 0 gives hard targets.",
+        search=(0.0, 1.0),
+    )
+    class_loss_weight: float = parameter(
+        within(0, 1),
+        default=0.5,
+        doc="Weight w of the class branch; published: 0.01.",
+        search=(0.01, 0.9),
+    )
+    class_link: str = parameter(
+        one_of("affine", "double_sigmoid"),
+        default="affine",
+        doc="""How the class cosine becomes a probability; "double_sigmoid" is the published
+        form.""",
+        search=["affine", "double_sigmoid"],
+    )
+    reference: str = parameter(
+        one_of("none", "self", "paired"),
+        default="none",
+        doc="""Second image fused into the patches: none, the image itself (published for single
+        images; it takes time and changed nothing we measured), or a registered one (before and
+        after treatment, say): "paired" reads X as ``(n, 2, ...)``, image and reference
+        stacked.""",
+        search=["none", "self"],
+    )
+    n_tokens: int = parameter(
+        integers(4),
+        default=16,
+        doc="""Upper limit of patch tokens per image; more are pooled. The published network has
+        196.""",
+        search=(4, 64, "log"),
+    )
+    dropout: float = parameter(
+        within(0, 1, closed="left"),
+        default=0.0,
+        doc="In the head; published: 0.1, which takes time and changed nothing we measured.",
+        search=(0.0, 0.5),
+    )
+    pair_weighting: str | None = parameter(
+        *(one_of("balanced"), None),
+        default="balanced",
+        doc=""""balanced" gives positive and negative pairs the same total weight, which matters
+        with more than two classes; None is published.""",
+        search=["balanced", None],
+    )
+    aux_weight: Any = parameter(
+        *(at_least(0), one_of("auto")),
+        default="auto",
+        doc="""Weight of an auxiliary cross-entropy on the class token; "auto": 2 for more than two
+        classes, else 0.""",
+        search=["auto", 0.0, 0.5, 2.0],
+    )
+    decision: str = parameter(
+        one_of("auto", "patch", "combined"),
+        default="auto",
+        doc=""""patch": the class of highest mean patch probability, as published; "combined":
+        times the probability of the auxiliary classifier; "auto": combined where there is
+        one.""",
+        search=["auto", "patch", "combined"],
+    )
+    pair_view: str = parameter(
+        one_of("image", "pair"),
+        default="image",
+        doc="""Augment each image twice per step, once as query and once as support, or afresh for
+        every member of every pair: 2 n or the published 2 n^2 encodings for the same n^2
+        pairs.""",
+    )
+    n_support: int = parameter(
+        integers(1),
+        default=10,
+        doc="Supports per class and draw; a smaller class gives all its images.",
+        search=(3, 30),
+    )
+    support_strategy: str = parameter(
+        one_of("random", "all", "medoid"),
+        default="random",
+        doc="""Random draws, every training image, or the images closest to their class's mean
+        embedding.""",
+        search=["random", "all", "medoid"],
+    )
+    n_support_draws: int = parameter(
+        integers(1), default=5, doc="Random draws that are averaged.", search=(1, 10)
+    )
+    symmetric: bool = parameter(
+        "boolean",
+        default=False,
+        doc="Whether to average z(q, s) and z(s, q) at predict.",
+        search=[False, True],
+    )
+    batch_size: Any = parameter(
+        *(integers(2), one_of("auto")),
+        default="auto",
+        doc="""n, images per step; "auto" is 32 (16 for vectors), at least two per class. Below 16
+        training from scratch fails: there are too few pairs.""",
+        search=["auto", 16, 32, 64],
+    )
 
-    _array_kinds: ClassVar[dict[str, tuple[str, str, int]]] = {
-        **BaseImageClassifier._array_kinds,
-        "support_indices_": ("iu", "S", 1),
-        "support_codes_": ("iu", "S", 1),
-        "support_weights_": ("f", "S", 1),
-        "support_patches_": ("f", "S", 3),
-        "support_embeddings_": ("f", "S", 2),
-    }
-    _inference_arrays: ClassVar[tuple[str, ...]] = (
-        *BaseImageClassifier._inference_arrays,
-        "support_indices_",
-        "support_codes_",
-        "support_weights_",
-        "support_patches_",
-        "support_embeddings_",
+    support_indices_: np.ndarray = learned(
+        "ndarray of int of shape (n_supports,)",
+        """Rows of X in the support bank. Images that `sampler` made are supports, with the number
+        -1, only where their class has no others.""",
+        predicts=True,
+    )
+    support_codes_: np.ndarray = learned(
+        "ndarray of int of shape (n_supports,)",
+        "Their classes, as positions in ``classes_``.",
+        predicts=True,
+    )
+    support_weights_: np.ndarray = learned(
+        "ndarray of float of shape (n_supports,)",
+        "Share of each support in its class's mean score.",
+        predicts=True,
+    )
+    support_patches_: np.ndarray = learned(
+        "ndarray of float of shape (n_supports, L // 2, C)",
+        "Their pooled patches.",
+        predicts=True,
+    )
+    support_embeddings_: np.ndarray = learned(
+        "ndarray of float of shape (n_supports, C)", "Their class embeddings.", predicts=True
     )
 
     # Elements of similarity maps in memory at a time, at predict.
     _chunk_elements = 2**23
-
-    def __init__(
-        self,
-        backbone: Any = "auto",
-        *,
-        pretrain: Any = None,
-        lam: float = 3.0,
-        soft_ratio: float = 0.7,
-        class_loss_weight: float = 0.5,
-        class_link: str = "affine",
-        reference: str = "none",
-        n_tokens: int = 16,
-        scorer_hidden: int = 256,
-        dropout: float = 0.0,
-        pair_weighting: str | None = "balanced",
-        aux_weight: Any = "auto",
-        decision: str = "auto",
-        pair_view: str = "image",
-        n_support: int = 10,
-        support_strategy: str = "random",
-        n_support_draws: int = 5,
-        symmetric: bool = False,
-        head_lr: float | None = None,
-        max_epochs: Any = "auto",
-        batch_size: Any = "auto",
-        lr: float = 2e-3,
-        weight_decay: float = 1e-2,
-        lr_schedule: str = "one_cycle",
-        augment: Any = "medical",
-        sampler: Any = None,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.2,
-        n_iter_no_change: int = 10,
-        scoring: Any = "balanced_accuracy",
-        callbacks: list[Any] | None = None,
-        checkpoint_dir: Any = None,
-        image_shape: tuple[int, ...] | None = None,
-        data_format: str = "auto",
-        spatial_dims: int | None = None,
-        device: Any = "auto",
-        precision: str = "auto",
-        compile: bool = False,
-        warm_start: bool = False,
-        net_params: dict[str, Any] | None = None,
-        random_state: Any = None,
-        verbose: Any = 0,
-    ) -> None:
-        self.backbone = backbone
-        self.pretrain = pretrain
-        self.lam = lam
-        self.soft_ratio = soft_ratio
-        self.class_loss_weight = class_loss_weight
-        self.class_link = class_link
-        self.reference = reference
-        self.n_tokens = n_tokens
-        self.scorer_hidden = scorer_hidden
-        self.dropout = dropout
-        self.pair_weighting = pair_weighting
-        self.aux_weight = aux_weight
-        self.decision = decision
-        self.pair_view = pair_view
-        self.n_support = n_support
-        self.support_strategy = support_strategy
-        self.n_support_draws = n_support_draws
-        self.symmetric = symmetric
-        self.head_lr = head_lr
-        self.max_epochs = max_epochs
-        self.batch_size = batch_size
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.lr_schedule = lr_schedule
-        self.augment = augment
-        self.sampler = sampler
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.scoring = scoring
-        self.callbacks = callbacks
-        self.checkpoint_dir = checkpoint_dir
-        self.image_shape = image_shape
-        self.data_format = data_format
-        self.spatial_dims = spatial_dims
-        self.device = device
-        self.precision = precision
-        self.compile = compile
-        self.warm_start = warm_start
-        self.net_params = net_params
-        self.random_state = random_state
-        self.verbose = verbose
 
     @classmethod
     def published(cls, **params: Any) -> CSSNClassifier:
@@ -657,39 +564,14 @@ class CSSNClassifier(BaseImageClassifier):
             ),
             "batch_size": 8,
             "max_epochs": 70,
-            "lr": 1e-5,
-            "head_lr": 1e-3,
+            "lr": 1e-3,
+            "backbone_lr": 0.01,
             "weight_decay": 1e-3,
             "lr_schedule": "cosine",
             "precision": "float32",
             "net_params": {"optimizer": torch.optim.Adam},
         }
         return cls(**{**settings, **params})
-
-    @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: Any, y: Any, *, groups: Any = None) -> CSSNClassifier:
-        """Train the comparison and fill the support bank.
-
-        Parameters
-        ----------
-        X : array-like or lazy sequence of n images
-            Images in any layout of the package's README, uint8 or float.
-        y : array-like of shape (n,)
-            Class labels: numbers or strings, at least two classes.
-        groups : array-like of shape (n,), default=None
-            Patient of each image: the inner validation split keeps every group whole.
-
-        Returns
-        -------
-        self : CSSNClassifier
-            The fitted classifier.
-
-        Raises
-        ------
-        ValueError
-            If the input is wrong or ambiguous; the message names the parameter or row to mend.
-        """
-        return self._fit(X, y, groups=groups)
 
     # ---------------------------------------------------------------- network, loss, batches
 
@@ -717,16 +599,10 @@ class CSSNClassifier(BaseImageClassifier):
             auxiliary=self._auxiliary_weight() > 0,
             paired_views=self.pair_view == "pair",
             lam=self.lam,
-            scorer_hidden=self.scorer_hidden,
             dropout=self.dropout,
         )
 
-    def _optimizer_groups(self) -> list[tuple[str, dict[str, Any]]]:
-        if self.head_lr is None:
-            return []
-        return [(part, {"lr": self.head_lr}) for part in ("head.*", "classifier.*")]
-
-    def _make_criterion(self, train: TrainingSet, n_steps: int) -> nn.Module:
+    def _make_criterion(self, train: TrainingSet, n_steps: int) -> Criterion:
         return CSSNLoss(
             soft_ratio=self.soft_ratio,
             class_loss_weight=self.class_loss_weight,
@@ -750,7 +626,7 @@ class CSSNClassifier(BaseImageClassifier):
         n_views = 2 * n**2 if self.pair_view == "pair" else 2 * n
         return 2 * n_views if self.reference == "paired" else n_views
 
-    def _make_batches(self, train: TrainingSet, **common: Any) -> Batches:
+    def _make_batches(self, train: TrainingSet, context: Context) -> Batches:
         n = min(self._n_images(), len(train.y))
         n_batches = self._steps_per_epoch(len(train.y))
         pairwise = self.pair_view == "pair"
@@ -762,13 +638,8 @@ class CSSNClassifier(BaseImageClassifier):
             return batches
 
         y = torch.as_tensor(train.y, device=self.net_.device)
-        return Batches(
-            train.images,
-            train.rows,
-            y,
-            plan,
-            **common | {"views": common["views"] * (1 if pairwise else 2)},
-        )
+        context = replace(context, views=context.views * (1 if pairwise else 2))
+        return Batches(train.images, train.rows, y, plan, context)
 
     # ---------------------------------------------------------------- support bank
 
@@ -809,9 +680,9 @@ class CSSNClassifier(BaseImageClassifier):
             "support_embeddings_": bank.embedding.contiguous().cpu().numpy(),
         }
 
-    def _encode(self, images: Images, rows: np.ndarray | None = None) -> Encoded:
+    def _encode(self, images: Images, rows: np.ndarray | None = None) -> EncodedImages:
         """Encode images, or some of their rows, each once."""
-        return Encoded(*self._map(images, self.net_.module_.encode, rows))
+        return EncodedImages(*self._map(images, self.net_.module_.encode, rows))
 
     def _check_learned(self, *, tries: bool = True) -> None:
         """Refuse fitted arrays that do not fit together; every class must have supports."""
@@ -902,7 +773,7 @@ class CSSNClassifier(BaseImageClassifier):
         forward = self._score_function(combined=False)
         return np.exp(self._map(self._read(X), forward).cpu().numpy().astype(np.float64))
 
-    def compare(self, XA: Any, XB: Any) -> np.ndarray:
+    def pair_proba(self, XA: Any, XB: Any) -> np.ndarray:
         """Probability that the i-th image of `XA` and the i-th of `XB` are of one class.
 
         Parameters

@@ -14,25 +14,21 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from numbers import Integral, Real
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.base import _fit_context
-from sklearn.utils._param_validation import Interval, StrOptions
-from skorch.callbacks import Callback
 from torch import nn
 
-from sklearn_medimb._data.batches import Batches
+from sklearn_medimb._data.batches import Batches, Context
+from sklearn_medimb._parameters import above, at_least, integers, one_of, parameter, within
+from sklearn_medimb._training.criterion import Criterion, LabelCriterion
 from sklearn_medimb._training.momentum import follow
-from sklearn_medimb._training.network import Output
+from sklearn_medimb._training.network import Output, SoftmaxNetwork
 from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb.augment import Augmentation
-from sklearn_medimb.base._docs import shared_parameters
-from sklearn_medimb.base._two_stage import STAGE_ONE, STAGE_TWO, TwoStageClassifier, TwoStageNetwork
-from sklearn_medimb.losses import LabelStageLoss
+from sklearn_medimb.base._two_stage import STAGE_ONE, STAGE_TWO, TwoStageClassifier
 from sklearn_medimb.over_sampling._virtual_features import ClassGaussians
 from sklearn_medimb.rebalance import VirtualFeatureCalibration
 
@@ -94,7 +90,7 @@ class TwoViewOutput(NamedTuple):
     weak: torch.Tensor | None
 
 
-class LMDNetwork(TwoStageNetwork):
+class LMDNetwork(SoftmaxNetwork):
     """Encoder g and linear head f; the weak view passes by."""
 
     def forward(  # type: ignore[override]
@@ -104,7 +100,7 @@ class LMDNetwork(TwoStageNetwork):
         return TwoViewOutput(*super().forward(images), weak)
 
 
-class RRLLoss(nn.Module):
+class RRLLoss(Criterion):
     """``CE + l1 L_batch + l2 L_channel + l3 L_prob``; owns the teacher, which training alone needs.
 
     The teacher is the running mean of the student: ``theta' <- a_t theta' + (1 - a_t) theta`` with
@@ -141,7 +137,6 @@ class RRLLoss(nn.Module):
         self.decay = decay
         self.teacher_mode = teacher_mode
         self.step = 0
-        self.terms: dict[str, torch.Tensor] = {}
 
     def train(self, mode: bool = True) -> RRLLoss:
         """Switch the mode; the teacher keeps its own."""
@@ -169,7 +164,7 @@ class RRLLoss(nn.Module):
         """Begin as a copy of the student."""
         self.teacher.load_state_dict(student.state_dict())
 
-    def update_teacher(self, student: nn.Module) -> None:
+    def after_step(self, student: nn.Module) -> None:
         """Move the teacher after a step."""
         share = 1 - min(1 - 1 / (self.step + 1), self.decay)
         self.step += 1
@@ -182,16 +177,6 @@ class RRLLoss(nn.Module):
     def set_extra_state(self, state: int) -> None:
         """Restore the step count."""
         self.step = state
-
-
-class UpdateTeacher(Callback):
-    """Move the teacher after each optimiser step."""
-
-    may_stop = False
-
-    def on_batch_end(self, net: Any, **kwargs: Any) -> None:
-        """Average."""
-        net.criterion_.update_teacher(net.module_)
 
 
 class TwoViewBatches:
@@ -285,7 +270,7 @@ def distribution_consistency(
     return (margin + (attraction - nearest) / d).clamp_min(0).mean()
 
 
-class ICCLoss(nn.Module):
+class ICCLoss(Criterion):
     """The E-step's loss: ``GCE(f(g(x)), y) + w FDC(g(x), y; m, C)`` with the head f frozen.
 
     It holds what an M-step leaves: the head, and the running means m and C of the class statistics,
@@ -324,7 +309,6 @@ class ICCLoss(nn.Module):
         self.weight = weight
         self.margin = margin
         self.round = 0
-        self.terms: dict[str, torch.Tensor] = {}
         self.register_buffer("coef", torch.zeros(n_classes, d))
         self.register_buffer("intercept", torch.zeros(n_classes))
         size = 0 if kind is None else d
@@ -405,7 +389,9 @@ class RoundBatches:
 # ---------------------------------------------------------------- the estimator
 
 
-@shared_parameters
+_M_STEP = VirtualFeatureCalibration._parameter_constraints
+
+
 class LMDClassifier(TwoStageClassifier):
     """Relation-aware representation learning (RRL), then iterative classifier calibration (ICC).
 
@@ -414,93 +400,6 @@ class LMDClassifier(TwoStageClassifier):
     classes. Stage two alternates: the M-step fits a new head to Gaussians around the class means,
     all classes weighing the same; the E-step fine-tunes the encoder through that frozen head. It
     ends with an M-step [1]_.
-
-    Parameters
-    ----------
-    {backbone}
-
-    {pretrain}
-
-    stages : {{"both", "rrl", "icc"}}, default="both"
-        "rrl" keeps the head of stage one. "icc" calibrates the backbone as given: with
-        ``backbone=fitted`` that of any fitted estimator. In a cross-validation that
-        backbone has seen the test folds unless it was trained without them.
-
-    batch_relation_weight : float, default=1.0
-        l1.
-
-    channel_relation_weight : float, default=1.0
-        l2.
-
-    consistency_weight : float, default=0.5
-        l3. With all three 0 stage one is plain cross-entropy.
-
-    relation_start : float, default=0.21
-        Share of stage one's epochs before the relations switch on.
-
-    ema_decay : float, default=0.999
-        Largest share of the old teacher in its running mean.
-
-    teacher_mode : {{"train", "eval"}}, default="train"
-        Whether the teacher's batch normalisation uses batch statistics, as published, or running
-        means.
-
-    n_rounds : int, default=5
-        Rounds of stage two (published: 200). The last is an M-step alone, so 1 means: no E-step.
-
-    m_step : {{"analytic", "sampled"}}, default="analytic"
-        Closed-form bound of the expected loss, or virtual features; see
-        :class:`~sklearn_medimb.VirtualFeatureCalibration`.
-
-    n_per_class : int, default=5000
-        Virtual features per class; only with "sampled".
-
-    covariance : {{"shrunk", "full", "diag", "tied"}}, default="shrunk"
-        Of the class Gaussians, see :class:`~sklearn_medimb.BalancedVirtualFeatures`.
-
-    eps : float, default=1e-2
-        Added variance, see there.
-
-    alpha : float, default=0.1
-        L2 penalty of the head.
-
-    gce_q : float, default=0.8
-        q of the E-step's generalised cross-entropy, in [0, 1]; 0 is cross-entropy.
-
-    fdc : {{"margin", "paper"}} or None, default="margin"
-        Feature distribution consistency: bounded, as published, or none.
-
-    fdc_weight : float, default=0.05
-        Its weight w; distances are divided by the number of features.
-
-    fdc_margin : float, default=1.0
-        Margin of "margin".
-
-    e_step_lr : float, default=1e-4
-        Learning rate of the E-step, constant.
-
-    class_weight : dict, "balanced" or None, default=None
-        Weights of the classes in the cross-entropy of stage one, by their ratios; a dict also
-        weighs them in the M-step.
-
-    batch_size : int, default=64
-        Images per step.
-
-    {training}
-
-    Attributes
-    ----------
-    {attributes}
-
-    head_ : classifier
-        Head of stage two, on features as `transform` gives them.
-
-    class_prior_ : ndarray of shape (n_classes,)
-        Class shares of stage one, with `sampler` and `class_weight`.
-
-    stage1_history_, stage2_history_ : list of dict
-        Epochs of both stages with the terms of their losses; the last row of stage two is the last
-        M-step.
 
     See Also
     --------
@@ -538,119 +437,103 @@ class LMDClassifier(TwoStageClassifier):
     (237,)
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **TwoStageClassifier._parameter_constraints,
-        "stages": [StrOptions({"both", "rrl", "icc"})],
-        "batch_relation_weight": [Interval(Real, 0, None, closed="left")],
-        "channel_relation_weight": [Interval(Real, 0, None, closed="left")],
-        "consistency_weight": [Interval(Real, 0, None, closed="left")],
-        "relation_start": [Interval(Real, 0, 1, closed="both")],
-        "ema_decay": [Interval(Real, 0, 1, closed="both")],
-        "teacher_mode": [StrOptions({"train", "eval"})],
-        "n_rounds": [Interval(Integral, 1, None, closed="left")],
-        **{
-            name: VirtualFeatureCalibration._parameter_constraints[name]
-            for name in ("m_step", "n_per_class", "covariance", "eps", "alpha")
-        },
-        "gce_q": [Interval(Real, 0, 1, closed="both")],
-        "fdc": [StrOptions({"margin", "paper"}), None],
-        "fdc_weight": [Interval(Real, 0, None, closed="left")],
-        "fdc_margin": [Interval(Real, 0, None, closed="left")],
-        "e_step_lr": [Interval(Real, 0, None, closed="neither")],
-    }
-
-    def __init__(
-        self,
-        backbone: Any = "auto",
-        *,
-        pretrain: Any = None,
-        stages: str = "both",
-        batch_relation_weight: float = 1.0,
-        channel_relation_weight: float = 1.0,
-        consistency_weight: float = 0.5,
-        relation_start: float = 0.21,
-        ema_decay: float = 0.999,
-        teacher_mode: str = "train",
-        n_rounds: int = 5,
-        m_step: str = "analytic",
-        n_per_class: int = 5000,
-        covariance: str = "shrunk",
-        eps: float = 1e-2,
-        alpha: float = 0.1,
-        gce_q: float = 0.8,
-        fdc: str | None = "margin",
-        fdc_weight: float = 0.05,
-        fdc_margin: float = 1.0,
-        e_step_lr: float = 1e-4,
-        class_weight: Any = None,
-        max_epochs: Any = "auto",
-        batch_size: int = 64,
-        lr: float = 2e-3,
-        weight_decay: float = 1e-2,
-        lr_schedule: str = "one_cycle",
-        augment: Any = "medical",
-        sampler: Any = None,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.2,
-        n_iter_no_change: int = 10,
-        scoring: Any = "balanced_accuracy",
-        callbacks: list[Any] | None = None,
-        checkpoint_dir: Any = None,
-        image_shape: tuple[int, ...] | None = None,
-        data_format: str = "auto",
-        spatial_dims: int | None = None,
-        device: Any = "auto",
-        precision: str = "auto",
-        compile: bool = False,
-        warm_start: bool = False,
-        net_params: dict[str, Any] | None = None,
-        random_state: Any = None,
-        verbose: Any = 0,
-    ) -> None:
-        self.backbone = backbone
-        self.pretrain = pretrain
-        self.stages = stages
-        self.batch_relation_weight = batch_relation_weight
-        self.channel_relation_weight = channel_relation_weight
-        self.consistency_weight = consistency_weight
-        self.relation_start = relation_start
-        self.ema_decay = ema_decay
-        self.teacher_mode = teacher_mode
-        self.n_rounds = n_rounds
-        self.m_step = m_step
-        self.n_per_class = n_per_class
-        self.covariance = covariance
-        self.eps = eps
-        self.alpha = alpha
-        self.gce_q = gce_q
-        self.fdc = fdc
-        self.fdc_weight = fdc_weight
-        self.fdc_margin = fdc_margin
-        self.e_step_lr = e_step_lr
-        self.class_weight = class_weight
-        self.max_epochs = max_epochs
-        self.batch_size = batch_size
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.lr_schedule = lr_schedule
-        self.augment = augment
-        self.sampler = sampler
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.scoring = scoring
-        self.callbacks = callbacks
-        self.checkpoint_dir = checkpoint_dir
-        self.image_shape = image_shape
-        self.data_format = data_format
-        self.spatial_dims = spatial_dims
-        self.device = device
-        self.precision = precision
-        self.compile = compile
-        self.warm_start = warm_start
-        self.net_params = net_params
-        self.random_state = random_state
-        self.verbose = verbose
+    stages: str = parameter(
+        one_of("both", "rrl", "icc"),
+        default="both",
+        doc=""""rrl" keeps the head of stage one. "icc" calibrates the backbone as given: with
+        ``backbone=fitted`` that of any fitted estimator. In a cross-validation that backbone has
+        seen the test folds unless it was trained without them.""",
+    )
+    batch_relation_weight: float = parameter(at_least(0), default=1.0, doc="l1.", search=(0.0, 3.0))
+    channel_relation_weight: float = parameter(
+        at_least(0), default=1.0, doc="l2.", search=(0.0, 3.0)
+    )
+    consistency_weight: float = parameter(
+        at_least(0),
+        default=0.5,
+        doc="l3. With all three 0 stage one is plain cross-entropy.",
+        search=(0.0, 3.0),
+    )
+    relation_start: float = parameter(
+        within(0, 1),
+        default=0.21,
+        doc="Share of stage one's epochs before the relations switch on.",
+        search=(0.0, 0.5),
+    )
+    ema_decay: float = parameter(
+        within(0, 1),
+        default=0.999,
+        doc="Largest share of the old teacher in its running mean.",
+        search=[0.9, 0.99, 0.999],
+    )
+    teacher_mode: str = parameter(
+        one_of("train", "eval"),
+        default="train",
+        doc="""Whether the teacher's batch normalisation uses batch statistics, as published, or
+        running means.""",
+        search=["train", "eval"],
+    )
+    n_rounds: int = parameter(
+        integers(1),
+        default=5,
+        doc="""Rounds of stage two (published: 200). The last is an M-step alone, so 1 means: no
+        E-step.""",
+        search=(1, 20),
+    )
+    m_step: str = parameter(
+        *_M_STEP["m_step"],
+        default="analytic",
+        kind='{"analytic", "sampled"}',
+        doc="""Closed-form bound of the expected loss, or virtual features; see
+        :class:`~sklearn_medimb.VirtualFeatureCalibration`.""",
+        search=["analytic", "sampled"],
+    )
+    n_per_class: int = parameter(
+        *_M_STEP["n_per_class"],
+        default=5000,
+        doc='Virtual features per class; only with "sampled".',
+        search=(500, 20_000, "log"),
+    )
+    covariance: str = parameter(
+        *_M_STEP["covariance"],
+        default="shrunk",
+        kind='{"shrunk", "full", "diag", "tied"}',
+        doc="Of the class Gaussians, see :class:`~sklearn_medimb.BalancedVirtualFeatures`.",
+        search=["shrunk", "full", "diag", "tied"],
+    )
+    eps: float = parameter(
+        *_M_STEP["eps"], default=1e-2, doc="Added variance, see there.", search=(1e-3, 1.0, "log")
+    )
+    alpha: float = parameter(
+        *_M_STEP["alpha"], default=0.1, doc="L2 penalty of the head.", search=(1e-3, 10.0, "log")
+    )
+    gce_q: float = parameter(
+        within(0, 1),
+        default=0.8,
+        doc="q of the E-step's generalised cross-entropy; 0 is cross-entropy.",
+        search=(0.0, 1.0),
+    )
+    fdc: str | None = parameter(
+        *(one_of("margin", "paper"), None),
+        default="margin",
+        doc="Feature distribution consistency: bounded, as published, or none.",
+        search=["margin", "paper", None],
+    )
+    fdc_weight: float = parameter(
+        at_least(0),
+        default=0.05,
+        doc="Its weight w; distances are divided by the number of features.",
+        search=(0.005, 0.5, "log"),
+    )
+    fdc_margin: float = parameter(
+        at_least(0), default=1.0, doc='Margin of "margin".', search=(0.25, 4.0, "log")
+    )
+    e_step_lr: float = parameter(
+        above(0),
+        default=1e-4,
+        doc="Learning rate of the E-step, constant.",
+        search=(1e-5, 1e-3, "log"),
+    )
 
     @classmethod
     def published(cls, **params: Any) -> LMDClassifier:
@@ -707,31 +590,6 @@ class LMDClassifier(TwoStageClassifier):
         }
         return cls(**{**settings, **params})
 
-    @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: Any, y: Any, *, groups: Any = None) -> LMDClassifier:
-        """Train both stages, or the one that `stages` names.
-
-        Parameters
-        ----------
-        X : array-like or lazy sequence of n images
-            Images in any layout of the package's README, uint8 or float.
-        y : array-like of shape (n,)
-            Class labels: numbers or strings, at least two classes.
-        groups : array-like of shape (n,), default=None
-            Patient of each image: the inner validation split keeps every group whole.
-
-        Returns
-        -------
-        self : LMDClassifier
-            The fitted classifier.
-
-        Raises
-        ------
-        ValueError
-            If the input is wrong or ambiguous; the message names the parameter or row to mend.
-        """
-        return self._fit(X, y, groups=groups)
-
     def _check_parameters(self) -> None:
         super()._check_parameters()
         if self.early_stopping and self.stages == "icc" and self.n_rounds == 1:
@@ -754,8 +612,8 @@ class LMDClassifier(TwoStageClassifier):
     def _images_per_step(self, n_samples: int) -> int:
         return 2 * super()._images_per_step(n_samples)  # with the weak views, for the teacher
 
-    def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
-        n_steps, batches = self._steps_per_epoch(len(train.y)), self._make_batches(train, **common)
+    def _stages(self, train: TrainingSet, n_epochs: int, context: Context) -> list[Stage]:
+        n_steps, batches = self._steps_per_epoch(len(train.y)), self._make_batches(train, context)
         stages = []
         if self.stages != "icc":
             stages.append(self._rrl(train, batches, n_epochs, n_steps))
@@ -769,10 +627,10 @@ class LMDClassifier(TwoStageClassifier):
     def _rrl(self, train: TrainingSet, batches: Batches, n_epochs: int, n_steps: int) -> Stage:
         """Relation-aware representation learning."""
         label_loss = self._label_loss(train)
-        schedule = n_epochs, n_steps, self.lr, self.lr_schedule, STAGE_ONE
         weights = self.batch_relation_weight, self.channel_relation_weight, self.consistency_weight
         if not any(weights):
-            return Stage(LabelStageLoss(label_loss), batches, *schedule)
+            criterion = LabelCriterion(label_loss)
+            return self._stage(criterion, batches, n_epochs, n_steps, name=STAGE_ONE)
         net = self.net_
         loss = RRLLoss(
             label_loss,
@@ -792,7 +650,7 @@ class LMDClassifier(TwoStageClassifier):
             epoch=lambda: n_epochs_seen() - 1 - before,
             start=round(self.relation_start * n_epochs),
         )
-        return Stage(loss, views, *schedule, callbacks=(UpdateTeacher(),))
+        return self._stage(loss, views, n_epochs, n_steps, name=STAGE_ONE)
 
     # ---------------------------------------------------------------- stage two
 
@@ -837,9 +695,9 @@ class LMDClassifier(TwoStageClassifier):
             RoundBatches(batches.with_views(Augmentation()), m_step),
             self.n_rounds - 1,
             n_steps,
-            self.e_step_lr,
-            "constant",
-            STAGE_TWO,
+            lr=self.e_step_lr,
+            lr_schedule="constant",
+            name=STAGE_TWO,
         )
 
 

@@ -17,27 +17,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
-from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.base import _fit_context
-from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+from sklearn.utils._param_validation import HasMethods, StrOptions
 from torch import nn
 
-from sklearn_medimb._data.batches import Batches
+from sklearn_medimb._data.batches import Batches, Context
 from sklearn_medimb._data.plans import pk
+from sklearn_medimb._parameters import at_least, integers, one_of, parameter
+from sklearn_medimb._training.criterion import Criterion, LabelCriterion
 from sklearn_medimb._training.network import Output
 from sklearn_medimb._training.stage import Stage, TrainingSet
-from sklearn_medimb.base._docs import shared_parameters
 from sklearn_medimb.base._two_stage import STAGE_ONE, TwoStageClassifier
-from sklearn_medimb.losses import LabelStageLoss
 from sklearn_medimb.metric_losses import METRIC_LOSSES, ClassCenterTriplet, ProxyAnchor
+from sklearn_medimb.rebalance import HEADS
 
 
-class MetricStageLoss(nn.Module):
+class MetricStageLoss(Criterion):
     """``ce_weight CE(h(v), y) + beta L_metric(e, y)``.
 
     Holds what only stage one needs: the projection g and the parameters of the metric loss.
@@ -74,7 +74,6 @@ class MetricStageLoss(nn.Module):
         self.ce_weight = ce_weight
         self.metric_weight = metric_weight
         self.n_metric = n_metric
-        self.terms: dict[str, torch.Tensor] = {}
 
     def forward(self, output: Output, mass: torch.Tensor) -> torch.Tensor:
         """Loss of a batch: instance rows first, P x K rows last."""
@@ -101,86 +100,12 @@ class JoinedBatches:
             yield torch.cat([images, others]), torch.cat([mass, other_mass])
 
 
-@shared_parameters
 class MetricTwoStageClassifier(TwoStageClassifier):
     """Two-stage classifier with a metric loss in stage one.
 
     Stage one minimises cross-entropy on batches of the data as they are plus a metric loss on
     class-balanced P x K batches [1]_; stage two rebalances the linear head on the frozen features
     [2]_.
-
-    Parameters
-    ----------
-    {backbone}
-
-    {pretrain}
-
-    metric_loss : str or callable, default="triplet"
-        "triplet" (batch-hard, class-balanced), "class_center_triplet" (half the steps "triplet",
-        then distances to class centres [3]_), "supcon", "multi_similarity", "proxy_anchor",
-        "contrastive", see :mod:`sklearn_medimb.metric_losses`; or any callable that takes unit
-        embeddings (n, m) and class codes (n,) and gives a scalar, such as a loss of
-        pytorch-metric-learning, or ``functools.partial(supcon, temperature=0.05)``. Modules are
-        copied, their parameters trained.
-
-    metric_weight : float, default=0.3
-        beta; 0 is plain decoupling: cRT with ``rebalance="crt"``.
-
-    ce_weight : float, default=1.0
-        Weight of cross-entropy. 0 trains on the metric loss alone; then heads that need a given
-        one begin with logistic regression.
-
-    margin : float, "soft" or None, default=None
-        Margin of the losses that have one. None: "soft" for "triplet" and "class_center_triplet", 1
-        for "contrastive", 0.1 for "proxy_anchor".
-
-    mining : {{"hard", "semihard", "all"}}, default="hard"
-        Triplets of "triplet".
-
-    metric_head : {{"mlp", "identity"}}, default="mlp"
-        g: a two-layer perceptron, dropped after stage one, or nothing.
-
-    embedding_dim : int, default=128
-        Width of the perceptron's output.
-
-    metric_batch : {{"balanced", "shared"}}, default="balanced"
-        "balanced" adds a P x K batch to each step, P K more images; "shared" puts the metric loss
-        on the instance batch, where rare classes seldom meet.
-
-    p_classes, k_samples : int, default=8, 4
-        P (at most the number of classes) and K.
-
-    rebalance : str or classifier, default="virtual"
-        Stage two: "crt", "lws", "tau_norm", "ncm", "balanced_softmax", "logit_adjust", "virtual",
-        "none", a head of :mod:`sklearn_medimb.rebalance`, or any scikit-learn classifier. The
-        paper's is of the kind of "crt"; "virtual" was better where classes have few images. Of
-        an instance, such as ``ClassifierRetraining()``, a search reaches ``rebalance__alpha``.
-        Heads that balance give probabilities for equally frequent classes.
-
-    class_weight : dict, "balanced" or None, default=None
-        Weights of the classes in the cross-entropy of stage one, by their ratios; a dict also
-        weighs them in stage two, where a head is fitted anew.
-
-    batch_size : int, default=64
-        Instance rows per step.
-
-    {training}
-
-    Attributes
-    ----------
-    {attributes}
-
-    head_ : classifier
-        Head of stage two, on features as `transform` gives them.
-
-    class_prior_ : ndarray of shape (n_classes,)
-        Class shares of stage one, with `sampler` and `class_weight`.
-
-    stage1_history_ : list of dict
-        Epochs of stage one, with the terms of the loss.
-
-    stage2_history_ : list of dict
-        Balanced training loss and iterations of the head.
 
     See Also
     --------
@@ -218,124 +143,76 @@ class MetricTwoStageClassifier(TwoStageClassifier):
     NearestClassMean()
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **TwoStageClassifier._parameter_constraints,
-        "rebalance": [str, HasMethods(["fit", "predict"])],
-        "metric_loss": [StrOptions(set(METRIC_LOSSES)), callable],
-        "metric_weight": [Interval(Real, 0, None, closed="left")],
-        "ce_weight": [Interval(Real, 0, None, closed="left")],
-        "margin": [Interval(Real, 0, None, closed="left"), StrOptions({"soft"}), None],
-        "mining": [StrOptions({"hard", "semihard", "all"})],
-        "metric_head": [StrOptions({"mlp", "identity"})],
-        "embedding_dim": [Interval(Integral, 1, None, closed="left")],
-        "metric_batch": [StrOptions({"balanced", "shared"})],
-        "p_classes": [Interval(Integral, 2, None, closed="left")],
-        "k_samples": [Interval(Integral, 2, None, closed="left")],
-    }
-
-    def __init__(
-        self,
-        backbone: Any = "auto",
-        *,
-        pretrain: Any = None,
-        metric_loss: Any = "triplet",
-        metric_weight: float = 0.3,
-        ce_weight: float = 1.0,
-        margin: Any = None,
-        mining: str = "hard",
-        metric_head: str = "mlp",
-        embedding_dim: int = 128,
-        metric_batch: str = "balanced",
-        p_classes: int = 8,
-        k_samples: int = 4,
-        rebalance: Any = "virtual",
-        class_weight: Any = None,
-        max_epochs: Any = "auto",
-        batch_size: int = 64,
-        lr: float = 2e-3,
-        weight_decay: float = 1e-2,
-        lr_schedule: str = "one_cycle",
-        augment: Any = "medical",
-        sampler: Any = None,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.2,
-        n_iter_no_change: int = 10,
-        scoring: Any = "balanced_accuracy",
-        callbacks: list[Any] | None = None,
-        checkpoint_dir: Any = None,
-        image_shape: tuple[int, ...] | None = None,
-        data_format: str = "auto",
-        spatial_dims: int | None = None,
-        device: Any = "auto",
-        precision: str = "auto",
-        compile: bool = False,
-        warm_start: bool = False,
-        net_params: dict[str, Any] | None = None,
-        random_state: Any = None,
-        verbose: Any = 0,
-    ) -> None:
-        self.backbone = backbone
-        self.pretrain = pretrain
-        self.metric_loss = metric_loss
-        self.metric_weight = metric_weight
-        self.ce_weight = ce_weight
-        self.margin = margin
-        self.mining = mining
-        self.metric_head = metric_head
-        self.embedding_dim = embedding_dim
-        self.metric_batch = metric_batch
-        self.p_classes = p_classes
-        self.k_samples = k_samples
-        self.rebalance = rebalance
-        self.class_weight = class_weight
-        self.max_epochs = max_epochs
-        self.batch_size = batch_size
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.lr_schedule = lr_schedule
-        self.augment = augment
-        self.sampler = sampler
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.scoring = scoring
-        self.callbacks = callbacks
-        self.checkpoint_dir = checkpoint_dir
-        self.image_shape = image_shape
-        self.data_format = data_format
-        self.spatial_dims = spatial_dims
-        self.device = device
-        self.precision = precision
-        self.compile = compile
-        self.warm_start = warm_start
-        self.net_params = net_params
-        self.random_state = random_state
-        self.verbose = verbose
-
-    @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: Any, y: Any, *, groups: Any = None) -> MetricTwoStageClassifier:
-        """Train both stages.
-
-        Parameters
-        ----------
-        X : array-like or lazy sequence of n images
-            Images in any layout of the package's README, uint8 or float.
-        y : array-like of shape (n,)
-            Class labels: numbers or strings, at least two classes.
-        groups : array-like of shape (n,), default=None
-            Patient of each image: the inner validation split keeps every group whole.
-
-        Returns
-        -------
-        self : MetricTwoStageClassifier
-            The fitted classifier.
-
-        Raises
-        ------
-        ValueError
-            If the input is wrong or ambiguous; the message names the parameter or row to mend.
-        """
-        return self._fit(X, y, groups=groups)
+    metric_loss: Any = parameter(
+        *(StrOptions(set(METRIC_LOSSES)), callable),
+        default="triplet",
+        kind="str or callable",
+        doc=""""triplet" (batch-hard, class-balanced), "class_center_triplet" (half the steps
+        "triplet", then distances to class centres [3]_), "supcon", "multi_similarity",
+        "proxy_anchor", "contrastive", see :mod:`sklearn_medimb.metric_losses`; or any callable that
+        takes unit embeddings (n, m) and class codes (n,) and gives a scalar, such as a loss of
+        pytorch-metric-learning, or ``functools.partial(supcon, temperature=0.05)``. Modules are
+        copied, their parameters trained.""",
+        search=lambda clf: list(METRIC_LOSSES) if clf.margin is None else None,
+    )
+    metric_weight: float = parameter(
+        at_least(0),
+        default=0.3,
+        doc='beta; 0 is plain decoupling: cRT with ``rebalance="crt"``.',
+        search=(0.03, 3.0, "log"),
+    )
+    ce_weight: float = parameter(
+        at_least(0),
+        default=1.0,
+        doc="""Weight of cross-entropy. 0 trains on the metric loss alone; then heads that need a
+        given one begin with logistic regression.""",
+        search=[1.0, 0.0],
+    )
+    margin: Any = parameter(
+        *(at_least(0), one_of("soft"), None),
+        default=None,
+        doc="""Margin of the losses that have one. None: "soft" for "triplet" and
+        "class_center_triplet", 1 for "contrastive", 0.1 for "proxy_anchor".""",
+        search=lambda clf: None if clf.margin is None else (0.05, 2.0, "log"),
+    )
+    mining: str = parameter(
+        one_of("hard", "semihard", "all"),
+        default="hard",
+        doc='Triplets of "triplet".',
+        search=["hard", "semihard", "all"],
+    )
+    metric_head: str = parameter(
+        one_of("mlp", "identity"),
+        default="mlp",
+        doc="g: a two-layer perceptron, dropped after stage one, or nothing.",
+        search=["mlp", "identity"],
+    )
+    embedding_dim: int = parameter(
+        integers(1), default=128, doc="Width of the perceptron's output.", search=(32, 512, "log")
+    )
+    metric_batch: str = parameter(
+        one_of("balanced", "shared"),
+        default="balanced",
+        doc=""""balanced" adds a P x K batch to each step, P K more images; "shared" puts the
+        metric loss on the instance batch, where rare classes seldom meet.""",
+        search=["balanced", "shared"],
+    )
+    p_classes: int = parameter(
+        integers(2), default=8, doc="P, at most the number of classes.", search=(2, 16)
+    )
+    k_samples: int = parameter(integers(2), default=4, doc="K.", search=(2, 8))
+    rebalance: Any = parameter(
+        *(str, HasMethods(["fit", "predict"])),
+        default="virtual",
+        kind="str or classifier",
+        doc="""Stage two: "crt", "lws", "tau_norm", "ncm", "balanced_softmax", "logit_adjust",
+        "virtual", "none", a head of :mod:`sklearn_medimb.rebalance`, or any scikit-learn
+        classifier. The paper's is of the kind of "crt"; "virtual" was better where classes have few
+        images. Of an instance, such as ``ClassifierRetraining()``, a search reaches
+        ``rebalance__alpha``. Heads that balance give probabilities for equally frequent
+        classes.""",
+        search=list(HEADS),
+    )
 
     def _head(self) -> Any:
         return self.rebalance
@@ -361,10 +238,10 @@ class MetricTwoStageClassifier(TwoStageClassifier):
                 f"{self.metric_loss!r}: set margin=None."
             )
 
-    def _make_criterion(self, train: TrainingSet, n_steps: int) -> nn.Module:
+    def _make_criterion(self, train: TrainingSet, n_steps: int) -> Criterion:
         label_loss = self._label_loss(train)
         if self.metric_weight == 0:
-            return LabelStageLoss(label_loss)
+            return LabelCriterion(label_loss)
         width, m = self.net_.module_.n_features, self.embedding_dim
         projection: nn.Module = nn.Identity()
         if self.metric_head == "mlp":
@@ -407,13 +284,12 @@ class MetricTwoStageClassifier(TwoStageClassifier):
     def _has_metric_batch(self) -> bool:
         return self.metric_weight > 0 and self.metric_batch == "balanced"
 
-    def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
-        (stage,) = super()._stages(train, n_epochs, **common)
-        stage.name = STAGE_ONE
-        return [stage]
+    def _stages(self, train: TrainingSet, n_epochs: int, context: Context) -> list[Stage]:
+        (stage,) = super()._stages(train, n_epochs, context)
+        return [replace(stage, name=STAGE_ONE)]
 
-    def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
-        batches = super()._make_batches(train, **common)
+    def _make_batches(self, train: TrainingSet, context: Context) -> Any:
+        batches = super()._make_batches(train, context)
         if not self._has_metric_batch:
             return batches
         sizes = self._p(), self.k_samples, self._steps_per_epoch(len(train.y))

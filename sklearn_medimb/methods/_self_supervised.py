@@ -9,18 +9,16 @@ tells the difference.
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Real
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.utils._param_validation import Interval, StrOptions
 from torch import Tensor, nn
 
+from sklearn_medimb._parameters import above, integers, one_of, parameter, within
 from sklearn_medimb._training.momentum import KeyQueue
-from sklearn_medimb._training.objectives import Encoded, Objective, perceptron
+from sklearn_medimb._training.objectives import EncodedViews, Objective, perceptron
 from sklearn_medimb._training.views import Views
-from sklearn_medimb.base._docs import shared_parameters
 from sklearn_medimb.base._encoder import ENCODERS, BaseImageEncoder
 
 
@@ -104,7 +102,7 @@ class SimCLR(Objective):
         super().__init__(network, perceptron([d, d, dim], last_norm=False))
         self.temperature = temperature
 
-    def forward(self, encoded: Encoded, _: Tensor) -> Tensor:
+    def forward(self, encoded: EncodedViews, _: Tensor) -> Tensor:
         """Loss of a batch."""
         (features,) = encoded.features
         z1, z2 = self.projector(features).chunk(2)
@@ -122,7 +120,7 @@ class MoCo(Objective):
         self.temperature = temperature
         self.queue = KeyQueue(self.queue_size, dim)
 
-    def forward(self, encoded: Encoded, _: Tensor) -> Tensor:
+    def forward(self, encoded: EncodedViews, _: Tensor) -> Tensor:
         """Loss of a batch; the negatives are the queue, and the other keys of the batch."""
         (features,), (target,) = encoded
         q = F.normalize(self.projector(features))
@@ -141,7 +139,7 @@ class BYOL(Objective):
         super().__init__(network, perceptron([d, 2 * d, dim], last_norm=False), m)
         self.predictor = perceptron([dim, 2 * d, dim], last_norm=False)
 
-    def forward(self, encoded: Encoded, _: Tensor) -> Tensor:
+    def forward(self, encoded: EncodedViews, _: Tensor) -> Tensor:
         """Loss of a batch: squared distance of unit vectors, up to constants."""
         p1, p2 = (self.predictor(self.projector(features)) for features in encoded.features)
         z1, z2 = map(self.project_target, encoded.target)
@@ -157,7 +155,7 @@ class SimSiam(Objective):
         super().__init__(network, perceptron([d, d, d, dim], last_norm=True, affine=False))
         self.predictor = perceptron([dim, max(dim // 4, 1), dim], last_norm=False)
 
-    def forward(self, encoded: Encoded, _: Tensor) -> Tensor:
+    def forward(self, encoded: EncodedViews, _: Tensor) -> Tensor:
         """Loss of a batch."""
         z1, z2 = map(self.projector, encoded.features)
         p1, p2 = map(self.predictor, (z1, z2))
@@ -172,7 +170,7 @@ class BarlowTwins(Objective):
     def __init__(self, network: nn.Module, d: int, dim: int, _: float, __: float) -> None:
         super().__init__(network, perceptron([d, 2 * d, 2 * d, 4 * dim], last_norm=False))
 
-    def forward(self, encoded: Encoded, _: Tensor) -> Tensor:
+    def forward(self, encoded: EncodedViews, _: Tensor) -> Tensor:
         """Loss of a batch."""
         return barlow_twins(*map(self.projector, encoded.features))
 
@@ -185,7 +183,7 @@ class VICReg(Objective):
     def __init__(self, network: nn.Module, d: int, dim: int, _: float, __: float) -> None:
         super().__init__(network, perceptron([d, 2 * d, 2 * d, 4 * dim], last_norm=False))
 
-    def forward(self, encoded: Encoded, _: Tensor) -> Tensor:
+    def forward(self, encoded: EncodedViews, _: Tensor) -> Tensor:
         """Loss of a batch."""
         return vicreg(*map(self.projector, encoded.features))
 
@@ -200,35 +198,11 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 
 
-@shared_parameters
 class SSLEncoder(BaseImageEncoder):
     """Label-free encoder by one of six self-supervised methods.
 
     Two augmentations of an image are to be alike, and something keeps all images from becoming
     alike: other images, a predictor and a slower copy, or decorrelation.
-
-    Parameters
-    ----------
-    method : {{"simclr", "moco", "byol", "simsiam", "barlow_twins", "vicreg"}}, default="simclr"
-        SimCLR [1]_, MoCo v2 [2]_, BYOL [3]_, SimSiam [4]_, Barlow Twins [5]_ or VICReg [6]_.
-
-    {backbone}
-
-    projection_dim : int, default=128
-        Size of the projections; "barlow_twins" and "vicreg", which need wide ones, take four times
-        as much.
-
-    temperature : float, default=0.2
-        Of the cosines, in "simclr" and "moco".
-
-    momentum : float, default=0.99
-        m of the target branch, in "moco" and "byol".
-
-    {encoder_training}
-
-    Attributes
-    ----------
-    {encoder_attributes}
 
     See Also
     --------
@@ -264,63 +238,33 @@ class SSLEncoder(BaseImageEncoder):
     (10, 128)
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **BaseImageEncoder._parameter_constraints,
-        "method": [StrOptions(set(METHODS))],
-        "temperature": [Interval(Real, 0, None, closed="neither")],
-        "momentum": [Interval(Real, 0, 1, closed="both")],
-    }
-
-    def __init__(
-        self,
-        method: str = "simclr",
-        *,
-        backbone: Any = "auto",
-        projection_dim: int = 128,
-        temperature: float = 0.2,
-        momentum: float = 0.99,
-        max_epochs: Any = "auto",
-        batch_size: int = 128,
-        lr: float = 2e-3,
-        weight_decay: float = 1e-4,
-        lr_schedule: str = "one_cycle",
-        augment: Any = "contrastive",
-        callbacks: list[Any] | None = None,
-        checkpoint_dir: Any = None,
-        image_shape: tuple[int, ...] | None = None,
-        data_format: str = "auto",
-        spatial_dims: int | None = None,
-        device: Any = "auto",
-        precision: str = "auto",
-        compile: bool = False,
-        warm_start: bool = False,
-        net_params: dict[str, Any] | None = None,
-        random_state: Any = None,
-        verbose: Any = 0,
-    ) -> None:
-        self.method = method
-        self.backbone = backbone
-        self.projection_dim = projection_dim
-        self.temperature = temperature
-        self.momentum = momentum
-        self.max_epochs = max_epochs
-        self.batch_size = batch_size
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.lr_schedule = lr_schedule
-        self.augment = augment
-        self.callbacks = callbacks
-        self.checkpoint_dir = checkpoint_dir
-        self.image_shape = image_shape
-        self.data_format = data_format
-        self.spatial_dims = spatial_dims
-        self.device = device
-        self.precision = precision
-        self.compile = compile
-        self.warm_start = warm_start
-        self.net_params = net_params
-        self.random_state = random_state
-        self.verbose = verbose
+    method: str = parameter(
+        one_of(*METHODS),
+        default="simclr",
+        doc="""SimCLR [1]_, MoCo v2 [2]_, BYOL [3]_, SimSiam [4]_, Barlow Twins [5]_ or VICReg
+        [6]_.""",
+        search=list(METHODS),
+        positional=True,
+    )
+    projection_dim: int = parameter(
+        integers(1),
+        default=128,
+        doc="""Size of the projections; "barlow_twins" and "vicreg", which need wide ones, take four
+        times as much.""",
+        search=(64, 512, "log"),
+    )
+    temperature: float = parameter(
+        above(0),
+        default=0.2,
+        doc='Of the cosines, in "simclr" and "moco".',
+        search=(0.05, 1.0, "log"),
+    )
+    momentum: float = parameter(
+        within(0, 1),
+        default=0.99,
+        doc='m of the target branch, in "moco" and "byol".',
+        search=(0.9, 0.999),
+    )
 
     def _objective(self, network: nn.Module, n_features: int) -> Objective:
         make = METHODS[self.method]

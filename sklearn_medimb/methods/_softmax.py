@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from numbers import Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from sklearn.base import _fit_context
-from sklearn.utils._param_validation import Interval, StrOptions
 
-from sklearn_medimb._data.batches import Batches
-from sklearn_medimb._data.plans import class_balanced, shuffled
+from sklearn_medimb._data.batches import Batches, Context
+from sklearn_medimb._data.plans import class_balanced
+from sklearn_medimb._parameters import above, one_of, parameter
 from sklearn_medimb._training.stage import TrainingSet
-from sklearn_medimb.base._docs import shared_parameters
 from sklearn_medimb.base._one_stage import OneStageClassifier
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class MixedBatches:
@@ -64,68 +65,11 @@ class MixedBatches:
             )
 
 
-@shared_parameters
 class SoftmaxClassifier(OneStageClassifier):
     """A network with a softmax head and the classical remedies for class imbalance.
 
     The strong baseline of the package: whatever a paper promises has to beat this one with the same
     backbone, augmentation and optimiser.
-
-    Parameters
-    ----------
-    {backbone}
-
-    {pretrain}
-
-    loss : {{"cross_entropy", "focal", "class_balanced", "ldam", "balanced_softmax", \
-"logit_adjusted"}}, default="cross_entropy"
-        "focal" [1]_; "class_balanced": cross-entropy weighted by effective numbers [2]_; "ldam":
-        label-distribution-aware margins on a cosine head, with deferred re-weighting [3]_;
-        "balanced_softmax" [4]_; "logit_adjusted" [5]_.
-
-    class_weight : dict, "balanced" or None, default=None
-        Weights of the classes, on top of `loss`; only their ratios matter.
-
-    focal_gamma : float, default=2.0
-        Focusing exponent of the focal loss.
-
-    beta : float, default=0.999
-        Of the effective numbers, for "class_balanced" and re-weighting.
-
-    max_margin : float, default=0.5
-        Largest LDAM margin, in cosine units.
-
-    tau : float, default=1.0
-        Strength of "logit_adjusted".
-
-    post_hoc_tau : float, default=0.0
-        Subtracts ``post_hoc_tau * log(prior)`` from the logits at predict [5]_; use it with
-        ``loss="cross_entropy"``, where 1 aims at balanced accuracy.
-
-    reweight_after : float, "auto" or None, default="auto"
-        Share of the steps after which effective-number class weights switch on (deferred
-        re-weighting). "auto": 0.5 with "ldam", never otherwise. The paper's 0.8 comes where the
-        one-cycle schedule has little learning rate left to act with: on digits cut to 100 to 3
-        images a class (eight seeds, balanced accuracy on images held out) 120 steps with 0.5, 0.8
-        and None score .75, .65 and .61; after 780 steps 0.5 and 0.8 are level at .92.
-
-    mixup : {{"mixup", "balanced"}} or None, default=None
-        Mix samples and labels; "balanced" mixes each batch with a class-balanced one [6]_.
-
-    mixup_alpha : float, default=0.2
-        Of the Beta distribution behind the mixing shares.
-
-    batch_size : int, default=64
-        Images per step.
-
-    {training}
-
-    Attributes
-    ----------
-    {attributes}
-
-    class_prior_ : ndarray of shape (n_classes,)
-        Class shares of the training rows, as they were resampled, weighted and mixed.
 
     See Also
     --------
@@ -154,91 +98,22 @@ class SoftmaxClassifier(OneStageClassifier):
     (237,)
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **OneStageClassifier._parameter_constraints,
-        "mixup": [StrOptions({"mixup", "balanced"}), None],
-        "mixup_alpha": [Interval(Real, 0, None, closed="neither")],
-    }
-
-    def __init__(
-        self,
-        backbone: Any = "auto",
-        *,
-        pretrain: Any = None,
-        loss: str = "cross_entropy",
-        class_weight: Any = None,
-        focal_gamma: float = 2.0,
-        beta: float = 0.999,
-        max_margin: float = 0.5,
-        tau: float = 1.0,
-        post_hoc_tau: float = 0.0,
-        reweight_after: Any = "auto",
-        mixup: str | None = None,
-        mixup_alpha: float = 0.2,
-        max_epochs: Any = "auto",
-        batch_size: int = 64,
-        lr: float = 2e-3,
-        weight_decay: float = 1e-2,
-        lr_schedule: str = "one_cycle",
-        augment: Any = "medical",
-        sampler: Any = None,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.2,
-        n_iter_no_change: int = 10,
-        scoring: Any = "balanced_accuracy",
-        callbacks: list[Any] | None = None,
-        checkpoint_dir: Any = None,
-        image_shape: tuple[int, ...] | None = None,
-        data_format: str = "auto",
-        spatial_dims: int | None = None,
-        device: Any = "auto",
-        precision: str = "auto",
-        compile: bool = False,
-        warm_start: bool = False,
-        net_params: dict[str, Any] | None = None,
-        random_state: Any = None,
-        verbose: Any = 0,
-    ) -> None:
-        self.backbone = backbone
-        self.pretrain = pretrain
-        self.loss = loss
-        self.class_weight = class_weight
-        self.focal_gamma = focal_gamma
-        self.beta = beta
-        self.max_margin = max_margin
-        self.tau = tau
-        self.post_hoc_tau = post_hoc_tau
-        self.reweight_after = reweight_after
-        self.mixup = mixup
-        self.mixup_alpha = mixup_alpha
-        self.max_epochs = max_epochs
-        self.batch_size = batch_size
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.lr_schedule = lr_schedule
-        self.augment = augment
-        self.sampler = sampler
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.scoring = scoring
-        self.callbacks = callbacks
-        self.checkpoint_dir = checkpoint_dir
-        self.image_shape = image_shape
-        self.data_format = data_format
-        self.spatial_dims = spatial_dims
-        self.device = device
-        self.precision = precision
-        self.compile = compile
-        self.warm_start = warm_start
-        self.net_params = net_params
-        self.random_state = random_state
-        self.verbose = verbose
+    mixup: str | None = parameter(
+        *(one_of("mixup", "balanced"), None),
+        default=None,
+        doc="""Mix samples and labels; "balanced" mixes each batch with a class-balanced one (A.
+        Galdran et al., MICCAI 2021).""",
+        search=[None, "mixup", "balanced"],
+    )
+    mixup_alpha: float = parameter(
+        above(0),
+        default=0.2,
+        doc="Of the Beta distribution behind the mixing shares.",
+        search=(0.05, 2.0, "log"),
+    )
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(
-        self, X: Any, y: Any, *, sample_weight: Any = None, groups: Any = None
-    ) -> SoftmaxClassifier:
+    def fit(self, X: Any, y: Any, *, sample_weight: Any = None, groups: Any = None) -> Self:
         """Train the network.
 
         Parameters
@@ -254,7 +129,7 @@ class SoftmaxClassifier(OneStageClassifier):
 
         Returns
         -------
-        self : SoftmaxClassifier
+        self : estimator
             The fitted classifier.
 
         Raises
@@ -267,7 +142,7 @@ class SoftmaxClassifier(OneStageClassifier):
     @_fit_context(prefer_skip_nested_validation=True)
     def partial_fit(
         self, X: Any, y: Any, classes: Any = None, *, sample_weight: Any = None
-    ) -> SoftmaxClassifier:
+    ) -> Self:
         """Train one more epoch on the given images, at a constant learning rate.
 
         Parameters
@@ -283,7 +158,7 @@ class SoftmaxClassifier(OneStageClassifier):
 
         Returns
         -------
-        self : SoftmaxClassifier
+        self : estimator
             The classifier so far.
         """
         return self._fit(X, y, sample_weight=sample_weight, classes=classes, partial=True)
@@ -300,13 +175,8 @@ class SoftmaxClassifier(OneStageClassifier):
         share = self.mixup_alpha / (self.mixup_alpha + 1)  # mean of Beta(alpha, 1)
         return np.where(counts > 0, (1 - share) * mass + share * drawn, mass)
 
-    def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
-        n, n_classes = len(train.y), len(self.classes_)
-        mass = torch.as_tensor(
-            train.label_mass(n_classes), dtype=self.net_.dtype, device=self.net_.device
-        )
-        args = (train.images, train.rows, mass)
-        plain = Batches(*args, lambda rng: shuffled(n, self.batch_size, rng), **common)
+    def _make_batches(self, train: TrainingSet, context: Context) -> Any:
+        n, plain = len(train.y), super()._make_batches(train, context)
         if self.mixup is None:
             return plain
         if self.mixup == "mixup":

@@ -17,30 +17,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from numbers import Integral, Real
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.base import _fit_context
-from sklearn.utils._param_validation import Interval, StrOptions
 from torch import nn
 
-from sklearn_medimb._data.batches import Batches
+from sklearn_medimb._data.batches import Batches, Context
 from sklearn_medimb._data.images import warn_of_flat_images
 from sklearn_medimb._data.layout import as_pixels
 from sklearn_medimb._data.plans import class_balanced, n_batches, shuffled
+from sklearn_medimb._parameters import one_of, parameter, within
+from sklearn_medimb._training.criterion import Criterion, LabelCriterion
 from sklearn_medimb._training.network import SoftmaxNetwork, Trunk
-from sklearn_medimb._training.objectives import UpdateTarget
-from sklearn_medimb._training.stage import Stage, TrainingSet
+from sklearn_medimb._training.stage import TrainingSet
 from sklearn_medimb.augment import geometry
-from sklearn_medimb.base._docs import shared_parameters
 from sklearn_medimb.base._one_stage import OneStageClassifier
-from sklearn_medimb.losses import LabelStageLoss
-from sklearn_medimb.methods._tailboost import ContrastLoss
+from sklearn_medimb.losses import LOSSES
+from sklearn_medimb.methods._tailboost import (
+    Contrast,
+    ContrastLoss,
+    kind_of_contrast,
+    resolve_contrast,
+)
 from sklearn_medimb.mixing import spmix, spmix_ratio
-from sklearn_medimb.saliency import DETECTORS, maps_of, saliency_maps
+from sklearn_medimb.saliency import DETECTORS, SaliencyMap, maps_of, saliency_maps
 
 # ---------------------------------------------------------------- pairs
 
@@ -381,77 +383,12 @@ def default_layer(backbone: nn.Module) -> str:
 # ---------------------------------------------------------------- the estimator
 
 
-@shared_parameters
 class SPMixClassifier(OneStageClassifier):
     """A network that mixes rare images with others inside, patch by patch, as saliency allows.
 
     Batches are drawn evenly from all classes, and partners as often as their classes are in the
     data. Where either is salient the base prevails, elsewhere the partner enters; the label is that
     of the base [1]_. At predict nothing is mixed and no saliency is computed.
-
-    Parameters
-    ----------
-    {backbone}
-
-    {pretrain}
-
-    pairing : {{"paper", "code"}}, default="paper"
-        "paper": class-balanced bases, natural partners. "code", the published direction: natural
-        bases, class-balanced partners; then `loss` has to make up for the imbalance.
-
-    level : {{"token", "image"}}, default="token"
-        Mix inside the network, as published, or the images themselves.
-
-    mix_layer : str, default="auto"
-        Layer of the backbone after which tokens or maps are mixed; "auto": the patch embedding of a
-        ViT or hybrid, before positions and class token, or the third stage of a conv net or ResNet.
-
-    mix_prob : float, default=0.5
-        Share of the bases that are mixed; 1 is published, but then training never sees an image as
-        it will be at predict.
-
-    cap, floor, merge, saliency, polarity, mask, partner_saliency : as in SPMixSampler
-        How saliency makes shares; see :class:`SPMixSampler`.
-
-    loss, class_weight, focal_gamma, beta, max_margin, tau, post_hoc_tau, reweight_after : as in \
-SoftmaxClassifier
-        The loss; class frequencies in it are those of the bases, which are equal with
-        ``pairing="paper"``.
-
-    contrast : {{"gpaco", "supcon"}} or None, default=None
-        Contrast of two views beside the labels: supervised contrastive loss [3]_, or GPaCo [4]_,
-        where class centres, corrected by class frequency, and samples share one softmax. "gpaco"
-        takes the place of `loss`.
-
-    w_con : float, default=0.05
-        Weight of the contrast.
-
-    gamma : float, default=1.0
-        Weight of the samples in the denominator of "gpaco".
-
-    temperature : float, default=0.2
-        Of the cosines.
-
-    queue_size : int or "auto", default="auto"
-        Keys of past steps to contrast with; "auto" is 4 per image, at most 8192.
-
-    projection_dim, projection_hidden : int, default=128, 512
-        Sizes of the projections and of the layers before them; published: 256, 4096.
-
-    key_momentum : float or None, default=None
-        m of a separate key encoder, as in the SPMix article; None encodes both views alike.
-
-    batch_size : int, default=64
-        Images per step; with contrast at least 2.
-
-    {training}
-
-    Attributes
-    ----------
-    {attributes}
-
-    class_prior_ : ndarray of shape (n_classes,)
-        Class shares of the bases.
 
     See Also
     --------
@@ -505,137 +442,80 @@ SoftmaxClassifier
     array([0.5, 0.5])
     """
 
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **OneStageClassifier._parameter_constraints,
-        "pairing": [StrOptions({"paper", "code"})],
-        "level": [StrOptions({"token", "image"})],
-        "mix_layer": [str],
-        "mix_prob": [Interval(Real, 0, 1, closed="both")],
-        "cap": [Interval(Real, 0, 1, closed="both")],
-        "floor": [Interval(Real, 0, 1, closed="both"), None],
-        "merge": [StrOptions({"patch", "pixel"})],
-        "saliency": [StrOptions(set(DETECTORS)), callable],
-        "polarity": [StrOptions({"both", "dark", "bright"})],
-        "mask": [StrOptions({"auto"}), None],
-        "partner_saliency": ["boolean"],
-        "contrast": [StrOptions({"gpaco", "supcon"}), None],
-        "w_con": [Interval(Real, 0, None, closed="left")],
-        "gamma": [Interval(Real, 0, None, closed="left")],
-        "temperature": [Interval(Real, 0, None, closed="neither")],
-        "queue_size": [StrOptions({"auto"}), Interval(Integral, 0, None, closed="left")],
-        "projection_dim": [Interval(Integral, 1, None, closed="left")],
-        "projection_hidden": [Interval(Integral, 1, None, closed="left")],
-        "key_momentum": [Interval(Real, 0, 1, closed="both"), None],
-    }
-
-    def __init__(
-        self,
-        backbone: Any = "auto",
-        *,
-        pretrain: Any = None,
-        pairing: str = "paper",
-        level: str = "token",
-        mix_layer: str = "auto",
-        mix_prob: float = 0.5,
-        cap: float = 0.8,
-        floor: float | None = None,
-        merge: str = "patch",
-        saliency: Any = "fine_grained",
-        polarity: str = "both",
-        mask: str | None = None,
-        partner_saliency: bool = True,
-        loss: str = "cross_entropy",
-        class_weight: Any = None,
-        focal_gamma: float = 2.0,
-        beta: float = 0.999,
-        max_margin: float = 0.5,
-        tau: float = 1.0,
-        post_hoc_tau: float = 0.0,
-        reweight_after: Any = "auto",
-        contrast: str | None = None,
-        w_con: float = 0.05,
-        gamma: float = 1.0,
-        temperature: float = 0.2,
-        queue_size: Any = "auto",
-        projection_dim: int = 128,
-        projection_hidden: int = 512,
-        key_momentum: float | None = None,
-        max_epochs: Any = "auto",
-        batch_size: int = 64,
-        lr: float = 2e-3,
-        weight_decay: float = 1e-2,
-        lr_schedule: str = "one_cycle",
-        augment: Any = "medical",
-        sampler: Any = None,
-        early_stopping: bool = False,
-        validation_fraction: float = 0.2,
-        n_iter_no_change: int = 10,
-        scoring: Any = "balanced_accuracy",
-        callbacks: list[Any] | None = None,
-        checkpoint_dir: Any = None,
-        image_shape: tuple[int, ...] | None = None,
-        data_format: str = "auto",
-        spatial_dims: int | None = None,
-        device: Any = "auto",
-        precision: str = "auto",
-        compile: bool = False,
-        warm_start: bool = False,
-        net_params: dict[str, Any] | None = None,
-        random_state: Any = None,
-        verbose: Any = 0,
-    ) -> None:
-        self.backbone = backbone
-        self.pretrain = pretrain
-        self.pairing = pairing
-        self.level = level
-        self.mix_layer = mix_layer
-        self.mix_prob = mix_prob
-        self.cap = cap
-        self.floor = floor
-        self.merge = merge
-        self.saliency = saliency
-        self.polarity = polarity
-        self.mask = mask
-        self.partner_saliency = partner_saliency
-        self.loss = loss
-        self.class_weight = class_weight
-        self.focal_gamma = focal_gamma
-        self.beta = beta
-        self.max_margin = max_margin
-        self.tau = tau
-        self.post_hoc_tau = post_hoc_tau
-        self.reweight_after = reweight_after
-        self.contrast = contrast
-        self.w_con = w_con
-        self.gamma = gamma
-        self.temperature = temperature
-        self.queue_size = queue_size
-        self.projection_dim = projection_dim
-        self.projection_hidden = projection_hidden
-        self.key_momentum = key_momentum
-        self.max_epochs = max_epochs
-        self.batch_size = batch_size
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.lr_schedule = lr_schedule
-        self.augment = augment
-        self.sampler = sampler
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.n_iter_no_change = n_iter_no_change
-        self.scoring = scoring
-        self.callbacks = callbacks
-        self.checkpoint_dir = checkpoint_dir
-        self.image_shape = image_shape
-        self.data_format = data_format
-        self.spatial_dims = spatial_dims
-        self.device = device
-        self.precision = precision
-        self.compile = compile
-        self.warm_start = warm_start
-        self.net_params = net_params
-        self.random_state = random_state
-        self.verbose = verbose
+    pairing: str = parameter(
+        one_of("paper", "code"),
+        default="paper",
+        doc=""""paper": class-balanced bases, natural partners. "code", the published direction:
+        natural bases, class-balanced partners; then `loss` has to make up for the
+        imbalance.""",
+        search=["paper", "code"],
+    )
+    level: str = parameter(
+        one_of("token", "image"),
+        default="token",
+        doc="Mix inside the network, as published, or the images themselves.",
+        search=["token", "image"],
+    )
+    mix_layer: str = parameter(
+        str,
+        default="auto",
+        doc="""Layer of the backbone after which tokens or maps are mixed; "auto": the patch
+        embedding of a ViT or hybrid, before positions and class token, or the third stage of a conv
+        net or ResNet.""",
+    )
+    mix_prob: float = parameter(
+        within(0, 1),
+        default=0.5,
+        doc="""Share of the bases that are mixed; 1 is published, but then training never sees an
+        image as it will be at predict.""",
+        search=(0.0, 1.0),
+    )
+    cap: float = parameter(
+        within(0, 1), default=0.8, doc="Largest share of a base.", search=(0.5, 1.0)
+    )
+    floor: float | None = parameter(
+        *(within(0, 1), None),
+        default=None,
+        doc="Smallest share; None: that of :class:`~sklearn_medimb.SPMixSampler`.",
+        search=[None, 0.0, 0.25, 0.5],
+    )
+    merge: str = parameter(
+        one_of("patch", "pixel"),
+        default="patch",
+        doc="Whether saliency is averaged over patches before or after it is merged.",
+        search=["patch", "pixel"],
+    )
+    partner_saliency: bool = parameter(
+        "boolean",
+        default=True,
+        doc="Whether the partner's saliency counts too.",
+        search=[True, False],
+    )
+    saliency: Any = parameter(
+        *(one_of(*DETECTORS), SaliencyMap, callable),
+        default="fine_grained",
+        kind='{"fine_grained", "spectral_residual", "center"}, SaliencyMap or callable',
+        doc="""Where an image is salient: a detector by name, with its defaults, or a
+        :class:`~sklearn_medimb.SaliencyMap`, such as ``SaliencyMap(polarity="dark")``.""",
+        search=list(DETECTORS),
+    )
+    contrast: Any = parameter(
+        *(one_of("gpaco", "supcon"), Contrast, None),
+        default=None,
+        kind='{"gpaco", "supcon"}, Contrast or None',
+        doc="""Contrast of two views beside the labels, by name or as a
+        :class:`~sklearn_medimb.methods.Contrast`: supervised contrastive loss [3]_, or GPaCo [4]_,
+        where class centres, corrected by class frequency, and samples share one softmax. "gpaco"
+        takes the place of `loss`.""",
+    )
+    loss: Any = parameter(
+        *OneStageClassifier._parameter_constraints["loss"],
+        default="cross_entropy",
+        kind="str, Loss or callable",
+        doc="""As in :class:`~sklearn_medimb.SoftmaxClassifier`; class frequencies in it are those
+        of the bases, which are equal with ``pairing="paper"``.""",
+        search=lambda clf: None if kind_of_contrast(clf.contrast) == "gpaco" else list(LOSSES),
+    )
 
     @classmethod
     def tailboost(cls, **params: Any) -> SPMixClassifier:
@@ -673,10 +553,7 @@ SoftmaxClassifier
             "backbone": HybridViT.small(),
             "pairing": "code",
             "mix_prob": 1.0,
-            "contrast": "gpaco",
-            "queue_size": "auto",
-            "projection_dim": 256,
-            "projection_hidden": 4096,
+            "contrast": Contrast("gpaco", projection_dim=256, hidden=4096),
             "augment": "strong",
             "max_epochs": 500,
             "batch_size": 16,
@@ -686,42 +563,18 @@ SoftmaxClassifier
         }
         return cls(**{**settings, **params})
 
-    @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: Any, y: Any, *, groups: Any = None) -> SPMixClassifier:
-        """Train the network.
-
-        Parameters
-        ----------
-        X : array-like or lazy sequence of n images
-            Images in any layout of the package's README, uint8 or float.
-        y : array-like of shape (n,)
-            Class labels: numbers or strings, at least two classes.
-        groups : array-like of shape (n,), default=None
-            Patient of each image: the inner validation split keeps every group whole.
-
-        Returns
-        -------
-        self : SPMixClassifier
-            The fitted classifier.
-
-        Raises
-        ------
-        ValueError
-            If the input is wrong or ambiguous; the message names the parameter or row to mend.
-        """
-        return self._fit(X, y, groups=groups)
-
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        if self.contrast == "gpaco" and self.loss not in ("cross_entropy", "balanced_softmax"):
+        plain = self.loss in ("cross_entropy", "balanced_softmax")
+        if kind_of_contrast(self.contrast) == "gpaco" and not plain:
             raise ValueError(
                 f'contrast="gpaco" takes the place of loss={self.loss!r}: leave loss as it is, or '
                 'choose contrast="supcon".'
             )
-        if self.key_momentum is not None and self.contrast is None:
-            raise ValueError(
-                f"key_momentum={self.key_momentum} needs keys: choose contrast, or set it to None."
-            )
+        if isinstance(self.contrast, Contrast):
+            self.contrast._validate_params()
+        if isinstance(self.saliency, SaliencyMap):
+            self.saliency._validate_params()
         if self.compile and self.mix_prob and self.level == "token":
             raise ValueError(
                 "compile=True fixes the layers that tokens are mixed between: set compile=False or "
@@ -729,6 +582,11 @@ SoftmaxClassifier
             )
 
     # ---------------------------------------------------------------- network, loss, batches
+
+    @property
+    def _has_key_encoder(self) -> bool:
+        contrast = resolve_contrast(self.contrast)
+        return contrast is not None and contrast.key_momentum is not None
 
     @property
     def _least(self) -> int:
@@ -758,41 +616,18 @@ SoftmaxClassifier
         present = np.bincount(train.y, minlength=len(mass)) > 0
         return np.where(present, mass.sum() / len(mass), mass)
 
-    def _make_criterion(self, train: TrainingSet, n_steps: int) -> nn.Module:
+    def _make_criterion(self, train: TrainingSet, n_steps: int) -> Criterion:
         label_loss = self._label_loss(train, n_steps)
-        if self.contrast is None:
-            return LabelStageLoss(label_loss)
+        contrast = resolve_contrast(self.contrast)
+        if contrast is None:
+            return LabelCriterion(label_loss)
         prior = torch.from_numpy(self._class_mass(train) / self._class_mass(train).sum())
-        queue_size = self.queue_size
-        if queue_size == "auto":
-            queue_size = min(8192, 4 * len(train.y))
         return ContrastLoss(
-            self.net_.module_,
-            self.contrast,
-            label_loss,
-            prior.log(),
-            w_con=self.w_con,
-            gamma=self.gamma,
-            temperature=self.temperature,
-            queue_size=queue_size,
-            projection_dim=self.projection_dim,
-            hidden=self.projection_hidden,
-            key_momentum=self.key_momentum,
+            self.net_.module_, contrast, label_loss, prior.log(), n_images=len(train.y)
         )
 
-    def _stages(self, train: TrainingSet, n_epochs: int, **common: Any) -> list[Stage]:
-        (stage,) = super()._stages(train, n_epochs, **common)
-        if isinstance(stage.criterion, ContrastLoss) and self.net_.last_criterion is not None:
-            stage.criterion.go_on(self.net_.last_criterion)
-        if self.key_momentum is not None:
-            stage.callbacks = (UpdateTarget(),)
-        return [stage]
-
-    def _make_batches(self, train: TrainingSet, **common: Any) -> Any:
+    def _make_batches(self, train: TrainingSet, context: Context) -> Any:
         n, y = len(train.y), train.y
-        mass = torch.as_tensor(
-            train.label_mass(len(self.classes_)), dtype=self.net_.dtype, device=self.net_.device
-        )
         steps = self._steps_per_epoch(n)
         size = min(max(self.batch_size, self._least), n)
         natural = np.bincount(y, minlength=len(self.classes_)).astype(float)
@@ -804,21 +639,24 @@ SoftmaxClassifier
 
         grid = self.net_.module_.grid
         return MixedViews(
-            Batches(train.images, train.rows, mass, plan, **common),
+            self._label_batches(train, plan, context),
             Partners(train.rows, y, np.ones_like(natural) if self.pairing == "code" else natural),
             self._maps(train, grid) if self.mix_prob else torch.empty(0),
             mix_prob=self.mix_prob,
             ratio=lambda s_t, s_h: self._ratio(s_t, s_h, grid),
-            apart=self.key_momentum is not None,
+            apart=self._has_key_encoder,
         )
 
     def _maps(self, train: TrainingSet, grid: tuple[int, ...]) -> torch.Tensor:
         """Saliency of the training rows, as fine as the mix can use; uint8, on the device."""
         warn_of_flat_images(self, train.images)
         device = torch.device(self.net_.device)
+        how = self.saliency
+        if not isinstance(how, SaliencyMap):
+            how = SaliencyMap(how)
 
         def detect(images: torch.Tensor) -> torch.Tensor:
-            found = saliency_maps(images, self.saliency, polarity=self.polarity, mask=self.mask)
+            found = saliency_maps(images, how.saliency, polarity=how.polarity, mask=how.mask)
             sides = tuple(found.shape[1:])
             if self.merge == "patch":
                 sides = tuple(min(2 * g, side) for g, side in zip(grid, sides, strict=True))

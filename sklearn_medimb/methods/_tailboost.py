@@ -12,8 +12,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from sklearn.base import BaseEstimator
 from torch import nn
 
+from sklearn_medimb._parameters import (
+    Declaring,
+    above,
+    at_least,
+    integers,
+    one_of,
+    parameter,
+    within,
+)
+from sklearn_medimb._training.criterion import Criterion
 from sklearn_medimb._training.momentum import KeyQueue, follow
 from sklearn_medimb._training.network import SoftmaxNetwork
 from sklearn_medimb._training.objectives import perceptron
@@ -96,7 +107,66 @@ def supcon_with_memory(
     return costs.sum() / (n_positive > 0).sum().clamp_min(1)
 
 
-class ContrastLoss(nn.Module):
+class Contrast(Declaring, BaseEstimator):
+    """Contrast of two views beside the labels: how, and how much."""
+
+    kind: str = parameter(
+        one_of("gpaco", "supcon"),
+        default="gpaco",
+        doc="""GPaCo, where class centres, corrected by class frequency, and samples share one
+        softmax, or the supervised contrastive loss.""",
+        positional=True,
+    )
+    weight: float = parameter(
+        at_least(0), default=0.05, doc="Weight of the contrast.", search=(0.01, 1.0, "log")
+    )
+    gamma: float = parameter(
+        at_least(0),
+        default=1.0,
+        doc='Weight of the samples in the denominator of "gpaco".',
+        search=(0.1, 2.0),
+    )
+    temperature: float = parameter(
+        above(0), default=0.2, doc="Of the cosines.", search=(0.05, 1.0, "log")
+    )
+    queue_size: Any = parameter(
+        *(integers(0), one_of("auto")),
+        default="auto",
+        doc="""Keys of past steps to contrast with; "auto" is 4 per image, at most 8192.""",
+        search=["auto", 0, 1024, 8192],
+    )
+    projection_dim: int = parameter(
+        integers(1),
+        default=128,
+        doc="Size of the projections; published: 256.",
+        search=(64, 512, "log"),
+    )
+    hidden: int = parameter(
+        integers(1),
+        default=512,
+        doc="Size of the layers before them; published: 4096.",
+        search=(256, 4096, "log"),
+    )
+    key_momentum: float | None = parameter(
+        *(within(0, 1), None),
+        default=None,
+        doc="""m of a separate key encoder, as in the SPMix article; None encodes both views
+        alike.""",
+        search=[None, 0.9, 0.99, 0.999],
+    )
+
+
+def resolve_contrast(contrast: Any) -> Contrast | None:
+    """Turn what a user may pass as `contrast` into its settings."""
+    return Contrast(contrast) if isinstance(contrast, str) else contrast
+
+
+def kind_of_contrast(contrast: Any) -> str | None:
+    """Its name."""
+    return getattr(resolve_contrast(contrast), "kind", None)
+
+
+class ContrastLoss(Criterion):
     """Labels and contrast of two views; owns projector, predictor, queue and key encoder.
 
     Queries are ``q = predictor(projector(h))`` of the first view, keys ``k = projector(h)`` of the
@@ -107,20 +177,14 @@ class ContrastLoss(nn.Module):
     ----------
     network : SoftmaxNetwork
         Copied where there is a key encoder.
-    kind : {"supcon", "gpaco"}
-        Which contrast.
+    contrast : Contrast
+        Its settings.
     label_loss : LabelLoss
         (logits, masses) to a scalar, of "supcon"; "gpaco" takes its class weights.
     log_prior : tensor of shape (n_classes,)
         Of the classes as they are drawn, for "gpaco".
-    w_con, gamma, temperature : float
-        Of the contrast.
-    queue_size : int
-        Keys to remember.
-    projection_dim, hidden : int
-        Sizes of projections and of the layers before them.
-    key_momentum : float or None
-        m of the key encoder.
+    n_images : int
+        Training images, which limit the queue.
     """
 
     log_prior: torch.Tensor
@@ -128,36 +192,22 @@ class ContrastLoss(nn.Module):
     def __init__(
         self,
         network: SoftmaxNetwork,
-        kind: str,
+        contrast: Contrast,
         label_loss: LabelLoss,
         log_prior: torch.Tensor,
         *,
-        w_con: float,
-        gamma: float,
-        temperature: float,
-        queue_size: int,
-        projection_dim: int,
-        hidden: int,
-        key_momentum: float | None,
+        n_images: int,
     ) -> None:
         super().__init__()
-        d = network.n_features
-        self.kind = kind
+        self.contrast = contrast
         self.label_loss = label_loss
-        self.w_con = w_con
-        self.gamma = gamma
-        self.temperature = temperature
-        self.key_momentum = key_momentum
-        self.projector = perceptron(
-            [d, hidden, hidden, projection_dim], last_norm=True, affine=False
-        )
-        self.predictor = perceptron(
-            [projection_dim, hidden, projection_dim], last_norm=True, affine=False
-        )
-        self.queue = KeyQueue(queue_size, projection_dim)
+        d, hidden, dim = network.n_features, contrast.hidden, contrast.projection_dim
+        self.projector = perceptron([d, hidden, hidden, dim], last_norm=True, affine=False)
+        self.predictor = perceptron([dim, hidden, dim], last_norm=True, affine=False)
+        size = contrast.queue_size
+        self.queue = KeyQueue(min(8192, 4 * n_images) if size == "auto" else size, dim)
         self.register_buffer("log_prior", log_prior)
-        self.terms: dict[str, torch.Tensor] = {}
-        if key_momentum is not None:
+        if contrast.key_momentum is not None:
             encoders = {"network": network, "projector": self.projector}
             self.key_encoder = nn.ModuleDict({k: copy.deepcopy(v) for k, v in encoders.items()})
             self.key_encoder.requires_grad_(False)
@@ -174,7 +224,7 @@ class ContrastLoss(nn.Module):
         """Loss of a batch of B bases."""
         y = mass.argmax(dim=1)
         logits, features = output.logits, output.features
-        if self.key_momentum is None:
+        if self.contrast.key_momentum is None:
             h_q, h_k = features.chunk(2)
             keys = F.normalize(self.projector(h_k))
             n_views = 2
@@ -189,34 +239,34 @@ class ContrastLoss(nn.Module):
         candidates = torch.cat([queries, keys, remembered])
         y_candidates = torch.cat([y, y, y_remembered])
         anchors = candidates[: n_views * len(y)]
-        similarity = anchors @ candidates.T / self.temperature
+        similarity = anchors @ candidates.T / self.contrast.temperature
         y_anchors = y.repeat(n_views)
-        if self.kind == "gpaco":
+        if self.contrast.kind == "gpaco":
             loss = gpaco_loss(
                 logits,
                 similarity,
                 y_anchors,
                 y_candidates,
                 self.log_prior,
-                w_con=self.w_con,
-                gamma=self.gamma,
+                w_con=self.contrast.weight,
+                gamma=self.contrast.gamma,
                 weight=self.label_loss.next_weight(),
             )
         else:
             label = self.label_loss(logits, mass.repeat(n_views, 1))
             contrast = supcon_with_memory(similarity, y_anchors, y_candidates)
             self.terms = {"label": label, "contrast": contrast}
-            loss = label + self.w_con * contrast
+            loss = label + self.contrast.weight * contrast
         self.queue.push(keys.detach(), y)
         return loss
 
     def start_from(self, network: nn.Module) -> None:
         """Begin with a key encoder that is a copy of the network."""
-        if self.key_momentum is not None:
+        if self.contrast.key_momentum is not None:
             self.key_encoder["network"].load_state_dict(network.state_dict())
 
-    def update_target(self, network: nn.Module) -> None:
+    def before_step(self, network: nn.Module) -> None:
         """Move the key encoder."""
-        if self.key_momentum is not None:
-            follow(self.key_encoder["network"], network, 1 - self.key_momentum)
-            follow(self.key_encoder["projector"], self.projector, 1 - self.key_momentum)
+        if self.contrast.key_momentum is not None:
+            follow(self.key_encoder["network"], network, 1 - self.contrast.key_momentum)
+            follow(self.key_encoder["projector"], self.projector, 1 - self.contrast.key_momentum)

@@ -19,8 +19,9 @@ from skorch.history import History
 import sklearn_medimb
 from sklearn_medimb.backbones import Backbone, check_described
 from sklearn_medimb.base._classifier import BaseImageClassifier
-from sklearn_medimb.base._image_estimator import BaseImageEstimator, check_answer
+from sklearn_medimb.base._image_estimator import BaseImageEstimator
 from sklearn_medimb.base._two_stage import head_logits
+from sklearn_medimb.base._weights import check_answer
 from sklearn_medimb.persistence._format import (
     ARCHITECTURE,
     FORMAT,

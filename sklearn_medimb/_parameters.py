@@ -1,0 +1,358 @@
+"""Parameters and fitted attributes, declared once: where a class body names them.
+
+::
+
+    class LogitNormClassifier(SoftmaxClassifier):
+        temperature: float = parameter(above(0), default=0.04, search=(0.01, 1.0))
+
+gives the constructor its keyword, scikit-learn its constraint, ``help`` its text and
+``search_space`` its range, in this class and in all below it. A class that only changes a default
+writes ``lr: float = 1e-4``. Nothing has to be applied: a class body that cannot mean what it says
+is refused when it is read.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_origin
+
+from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+
+if TYPE_CHECKING or sys.version_info >= (3, 11):
+    from typing import dataclass_transform
+else:
+
+    def dataclass_transform(**_: Any) -> Callable[[type], type]:
+        """Stand-in: what tells type checkers and editors of the constructor."""
+        return lambda cls: cls
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter as `parameter` declares it."""
+
+    default: Any
+    allowed: tuple[Any, ...] = ("no_validation",)
+    doc: str = ""
+    kind: str = ""
+    search: Any = None
+    positional: bool = False
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A fitted attribute as `learned` declares it."""
+
+    kind: str
+    doc: str
+    predicts: bool = False
+
+
+def parameter(
+    *allowed: Any,
+    default: Any,
+    doc: str = "",
+    kind: str = "",
+    search: Any = None,
+    positional: bool = False,
+    last: bool = False,
+) -> Any:
+    """Declare a constructor parameter, in the body of a class.
+
+    Parameters
+    ----------
+    *allowed : object
+        What it may be, as in scikit-learn's ``_parameter_constraints``: types, None, ``callable``,
+        "boolean", or the likes of `above`, `one_of` and `integers`.
+    default : object
+        Its default.
+    doc : str
+        Its text in ``help``.
+    kind : str
+        Its type there; made from `allowed` unless given.
+    search : list, tuple, callable or None, default=None
+        Where to search: a list of choices, or a tuple of both ends of a range, with "log" as a
+        third entry for a logarithmic one; or a function from the estimator to one of these. None:
+        a search leaves it alone.
+    positional : bool, default=False
+        Whether it may be given without its name, first.
+    last : bool
+        Whether it comes after those of the classes below: what concerns the machine and the layout
+        of X, which nobody tunes.
+    """
+    return Parameter(default, allowed or ("no_validation",), doc, kind, search, positional, last)
+
+
+def learned(
+    kind: str,
+    doc: str,
+    *,
+    predicts: bool = False,
+    init: Literal[False] = False,  # noqa: ARG001
+) -> Any:
+    """Declare a fitted attribute, in the body of a class.
+
+    Parameters
+    ----------
+    kind : str
+        Its type in ``help``. A text of the form ``"ndarray of float of shape (n_classes, d)"`` is
+        also what files, and what is assigned to ``weights_``, are checked by.
+    doc : str
+        Its text there.
+    predicts : bool, default=False
+        Whether predictions come from it, beside the network's weights.
+    init : False
+        For type checkers: it is no keyword of the constructor.
+    """
+    return Learned(kind, doc, predicts)
+
+
+# ---------------------------------------------------------------- what parameters may be
+
+
+class Names(StrOptions):
+    """Texts, in the order in which they are documented."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(set(names))
+        self.names = names
+
+
+def one_of(*names: str) -> Names:
+    """One of these texts."""
+    return Names(*names)
+
+
+def above(low: float) -> Interval:
+    """Numbers above `low`."""
+    return Interval(Real, low, None, closed="neither")
+
+
+def at_least(low: float) -> Interval:
+    """Numbers from `low` on."""
+    return Interval(Real, low, None, closed="left")
+
+
+def within(low: float, high: float, closed: str = "both") -> Interval:
+    """Numbers between two."""
+    return Interval(Real, low, high, closed=closed)
+
+
+def integers(low: int, high: int | None = None) -> Interval:
+    """Whole numbers from `low` on, up to `high`."""
+    return Interval(Integral, low, high, closed="left" if high is None else "both")
+
+
+# ---------------------------------------------------------------- what becomes of them
+
+
+@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(parameter, learned))
+class Declaring:
+    """Base of classes whose bodies declare parameters and fitted attributes."""
+
+    _declared: ClassVar[dict[str, Parameter]] = {}
+    _learned: ClassVar[dict[str, Learned]] = {}
+    _parameter_constraints: ClassVar[dict[str, list[Any]]]
+    _search_space: ClassVar[dict[str, Any]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own, attributes = _declarations(cls)
+        for name in (*own, *attributes):
+            delattr(cls, name)
+        positional = any(parameter.positional for parameter in own.values())
+        inherited = {k: v for base in reversed(cls.__mro__[1:]) for k, v in _of(base).items()}
+        if positional:
+            inherited = {k: replace(v, positional=False) for k, v in inherited.items()}
+        cls._declared = inherited | own
+        cls._learned = {
+            **{k: v for base in reversed(cls.__mro__[1:]) for k, v in _of(base, True).items()},
+            **attributes,
+        }
+        cls._parameter_constraints = {k: list(v.allowed) for k, v in cls._declared.items()}
+        cls._search_space = {k: v.search for k, v in cls._declared.items() if v.search is not None}
+        if "__init__" not in vars(cls):
+            cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
+        if vars(cls).get("__doc__"):
+            cls.__doc__ = _documented(cls)
+
+
+def _of(base: type, attributes: bool = False) -> dict[str, Any]:
+    return vars(base).get("_learned" if attributes else "_declared", {})
+
+
+def _declarations(cls: type) -> tuple[dict[str, Parameter], dict[str, Learned]]:
+    """Parameters and fitted attributes that the body of a class declares.
+
+    Raises
+    ------
+    TypeError
+        If an entry looks like a parameter and would silently be none.
+    """
+    known = {k: v for base in reversed(cls.__mro__[1:]) for k, v in _of(base).items()}
+    body, parameters, attributes = vars(cls), {}, {}
+    annotations = inspect.get_annotations(cls)
+    for name, value in body.items():
+        if isinstance(value, Learned):
+            attributes[name] = value
+        elif isinstance(value, Parameter) or (name in annotations and _is_field(annotations, name)):
+            if name not in annotations:
+                raise TypeError(
+                    f"{cls.__name__}.{name} needs a type: {name}: Any = parameter(...)."
+                )
+            like = known.get(name, Parameter(None))
+            declared = value if isinstance(value, Parameter) else replace(like, default=value)
+            parameters[name] = declared
+        elif name in known and not callable(value) and not isinstance(value, property):
+            raise TypeError(
+                f"{cls.__name__}.{name} = {value!r} would change nothing: write {name}: "
+                f"{type(value).__name__} = {value!r} for another default."
+            )
+    for name in annotations:
+        if name not in body and _is_field(annotations, name):
+            raise TypeError(
+                f"{cls.__name__}.{name} has a type but no value: write parameter(...), "
+                "learned(...), or ClassVar[...]."
+            )
+    return parameters, attributes
+
+
+def _is_field(annotations: dict[str, Any], name: str) -> bool:
+    kind = annotations[name]
+    text = kind if isinstance(kind, str) else ""
+    is_class_variable = "ClassVar" in text or kind is ClassVar or get_origin(kind) is ClassVar
+    return not is_class_variable and not name.startswith("_")
+
+
+def _ordered(cls: type[Declaring]) -> list[tuple[str, Parameter]]:
+    """Parameters in the order of the signature."""
+    return sorted(cls._declared.items(), key=lambda item: (not item[1].positional, item[1].last))
+
+
+def _constructor(cls: type[Declaring]) -> Callable[..., None]:
+    """``__init__`` that only stores, as scikit-learn has it."""
+    kinds = {True: inspect.Parameter.POSITIONAL_OR_KEYWORD, False: inspect.Parameter.KEYWORD_ONLY}
+    signature = inspect.Signature(
+        [
+            inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            *(
+                inspect.Parameter(name, kinds[declared.positional], default=declared.default)
+                for name, declared in _ordered(cls)
+            ),
+        ]
+    )
+
+    def __init__(self: Any, *args: Any, **params: Any) -> None:  # noqa: N807
+        try:
+            given = signature.bind(self, *args, **params)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}: {error}") from None
+        given.apply_defaults()
+        for name, value in list(given.arguments.items())[1:]:
+            setattr(self, name, value)
+
+    __init__.__signature__ = signature  # type: ignore[attr-defined]
+    __init__.__qualname__ = f"{cls.__qualname__}.__init__"
+    __init__.__module__ = cls.__module__
+    return __init__
+
+
+# ---------------------------------------------------------------- help
+
+_SECTION = re.compile(r"^(Attributes|See Also|Notes|References|Examples)\n-+$", re.MULTILINE)
+
+
+def _documented(cls: type[Declaring]) -> str:
+    """Class docstring with sections for all parameters and fitted attributes.
+
+    They come before the first section of the class's own text.
+    """
+    text = inspect.cleandoc(vars(cls)["__doc__"])
+    first = _SECTION.search(text)
+    head, tail = (text[: first.start()], text[first.start() :]) if first else (text, "")
+    parameters = [
+        _entry(name, f"{p.kind or _kind(p.allowed)}, default={_shown(p.default)}", p.doc)
+        for name, p in _ordered(cls)
+    ]
+    attributes = [_entry(name, entry.kind, entry.doc) for name, entry in cls._learned.items()]
+    attributes += _properties(cls)
+    sections = [head.rstrip(), _section("Parameters", parameters)]
+    if attributes:
+        sections.append(_section("Attributes", attributes))
+    return "\n\n".join([*sections, tail.rstrip()]).rstrip() + "\n"
+
+
+def _section(title: str, entries: list[str]) -> str:
+    return "\n".join([title, "-" * len(title), "\n\n".join(entries)])
+
+
+def _entry(name: str, kind: str, doc: str) -> str:
+    body = textwrap.fill(" ".join(doc.split()), 96, break_long_words=False, break_on_hyphens=False)
+    return f"{name} : {kind}\n" + textwrap.indent(body, "    ")
+
+
+def _properties(cls: type) -> list[str]:
+    """Entries of fitted attributes that are computed when asked for."""
+    found: dict[str, property] = {}
+    for base in reversed(cls.__mro__):
+        members = {k: v for k, v in vars(base).items() if isinstance(v, property)}
+        found |= {k: v for k, v in members.items() if k.endswith("_") and not k.startswith("_")}
+    entries = []
+    for name, member in found.items():
+        kind = str(inspect.get_annotations(member.fget).get("return", "object"))  # type: ignore[arg-type]
+        entries.append(_entry(name, kind.replace("np.", ""), (member.__doc__ or "").strip()))
+    return entries
+
+
+_WORDS = {
+    "boolean": "bool",
+    "random_state": "int or RandomState",
+    "verbose": "int",
+    "no_validation": "object",
+}
+
+
+def _kind(allowed: tuple[Any, ...]) -> str:
+    """What a parameter may be, in words."""
+    words: list[str] = []
+    for entry in allowed:
+        word = _word(entry)
+        if word not in words:
+            words.append(word)
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + f" or {words[-1]}"
+
+
+def _word(entry: Any) -> str:
+    if isinstance(entry, Names):
+        shown = ", ".join(f'"{name}"' for name in entry.names)
+        return shown if len(entry.names) == 1 else f"{{{shown}}}"
+    if isinstance(entry, Interval):
+        return "int" if entry.type is Integral else "float"
+    if isinstance(entry, HasMethods):
+        return f"object with {' and '.join(entry.methods)}"
+    if isinstance(entry, str):
+        return _WORDS[entry]
+    return "callable" if entry is callable else getattr(entry, "__name__", str(entry))
+
+
+def _shown(default: Any) -> str:
+    return f'"{default}"' if isinstance(default, str) else repr(default)
+
+
+_ARRAY = re.compile(r"ndarray of (int|float) of shape \(([^)]*)\)")
+
+
+def array_form(attribute: Learned) -> tuple[str, str, int] | None:
+    """Kinds of dtype, name of the first size and number of axes that an array must have."""
+    found = _ARRAY.match(attribute.kind)
+    if found is None:
+        return None
+    sizes = [size.strip() for size in found[2].split(",") if size.strip()]
+    return {"int": "iu", "float": "f"}[found[1]], sizes[0], len(sizes)

@@ -1,0 +1,138 @@
+"""The course of training: stages, one after another, and what is around their epochs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from skorch.callbacks import Callback
+
+from sklearn_medimb._machine import distributed
+from sklearn_medimb._machine.runtime import (
+    is_one_of_many,
+)
+from sklearn_medimb._training.callbacks import (
+    BestEpoch,
+    ProgressBar,
+    SaveCheckpoint,
+    SklearnCallbacks,
+    StopWhenAsked,
+)
+from sklearn_medimb._training.checkpoint import Checkpoint, plain
+from sklearn_medimb._training.network import Trunk
+from sklearn_medimb._training.stage import Stage
+from sklearn_medimb.base._weights import KeepsWeights
+
+
+class Trains(KeepsWeights):
+    """Part of :class:`BaseImageEstimator`: runs stages on its net."""
+
+    def _train(
+        self,
+        stages: list[Stage],
+        best: BestEpoch | None,
+        checkpoint: Checkpoint | None,
+        reporter: SklearnCallbacks | None,
+        optimizer: dict[str, Any] | None,
+    ) -> None:
+        """Run the stages, one after another, until one is interrupted."""
+        net, n_before = self.net_, len(self.net_.history)
+        n_epochs = n_before + sum(stage.n_epochs for stage in stages)
+        if reporter is not None:
+            reporter.begin(n_epochs - n_before)
+        first = 0
+        if checkpoint is not None:
+            first = checkpoint.first_stage([stage.n_epochs for stage in stages])
+        for number, stage in enumerate(stages[first:], first):
+            scorer = best if stage.validated else None
+            try:
+                self._run_stage(number, stage, scorer, checkpoint, reporter, optimizer)
+            except KeyboardInterrupt:  # outside of an epoch, where skorch catches it
+                net.complete = False
+            if scorer is not None:
+                scorer.restore(net)
+                self.best_score_ = scorer.best_score
+            if not net.complete:
+                if len(net.history) == n_before or is_one_of_many():
+                    raise KeyboardInterrupt
+                name = f" ({stage.name})" if stage.name else ""
+                warnings.warn(
+                    f"Training was interrupted in epoch {len(net.history)} of {n_epochs}{name}; "
+                    "the estimator keeps what it learned so far.",
+                    stacklevel=5,
+                )
+            if not net.complete or (reporter is not None and reporter.wants_to_stop):
+                break
+        net.module_.eval()
+        self.history_ = [plain(row) for row in net.history]
+        self.n_iter_ = len(self.history_)
+
+    def _run_stage(
+        self,
+        number: int,
+        stage: Stage,
+        scorer: BestEpoch | None,
+        checkpoint: Checkpoint | None,
+        reporter: SklearnCallbacks | None,
+        optimizer: dict[str, Any] | None,
+    ) -> None:
+        """Run one stage, with everything around its epochs."""
+        main = distributed.is_main()
+        net, stop = self.net_, StopWhenAsked([cb for cb in (scorer, reporter) if cb is not None])
+        net.stage, net.stage_forward = stage.name, stage.forward
+        net.criterion_ = stage.criterion.to(net.device, net.dtype)
+        stage.criterion.start_from(net.module_)
+        distributed.share_weights(net.module_)
+        distributed.share_weights(net.criterion_)
+        n_steps = stage.n_epochs * stage.steps_per_epoch
+        net.start_schedule(stage.lr_schedule, n_steps, stage.lr, stage.optimizer, stage.backbone_lr)
+        if optimizer is not None:
+            net.resume_optimizer(optimizer)
+        if scorer is not None:
+            scorer.n_stale = 0
+        n_left = stage.n_epochs
+        if checkpoint is not None:
+            n_left -= checkpoint.begin_stage(number, net, scorer)
+        if scorer is not None and scorer.wants_to_stop:  # it crashed after its last epoch
+            n_left = 0
+        callbacks: list[Callback | None] = [
+            scorer,
+            *stage.callbacks,
+            SaveCheckpoint(checkpoint, scorer) if checkpoint is not None and main else None,
+            reporter,
+        ]
+        if self.verbose and main:
+            label = f"{type(self).__name__} {stage.name}".rstrip()
+            callbacks.append(ProgressBar(label, n_left * stage.steps_per_epoch))
+        net.run(
+            stage.batches,
+            n_left,
+            [cb for cb in callbacks if cb is not None],
+            stop,
+            validated=scorer is not None,
+        )
+
+    @contextmanager
+    def _settling(self, stages: list[Stage]) -> Iterator[None]:
+        """Warn where a given backbone's weights have left its running statistics behind."""
+        trunk: Trunk = self.net_.module_.trunk
+        n_steps = sum(stage.n_epochs * stage.steps_per_epoch for stage in stages)
+        left = trunk.statistics_left(n_steps) if self._brings_weights else 0.0
+        if left < 0.05:
+            yield
+            return
+        before = [parameter.detach().clone() for parameter in trunk.parameters()]
+        yield
+        after = [parameter.detach() for parameter in trunk.parameters()]
+        moved = sum(float((b - a).square().sum()) for b, a in zip(before, after, strict=True))
+        if moved > 0.01**2 * sum(float(b.square().sum()) for b in before):
+            warnings.warn(
+                f"backbone={type(self.backbone).__name__}: its weights have moved, but after "
+                f"{n_steps} steps {left:.0%} of its running statistics are still those that it "
+                "came with, and predictions rest on them. Raise the momentum of its batch "
+                "normalisation, train longer (max_epochs), or freeze these layers "
+                "(requires_grad_(False)).",
+                stacklevel=6,
+            )

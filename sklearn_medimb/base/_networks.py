@@ -1,0 +1,157 @@
+"""Making the network and the skorch net of an estimator."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sklearn.base import (
+    clone,
+)
+from sklearn.frozen import FrozenEstimator
+from torch import nn
+
+from sklearn_medimb._data.batches import Preprocessor
+from sklearn_medimb._machine.runtime import (
+    resolve_precision,
+)
+from sklearn_medimb._training.callbacks import (
+    resolve_callbacks,
+)
+from sklearn_medimb._training.net import Net
+from sklearn_medimb._training.network import Trunk
+from sklearn_medimb.backbones import Backbone, make_backbone
+from sklearn_medimb.base._shared import SharedParameters
+
+# What the estimator decides about its skorch net; everything else may come in `net_params`.
+_RESERVED = {
+    "module", "criterion", "lr", "max_epochs", "callbacks", "train_split", "device", "compile",
+    "dataset", "iterator_train", "iterator_valid", "warm_start", "verbose", "batch_size",
+    "predict_nonlinearity", "optimizer__lr",
+}  # fmt: skip
+
+
+class MakesNetworks(SharedParameters):
+    """Part of :class:`BaseImageEstimator`: from its parameters to a net."""
+
+    @property
+    def _brings_weights(self) -> bool:
+        """Whether the backbone is a module, or a recipe with a file of weights."""
+        given = self.backbone
+        return isinstance(given, nn.Module) or getattr(given, "weights", None) is not None
+
+    @property
+    def _start(self) -> Any:
+        """Fitted estimator whose backbone, and normalisation, training begins with."""
+        given = self.backbone
+        if isinstance(given, FrozenEstimator):
+            given = given.estimator
+        if isinstance(given, SharedParameters):
+            return given
+        pretrain = getattr(self, "pretrain", None)
+        fitted = isinstance(pretrain, SharedParameters) and pretrain._was_fitted
+        return pretrain if fitted else None
+
+    @property
+    def _was_fitted(self) -> bool:
+        """Whether it is fitted, or was, when a file was written that leaves out its weights."""
+        return hasattr(self, "image_shape_")
+
+    def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
+        """Network of the method around a backbone: ``trunk()`` makes one for one image."""
+        raise NotImplementedError
+
+    def _make_net(
+        self,
+        device: torch.device,
+        previous: Net | None = None,
+        *,
+        pretrained: bool = True,
+        module: Any = None,
+    ) -> Net:
+        """Make the skorch net: network (unless it is given), optimiser, callbacks.
+
+        A previous net passes on a copy of its network and its history, so that it stays as it was
+        should training fail.
+        """
+        dtype, autocast = resolve_precision(self.precision, device, len(self.image_shape_))
+        pretrained = pretrained and module is None
+        callbacks = resolve_callbacks(self.callbacks, self) if pretrained else []
+        if previous is not None:
+            module = copy.deepcopy(previous.module_).to(device, dtype)
+        elif module is None:
+            module = self._network(device, dtype, pretrained)
+        module.trunk.autocast = autocast
+        net = Net(
+            module=module,
+            criterion=nn.Identity(),  # the method's loss follows with the training set
+            lr=self.lr,
+            callbacks=callbacks or None,
+            train_split=None,
+            device=str(device),
+            compile=self.compile,
+            verbose=int(self.verbose),
+            **self._net_params(),
+        )
+        net.dtype = dtype
+        net.initialize()
+        if previous is not None:
+            net.history_ = copy.deepcopy(previous.history_)
+            if hasattr(previous, "criterion_"):
+                net.last_criterion = previous.criterion_.state_dict()
+        return net
+
+    def _net_params(self) -> dict[str, Any]:
+        """Further parameters of the skorch net: the caller's, and the optimiser."""
+        params = {"optimizer": torch.optim.AdamW, **(self.net_params or {})}
+        if reserved := sorted(k for k in params if {k, k.split("__")[0]} & _RESERVED):
+            raise ValueError(
+                f"net_params must not hold {reserved}: the estimator sets them itself."
+            )
+        if params["optimizer"] is torch.optim.AdamW:
+            params.setdefault("optimizer__fused", True)
+        params.setdefault("optimizer__weight_decay", self.weight_decay)
+        if self.backbone_lr != 1 and "optimizer__param_groups" in params:
+            raise ValueError(
+                f"backbone_lr={self.backbone_lr} and the optimizer__param_groups of net_params "
+                "both set learning rates: leave one of them."
+            )
+        return params
+
+    def _network(self, device: torch.device, dtype: torch.dtype, pretrained: bool) -> nn.Module:
+        """Make the method's module around the chosen backbone, on the device."""
+        _, autocast = resolve_precision(self.precision, device, len(self.image_shape_))
+        if on_meta := device.type == "meta":  # shapes alone
+            autocast = None
+        start, backbone = self._start, self.backbone
+        if start is not None and pretrained:
+            backbone = start.backbone_
+        elif start is not None:  # its weights are not wanted, and a file has none
+            module: Any = start._network(device, dtype, pretrained)
+            backbone = module.trunk.backbone
+        if hasattr(backbone, "trunk"):
+            raise ValueError(
+                f"backbone={type(backbone).__name__} is a whole network of this package: pass the "
+                "fitted estimator."
+            )
+        if not pretrained and isinstance(backbone, Backbone):
+            backbone = clone(backbone).set_params(weights=None)
+
+        def trunk(input_shape: tuple[int, ...] = self.image_shape_) -> Trunk:
+            module = make_backbone(backbone, input_shape, self.n_samples_fit_)
+            module = module.to("meta" if on_meta else "cpu").float()
+            return Trunk(module, input_shape, autocast=autocast)
+
+        return self._make_network(trunk).to(device, dtype)
+
+    def _preprocessor(self) -> Preprocessor:
+        """Normalisation on the device of the network."""
+        return Preprocessor(
+            self.pixel_mean_,
+            self.pixel_std_,
+            dtype=self.net_.dtype,
+            device=torch.device(self.net_.device),
+            channels_last=self.net_.module_.trunk.channels_last,
+        )
