@@ -31,250 +31,13 @@ from typing import TYPE_CHECKING, Any
 from sklearn.frozen import FrozenEstimator
 from skorch.callbacks import Callback
 
-from sklearn_medimb.augment import Augmentation
-from sklearn_medimb.backbones import MLP, HybridViT, ResNet, ViT
-from sklearn_medimb.base._image_estimator import BaseImageEstimator
-from sklearn_medimb.base._one_stage import LOSSES
-from sklearn_medimb.methods._amimv import AMIMVClassifier, AMIMVEncoder
-from sklearn_medimb.methods._cssn import CSSNClassifier
-from sklearn_medimb.methods._lmd import LMDClassifier
-from sklearn_medimb.methods._metric_two_stage import MetricTwoStageClassifier
-from sklearn_medimb.methods._self_supervised import SSLEncoder
-from sklearn_medimb.methods._softmax import SoftmaxClassifier
-from sklearn_medimb.methods._spmix import SPMixClassifier
-from sklearn_medimb.metric_losses import METRIC_LOSSES
-from sklearn_medimb.over_sampling import BalancedVirtualFeatures, SPMixSampler
-from sklearn_medimb.rebalance import (
-    HEADS,
-    BalancedSoftmax,
-    ClassifierRetraining,
-    LearnableWeightScaling,
-    LogitAdjustment,
-    NearestClassMean,
-    TauNormalization,
-    VirtualFeatureCalibration,
-)
-from sklearn_medimb.saliency import SaliencyMap
+from sklearn_medimb.base import BaseImageEstimator
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import Trial
 
 __all__ = ["OptunaPruning", "search_space", "suggest"]
-
-# ---------------------------------------------------------------- the tables
-
-# A list holds choices; a tuple a range of floats or integers, both ends included, on a log scale
-# where it says so. Left out are seeds, the machine, the layout of X, budgets (`max_epochs`,
-# `n_iter_no_change`, and CSSN's `pair_view`, which multiplies them), what tuples express
-# (`thresholds`, `widths`), and what makes another method of an estimator (`backbone`, `pretrain`,
-# `sampler`, `contrast`, LMD's `stages`): give an instance that has it.
-
-_OPTIMISER: dict[str, Any] = {
-    "lr": (2e-4, 2e-2, "log"),
-    "weight_decay": (1e-5, 1e-1, "log"),
-    "lr_schedule": ["one_cycle", "cosine", "constant"],
-}
-_TRAINING = {
-    **_OPTIMISER,
-    "batch_size": (16, 128, "log"),
-    "augment": ["none", "light", "medical", "strong"],
-}
-_PRETRAINING = {
-    **_OPTIMISER,
-    "batch_size": (32, 256, "log"),
-    "augment": ["strong", "contrastive", "mimv"],
-    "projection_dim": (64, 512, "log"),
-}
-_CLASS_WEIGHT = {"class_weight": [None, "balanced"]}
-_LOSS = {
-    "loss": list(LOSSES),
-    "focal_gamma": (0.5, 5.0),
-    "beta": [0.9, 0.99, 0.999, 0.9999],
-    "max_margin": (0.1, 1.0),
-    "tau": (0.0, 2.0),
-    "reweight_after": ["auto", None, 0.5, 0.8],
-}
-_ONE_STAGE = {**_TRAINING, **_CLASS_WEIGHT, **_LOSS, "post_hoc_tau": (0.0, 2.0)}
-_CONTRAST = {
-    "w_con": (0.01, 1.0, "log"),
-    "gamma": (0.1, 2.0),
-    "temperature": (0.05, 1.0, "log"),
-    "queue_size": ["auto", 0, 1024, 8192],
-    "projection_dim": (64, 512, "log"),
-    "projection_hidden": (256, 4096, "log"),
-    "key_momentum": [None, 0.9, 0.99, 0.999],
-}
-_SALIENCY = {
-    "saliency": ["fine_grained", "spectral_residual", "center"],
-    "polarity": ["both", "dark", "bright"],
-    "mask": [None, "auto"],
-}
-_MIXING = {
-    **_SALIENCY,
-    "cap": (0.5, 1.0),
-    "floor": [None, 0.0, 0.25, 0.5],
-    "mix_prob": (0.0, 1.0),
-    "merge": ["patch", "pixel"],
-    "partner_saliency": [True, False],
-}
-_GAUSSIANS = {
-    "covariance": ["shrunk", "full", "diag", "tied"],
-    "eps": (1e-3, 1.0, "log"),
-}
-_PENALTY = {"alpha": (1e-3, 10.0, "log")}
-_M_STEP = {
-    **_GAUSSIANS,
-    **_PENALTY,
-    "m_step": ["analytic", "sampled"],
-    "n_per_class": (500, 20_000, "log"),
-}
-_TRANSFORMER = {
-    "width": [96, 192, 384],
-    "depth": (2, 12),
-    "mlp_ratio": (2, 4),
-    "dropout": (0.0, 0.3),
-    "drop_path": (0.0, 0.3),
-}
-
-_SPACES: dict[type, dict[str, Any]] = {
-    SoftmaxClassifier: {
-        **_ONE_STAGE,
-        "mixup": [None, "mixup", "balanced"],
-        "mixup_alpha": (0.05, 2.0, "log"),
-    },
-    CSSNClassifier: {
-        **_TRAINING,
-        "lam": (0.3, 10.0, "log"),
-        "soft_ratio": (0.0, 1.0),
-        "class_loss_weight": (0.01, 0.9),
-        "class_link": ["affine", "double_sigmoid"],
-        "reference": ["none", "self"],
-        "n_tokens": (4, 64, "log"),
-        "scorer_hidden": (64, 512, "log"),
-        "dropout": (0.0, 0.5),
-        "pair_weighting": ["balanced", None],
-        "aux_weight": ["auto", 0.0, 0.5, 2.0],
-        "decision": ["auto", "patch", "combined"],
-        "n_support": (3, 30),
-        "support_strategy": ["random", "all", "medoid"],
-        "n_support_draws": (1, 10),
-        "symmetric": [False, True],
-        "head_lr": [None, 5e-4, 2e-3, 5e-3],
-        "batch_size": ["auto", 16, 32, 64],
-    },
-    MetricTwoStageClassifier: {
-        **_TRAINING,
-        **_CLASS_WEIGHT,
-        "metric_loss": list(METRIC_LOSSES),
-        "metric_weight": (0.03, 3.0, "log"),
-        "ce_weight": [1.0, 0.0],
-        "margin": (0.05, 2.0, "log"),
-        "mining": ["hard", "semihard", "all"],
-        "metric_head": ["mlp", "identity"],
-        "embedding_dim": (32, 512, "log"),
-        "metric_batch": ["balanced", "shared"],
-        "p_classes": (2, 16),
-        "k_samples": (2, 8),
-        "rebalance": list(HEADS),
-    },
-    LMDClassifier: {
-        **_TRAINING,
-        **_CLASS_WEIGHT,
-        **_M_STEP,
-        "batch_relation_weight": (0.0, 3.0),
-        "channel_relation_weight": (0.0, 3.0),
-        "consistency_weight": (0.0, 3.0),
-        "relation_start": (0.0, 0.5),
-        "ema_decay": [0.9, 0.99, 0.999],
-        "teacher_mode": ["train", "eval"],
-        "n_rounds": (1, 20),
-        "gce_q": (0.0, 1.0),
-        "fdc": ["margin", "paper", None],
-        "fdc_weight": (0.005, 0.5, "log"),
-        "fdc_margin": (0.25, 4.0, "log"),
-        "e_step_lr": (1e-5, 1e-3, "log"),
-    },
-    SPMixClassifier: {
-        **_ONE_STAGE,
-        **_MIXING,
-        **_CONTRAST,
-        "pairing": ["paper", "code"],
-        "level": ["token", "image"],
-    },
-    AMIMVClassifier: {
-        **_TRAINING,
-        **_CLASS_WEIGHT,
-        "head": list(HEADS),
-        "fine_tune": [False, True],
-    },
-    AMIMVEncoder: {
-        **_PRETRAINING,
-        "pairing": ["asym_aug", "mimv", "source_target", "weak_strong"],
-        "temperature": (0.05, 1.0, "log"),
-        "momentum": (0.8, 0.999),
-    },
-    SSLEncoder: {
-        **_PRETRAINING,
-        "method": ["simclr", "moco", "byol", "simsiam", "barlow_twins", "vicreg"],
-        "temperature": (0.05, 1.0, "log"),
-        "momentum": (0.9, 0.999),
-    },
-    SPMixSampler: {
-        **_MIXING,
-        "sampling_strategy": ["auto", "minority"],
-        "patch_size": ["auto", 4, 8, 16],
-        "partners": ["head", "majority", "other", "any"],
-    },
-    BalancedVirtualFeatures: {
-        **_GAUSSIANS,
-        "sampling_strategy": ["auto", "minority"],
-        "replace": [False, True],
-        "n_per_class": [None, 500, 2000, 5000],
-    },
-    SaliencyMap: _SALIENCY,
-    ClassifierRetraining: {**_PENALTY, **_CLASS_WEIGHT},
-    LearnableWeightScaling: _PENALTY,
-    TauNormalization: {**_PENALTY, "tau": (0.0, 2.0)},
-    NearestClassMean: {"temperature": (0.01, 1.0, "log")},
-    BalancedSoftmax: {**_PENALTY, **_CLASS_WEIGHT},
-    LogitAdjustment: {**_PENALTY, "tau": (0.0, 2.0)},
-    VirtualFeatureCalibration: {**_M_STEP, **_CLASS_WEIGHT},
-    Augmentation: {
-        "horizontal_flip": [0.0, 0.5],
-        "vertical_flip": [0.0, 0.5],
-        "rotation": (0.0, 180.0),
-        "shear": (0.0, 15.0),
-        "scale": (0.0, 0.3),
-        "translate": (0.0, 0.2),
-        "crop": (0.4, 1.0),
-        "blur": (0.0, 2.0),
-        "saturation": (0.0, 0.4),
-        "hue": (0.0, 0.1),
-        "gamma": (0.0, 0.5),
-        "contrast": (0.0, 0.5),
-        "brightness": (0.0, 0.5),
-        "noise": (0.0, 0.1),
-        "cutout": (0.0, 0.4),
-    },
-    MLP: {"activation": ["relu", "gelu", "tanh"], "dropout": (0.0, 0.5)},
-    ResNet: {"depth": [18, 34, 50], "width": (16, 64, "log")},
-    ViT: _TRANSFORMER,
-    HybridViT: {**_TRANSFORMER, "resnet_depth": [18, 34, 50], "n_stages": (2, 4)},
-}
-
-# Parameters that other values of the estimator forbid: what a space offers must go together.
-_ONLY_WHERE: dict[type, dict[str, Callable[[Any], bool]]] = {
-    SPMixClassifier: {
-        **dict.fromkeys(_CONTRAST, lambda clf: clf.contrast is not None),
-        **dict.fromkeys(_LOSS, lambda clf: clf.contrast != "gpaco"),  # which is the loss then
-    },
-    MetricTwoStageClassifier: {
-        "margin": lambda clf: clf.margin is not None,
-        "metric_loss": lambda clf: clf.margin is None,  # not every loss has one
-    },
-}
-
 
 # ---------------------------------------------------------------- search spaces
 
@@ -318,23 +81,23 @@ def search_space(estimator: Any) -> dict[str, BaseDistribution]:
     alpha FloatDistribution(high=10.0, log=True, low=0.001, step=None)
     class_weight CategoricalDistribution(choices=(None, 'balanced'))
     """
-    if isinstance(estimator, type) and estimator in _SPACES:
+    if isinstance(estimator, type) and hasattr(estimator, "_search_space"):
         estimator = estimator()
     known = hasattr(estimator, "get_params") and not isinstance(estimator, type)
     if not known or not (space := _collect(estimator)):
-        names = ", ".join(cls.__name__ for cls in _SPACES)
         raise TypeError(
-            f"{estimator!r} has no search space: pass a class or an instance of {names}, or a "
-            "pipeline or meta-estimator that holds one."
+            f"{estimator!r} has no search space: pass an estimator, sampler, head, backbone or loss "
+            "of this package or made with its parameter(..., search=...), or a pipeline or "
+            "meta-estimator that holds one."
         )
     return {name: _distribution(values) for name, values in space.items()}
 
 
 def _collect(holder: Any) -> dict[str, Any]:
-    """Table rows of an object and of what it holds."""
-    cls = next((cls for cls in type(holder).__mro__ if cls in _SPACES), type(holder))
-    forbidden = {name for name, goes in _ONLY_WHERE.get(cls, {}).items() if not goes(holder)}
-    table = {k: row for k, row in _SPACES.get(cls, {}).items() if k not in forbidden}
+    """Ranges of an object and of what it holds."""
+    ranges = getattr(holder, "_search_space", {})
+    table = {k: v(holder) if callable(v) else v for k, v in ranges.items()}
+    table = {k: row for k, row in table.items() if row is not None}
     space: dict[str, Any] = {}
     for name, value in holder.get_params().items():
         if "__" in name:
