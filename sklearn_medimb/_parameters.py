@@ -3,12 +3,20 @@
 ::
 
     class LogitNormClassifier(SoftmaxClassifier):
-        temperature: float = parameter(above(0), default=0.04, search=(0.01, 1.0))
+        '''Learns from the direction of the logits alone.
 
-gives the constructor its keyword, scikit-learn its constraint, ``help`` its text and
-``search_space`` its range, in this class and in all below it. A class that only changes a default
-writes ``lr: float = 1e-4``. Nothing has to be applied: a class body that cannot mean what it says
-is refused when it is read.
+Parameters
+----------
+        temperature
+            Of the logits of length 1.
+        '''
+
+        temperature: float = parameter(above(0), default=0.04, search=(0.01, 1.0, "log"))
+
+gives the constructor its keyword, scikit-learn its constraint, ``help`` its type, default and text,
+and ``search_space`` its range, in this class and in all below it. A class that only changes a
+default writes ``lr: float = 1e-4``. Nothing has to be applied: a class body that cannot mean what
+it says is refused when it is read.
 """
 
 from __future__ import annotations
@@ -39,7 +47,6 @@ class Parameter:
 
     default: Any
     allowed: tuple[Any, ...] = ("no_validation",)
-    doc: str = ""
     kind: str = ""
     search: Any = None
     positional: bool = False
@@ -51,14 +58,12 @@ class Learned:
     """A fitted attribute as `learned` declares it."""
 
     kind: str
-    doc: str
     predicts: bool = False
 
 
 def parameter(
     *allowed: Any,
     default: Any,
-    doc: str = "",
     kind: str = "",
     search: Any = None,
     positional: bool = False,
@@ -73,26 +78,25 @@ def parameter(
         "boolean", or the likes of `above`, `one_of` and `integers`.
     default : object
         Its default.
-    doc : str
-        Its text in ``help``.
     kind : str
-        Its type there; made from `allowed` unless given.
-    search : list, tuple, callable or None, default=None
+        Its type in ``help``; made from `allowed` unless given.
+    search : list, tuple, True, callable or None, default=None
         Where to search: a list of choices, or a tuple of both ends of a range, with "log" as a
-        third entry for a logarithmic one; or a function from the estimator to one of these. None:
-        a search leaves it alone.
+        third entry for a logarithmic one; True takes every choice that `allowed` names; or a
+        function from the estimator to one of these. None: a search leaves it alone.
     positional : bool, default=False
         Whether it may be given without its name, first.
     last : bool
         Whether it comes after those of the classes below: what concerns the machine and the layout
         of X, which nobody tunes.
     """
-    return Parameter(default, allowed or ("no_validation",), doc, kind, search, positional, last)
+    if search is True:
+        search = [choice for entry in allowed for choice in _choices(entry)]
+    return Parameter(default, allowed or ("no_validation",), kind, search, positional, last)
 
 
 def learned(
     kind: str,
-    doc: str,
     *,
     predicts: bool = False,
     init: Literal[False] = False,  # noqa: ARG001
@@ -104,14 +108,12 @@ def learned(
     kind : str
         Its type in ``help``. A text of the form ``"ndarray of float of shape (n_classes, d)"`` is
         also what files, and what is assigned to ``weights_``, are checked by.
-    doc : str
-        Its text there.
     predicts : bool, default=False
         Whether predictions come from it, beside the network's weights.
     init : False
         For type checkers: it is no keyword of the constructor.
     """
-    return Learned(kind, doc, predicts)
+    return Learned(kind, predicts)
 
 
 # ---------------------------------------------------------------- what parameters may be
@@ -123,6 +125,13 @@ class Names(StrOptions):
     def __init__(self, *names: str) -> None:
         super().__init__(set(names))
         self.names = names
+
+
+def _choices(entry: Any) -> list[Any]:
+    """Values that an entry of `allowed` names."""
+    if isinstance(entry, Names):
+        return list(entry.names)
+    return [False, True] if entry == "boolean" else [None] if entry is None else []
 
 
 def one_of(*names: str) -> Names:
@@ -159,6 +168,7 @@ class Declaring:
 
     _declared: ClassVar[dict[str, Parameter]] = {}
     _learned: ClassVar[dict[str, Learned]] = {}
+    _texts: ClassVar[dict[str, str]] = {}
     _parameter_constraints: ClassVar[dict[str, list[Any]]]
     _search_space: ClassVar[dict[str, Any]]
 
@@ -167,25 +177,22 @@ class Declaring:
         own, attributes = _declarations(cls)
         for name in (*own, *attributes):
             delattr(cls, name)
-        positional = any(parameter.positional for parameter in own.values())
-        inherited = {k: v for base in reversed(cls.__mro__[1:]) for k, v in _of(base).items()}
-        if positional:
+        inherited = _inherited(cls, "_declared")
+        if any(declared.positional for declared in own.values()):
             inherited = {k: replace(v, positional=False) for k, v in inherited.items()}
         cls._declared = inherited | own
-        cls._learned = {
-            **{k: v for base in reversed(cls.__mro__[1:]) for k, v in _of(base, True).items()},
-            **attributes,
-        }
+        cls._learned = _inherited(cls, "_learned") | attributes
         cls._parameter_constraints = {k: list(v.allowed) for k, v in cls._declared.items()}
         cls._search_space = {k: v.search for k, v in cls._declared.items() if v.search is not None}
         if "__init__" not in vars(cls):
             cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
+        cls._texts = _inherited(cls, "_texts")
         if vars(cls).get("__doc__"):
             cls.__doc__ = _documented(cls)
 
 
-def _of(base: type, attributes: bool = False) -> dict[str, Any]:
-    return vars(base).get("_learned" if attributes else "_declared", {})
+def _inherited(cls: type, what: str) -> dict[str, Any]:
+    return {k: v for base in reversed(cls.__mro__[1:]) for k, v in vars(base).get(what, {}).items()}
 
 
 def _declarations(cls: type) -> tuple[dict[str, Parameter], dict[str, Learned]]:
@@ -196,7 +203,7 @@ def _declarations(cls: type) -> tuple[dict[str, Parameter], dict[str, Learned]]:
     TypeError
         If an entry looks like a parameter and would silently be none.
     """
-    known = {k: v for base in reversed(cls.__mro__[1:]) for k, v in _of(base).items()}
+    known = _inherited(cls, "_declared")
     body, parameters, attributes = vars(cls), {}, {}
     annotations = inspect.get_annotations(cls)
     for name, value in body.items():
@@ -266,36 +273,49 @@ def _constructor(cls: type[Declaring]) -> Callable[..., None]:
 
 # ---------------------------------------------------------------- help
 
-_SECTION = re.compile(r"^(Attributes|See Also|Notes|References|Examples)\n-+$", re.MULTILINE)
+_SECTION = re.compile(r"^([A-Z][A-Za-z ]+)\n-+\n", re.MULTILINE)
 
 
 def _documented(cls: type[Declaring]) -> str:
     """Class docstring with sections for all parameters and fitted attributes.
 
-    They come before the first section of the class's own text.
+    The text of each is that of the class which declares it, or of one below that says it anew.
     """
-    text = inspect.cleandoc(vars(cls)["__doc__"])
-    first = _SECTION.search(text)
-    head, tail = (text[: first.start()], text[first.start() :]) if first else (text, "")
-    parameters = [
-        _entry(name, f"{p.kind or _kind(p.allowed)}, default={_shown(p.default)}", p.doc)
-        for name, p in _ordered(cls)
-    ]
-    attributes = [_entry(name, entry.kind, entry.doc) for name, entry in cls._learned.items()]
+    head, *parts = _SECTION.split(inspect.cleandoc(vars(cls)["__doc__"]))
+    sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    own = _entries(sections.pop("Parameters", "")) | _entries(sections.pop("Attributes", ""))
+    if unknown := own.keys() - cls._declared.keys() - cls._learned.keys():
+        raise TypeError(
+            f"The docstring of {cls.__name__} describes {sorted(unknown)}, which no class body "
+            "declares."
+        )
+    cls._texts |= own
+    texts, parameters = cls._texts, []
+    for name, p in _ordered(cls):
+        kind = f"{p.kind or _kind(p.allowed)}, default={_shown(p.default)}"
+        parameters.append(_entry(name, kind, texts.get(name, "")))
+    attributes = [_entry(k, v.kind, texts.get(k, "")) for k, v in cls._learned.items()]
     attributes += _properties(cls)
-    sections = [head.rstrip(), _section("Parameters", parameters)]
-    if attributes:
-        sections.append(_section("Attributes", attributes))
-    return "\n\n".join([*sections, tail.rstrip()]).rstrip() + "\n"
+    made = {"Parameters": "\n\n".join(parameters), "Attributes": "\n\n".join(attributes)}
+    made = {title: body for title, body in made.items() if body} | sections
+    return "\n\n".join(
+        [head.strip(), *(f"{k}\n{'-' * len(k)}\n{v.strip()}" for k, v in made.items())]
+    )
 
 
-def _section(title: str, entries: list[str]) -> str:
-    return "\n".join([title, "-" * len(title), "\n\n".join(entries)])
+def _entries(section: str) -> dict[str, str]:
+    """Text of each entry of a section; types and defaults, which are known, are left out."""
+    entries: dict[str, list[str]] = {}
+    for line in section.splitlines():
+        if line.strip() and not line[0].isspace():
+            entries[line.split(" :")[0].strip()] = lines = []
+        elif entries:
+            lines.append(line)
+    return {name: inspect.cleandoc("\n".join(["", *lines])) for name, lines in entries.items()}
 
 
-def _entry(name: str, kind: str, doc: str) -> str:
-    body = textwrap.fill(" ".join(doc.split()), 96, break_long_words=False, break_on_hyphens=False)
-    return f"{name} : {kind}\n" + textwrap.indent(body, "    ")
+def _entry(name: str, kind: str, text: str) -> str:
+    return f"{name} : {kind}\n{textwrap.indent(text, '    ')}".rstrip()
 
 
 def _properties(cls: type) -> list[str]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -144,6 +145,24 @@ class Augmentation(BaseEstimator):
     >>> augment(torch.rand(8, 3, 32, 32), generator).shape
     torch.Size([8, 3, 32, 32])
     """
+
+    _search_space: ClassVar[dict[str, Any]] = {
+        "horizontal_flip": [0.0, 0.5],
+        "vertical_flip": [0.0, 0.5],
+        "rotation": (0.0, 180.0),
+        "shear": (0.0, 15.0),
+        "scale": (0.0, 0.3),
+        "translate": (0.0, 0.2),
+        "crop": (0.4, 1.0),
+        "blur": (0.0, 2.0),
+        "saturation": (0.0, 0.4),
+        "hue": (0.0, 0.1),
+        "gamma": (0.0, 0.5),
+        "contrast": (0.0, 0.5),
+        "brightness": (0.0, 0.5),
+        "noise": (0.0, 0.1),
+        "cutout": (0.0, 0.4),
+    }
 
     def __init__(
         self,

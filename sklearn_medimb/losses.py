@@ -244,21 +244,21 @@ class Loss(Declaring, BaseEstimator):
     """A classification loss, made for the class counts of a training set.
 
     A subclass writes `costs`, and `constants` where these depend on the counts.
+
+    Parameters
+    ----------
+    beta
+        Of the effective numbers by which classes are re-weighted.
+    reweight_after
+        Share of the steps after which class weights by effective numbers switch on (deferred
+        re-weighting); None: never.
     """
 
     beta: float = parameter(
-        within(0, 1, closed="left"),
-        default=0.999,
-        doc="Of the effective numbers by which classes are re-weighted.",
-        search=[0.9, 0.99, 0.999, 0.9999],
+        within(0, 1, closed="left"), default=0.999, search=[0.9, 0.99, 0.999, 0.9999]
     )
     reweight_after: float | None = parameter(
-        within(0, 1),
-        None,
-        default=None,
-        doc="Share of the steps after which class weights by effective numbers switch on "
-        "(deferred re-weighting); None: never.",
-        search=[None, 0.0, 0.5, 0.8],
+        within(0, 1), None, default=None, search=[None, 0.0, 0.5, 0.8]
     )
 
     # Whether it works on scaled cosines of features and class vectors.
@@ -295,11 +295,15 @@ class CrossEntropyLoss(Loss):
 
 
 class FocalLoss(Loss):
-    """Focal loss: easy samples pay less; see `focal`."""
+    """Focal loss: easy samples pay less; see `focal`.
 
-    gamma: float = parameter(
-        at_least(0), default=2.0, doc="Focusing exponent; 0 is cross-entropy.", search=(0.5, 5.0)
-    )
+    Parameters
+    ----------
+    gamma
+        Focusing exponent; 0 is cross-entropy.
+    """
+
+    gamma: float = parameter(at_least(0), default=2.0, search=(0.5, 5.0))
 
     def costs(self, logits: torch.Tensor, constants: torch.Tensor) -> torch.Tensor:
         """As `focal`."""
@@ -318,11 +322,14 @@ class LDAMLoss(Loss):
     The paper re-weights after 0.8 of the steps. That comes where the one-cycle schedule has little
     learning rate left to act with: on digits cut to 100 to 3 images a class 0.5 was better in short
     trainings and level in long ones.
+
+    Parameters
+    ----------
+    max_margin
+        Margin of the rarest class, in cosine units.
     """
 
-    max_margin: float = parameter(
-        above(0), default=0.5, doc="Margin of the rarest class, in cosine units.", search=(0.1, 1.0)
-    )
+    max_margin: float = parameter(above(0), default=0.5, search=(0.1, 1.0))
     reweight_after: float | None = 0.5
 
     on_cosines = True
@@ -338,11 +345,15 @@ class LDAMLoss(Loss):
 
 
 class LogitAdjustedLoss(Loss):
-    """Cross-entropy of logits shifted by the log of the class shares; see `logit_adjusted`."""
+    """Cross-entropy of logits shifted by the log of the class shares; see `logit_adjusted`.
 
-    tau: float = parameter(
-        at_least(0), default=1.0, doc="Strength of the shift.", search=(0.0, 2.0)
-    )
+    Parameters
+    ----------
+    tau
+        Strength of the shift.
+    """
+
+    tau: float = parameter(at_least(0), default=1.0, search=(0.0, 2.0))
 
     def constants(self, class_mass: torch.Tensor) -> torch.Tensor:
         """Log of the class shares."""

@@ -23,7 +23,6 @@ its process died stays RUNNING; once no process is at work, give its parameters 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from numbers import Real
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -86,9 +85,9 @@ def search_space(estimator: Any) -> dict[str, BaseDistribution]:
     known = hasattr(estimator, "get_params") and not isinstance(estimator, type)
     if not known or not (space := _collect(estimator)):
         raise TypeError(
-            f"{estimator!r} has no search space: pass an estimator, sampler, head, backbone or loss "
-            "of this package or made with its parameter(..., search=...), or a pipeline or "
-            "meta-estimator that holds one."
+            f"{estimator!r} has no search space: pass an estimator, sampler, head, backbone or "
+            "loss of this package, or of a class whose parameters say search=..., or a pipeline "
+            "or meta-estimator that holds one."
         )
     return {name: _distribution(values) for name, values in space.items()}
 

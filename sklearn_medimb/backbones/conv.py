@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from os import PathLike
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -62,6 +62,11 @@ class MLP(Backbone):
     """
 
     spatial_dims: ClassVar[tuple[int, ...]] = (0, 2, 3)
+
+    _search_space: ClassVar[dict[str, Any]] = {
+        "activation": ["relu", "gelu", "tanh"],
+        "dropout": (0.0, 0.5),
+    }
 
     def __init__(
         self,

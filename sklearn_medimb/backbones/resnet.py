@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from os import PathLike
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -41,6 +42,8 @@ class ResNet(Backbone):
     .. [1] He, K., Zhang, X., Ren, S., & Sun, J. "Deep residual learning for image
        recognition." CVPR, 2016.
     """
+
+    _search_space: ClassVar[dict[str, Any]] = {"depth": [18, 34, 50], "width": (16, 64, "log")}
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from os import PathLike
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +102,14 @@ class ViT(_Transformer):
        ICCV, 2021.
     .. [4] Zhou, J., et al. "iBOT: image BERT pre-training with online tokenizer." ICLR, 2022.
     """
+
+    _search_space: ClassVar[dict[str, Any]] = {
+        "width": [96, 192, 384],
+        "depth": (2, 12),
+        "mlp_ratio": (2, 4),
+        "dropout": (0.0, 0.3),
+        "drop_path": (0.0, 0.3),
+    }
 
     def __init__(
         self,
@@ -206,6 +214,12 @@ class HybridViT(_Transformer):
     .. [1] Dosovitskiy, A., et al. "An image is worth 16x16 words: transformers for image
        recognition at scale." ICLR, 2021. Section 3.1, hybrid architecture.
     """
+
+    _search_space: ClassVar[dict[str, Any]] = {
+        **ViT._search_space,
+        "resnet_depth": [18, 34, 50],
+        "n_stages": (2, 4),
+    }
 
     def __init__(
         self,

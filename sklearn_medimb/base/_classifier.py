@@ -68,54 +68,58 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
     A method supplies its network (`_make_network`), its loss (`_make_criterion`), its batches
     (`_make_batches`) and its class scores (`_score_function`); one that trains in several stages
     lists them (`_stages`).
-    """
 
-    pretrain: Any = parameter(
-        *(str, BaseImageEncoder, None),
-        default=None,
-        kind="str, encoder or None",
-        doc="""Label-free training of the backbone before the rest, on the same images: "amimv",
-        "simclr", "moco", "byol", "simsiam", "barlow_twins", "vicreg", or an
+    Parameters
+    ----------
+    pretrain
+        Label-free training of the backbone before the rest, on the same images: "amimv", "simclr",
+        "moco", "byol", "simsiam", "barlow_twins", "vicreg", or an
         :class:`~sklearn_medimb.AMIMVEncoder` or :class:`~sklearn_medimb.SSLEncoder`, which lends
         its parameters (but for backbone, device and input); a fitted one is the start, as in
         `backbone`. Only a first ``fit`` pre-trains. It takes as long as the encoder's own
         `max_epochs` says, by default about 600 steps, often more than all the rest:
-        ``pretrain=SSLEncoder("simclr", max_epochs=20)`` is shorter.""",
+        ``pretrain=SSLEncoder("simclr", max_epochs=20)`` is shorter.
+    sampler
+        Resamples the training rows *after* the inner validation split.
+    early_stopping
+        Hold out a stratified validation split, stop when `scoring` no longer rises, and keep the
+        best epoch's weights.
+    validation_fraction
+        Share of that split.
+    n_iter_no_change
+        Epochs without a rise before stopping.
+    scoring
+        scikit-learn scorer for early stopping.
+
+    Attributes
+    ----------
+    classes_
+        Class labels.
+    class_counts_
+        Images of each class given to the first ``fit``.
+    best_score_
+        Validation score of the epoch kept; only with early stopping.
+    """
+
+    pretrain: Any = parameter(
+        str, BaseImageEncoder, None, default=None, kind="str, encoder or None"
     )
     sampler: Any = parameter(
-        *(None, HasMethods(["fit_resample"])),
-        default=None,
-        kind="imbalanced-learn sampler or None",
-        doc="Resamples the training rows *after* the inner validation split.",
+        None, HasMethods(["fit_resample"]), default=None, kind="imbalanced-learn sampler or None"
     )
-    early_stopping: bool = parameter(
-        "boolean",
-        default=False,
-        doc="""Hold out a stratified validation split, stop when `scoring` no longer rises, and keep
-        the best epoch's weights.""",
-        last=True,
-    )
-    validation_fraction: float = parameter(
-        within(0, 1, closed="neither"), default=0.2, doc="Share of that split.", last=True
-    )
-    n_iter_no_change: int = parameter(
-        integers(1), default=10, doc="Epochs without a rise before stopping.", last=True
-    )
+    early_stopping: bool = parameter("boolean", default=False)
+    validation_fraction: float = parameter(within(0, 1, closed="neither"), default=0.2)
+    n_iter_no_change: int = parameter(integers(1), default=10)
     scoring: Any = parameter(
-        *(StrOptions(set(get_scorer_names())), callable),
+        StrOptions(set(get_scorer_names())),
+        callable,
         default="balanced_accuracy",
         kind="str or callable",
-        doc="scikit-learn scorer for early stopping.",
-        last=True,
     )
 
-    classes_: np.ndarray = learned("ndarray of shape (n_classes,)", "Class labels.")
-    class_counts_: np.ndarray = learned(
-        "ndarray of int of shape (n_classes,)", "Images of each class given to the first ``fit``."
-    )
-    best_score_: float = learned(
-        "float", "Validation score of the epoch kept; only with early stopping."
-    )
+    classes_: np.ndarray = learned("ndarray of shape (n_classes,)")
+    class_counts_: np.ndarray = learned("ndarray of int of shape (n_classes,)")
+    best_score_: float = learned("float")
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any, *, groups: Any = None) -> Self:

@@ -55,36 +55,41 @@ class BaseImageEncoder(BaseImageEstimator):
     """Common ground of the label-free encoders: transformers of images into features.
 
     A method supplies its loss (`_objective`) and the views it needs (`_view_set`).
+
+    Parameters
+    ----------
+    projection_dim
+        Size of the projections.
+    max_epochs
+        Passes over the training images. "auto" aims at 600 steps, and at least 20 epochs.
+    batch_size
+        Anchors per step.
+    augment
+        Hard views; a pair gives the two kinds of a method that has two. "contrastive" flips both
+        ways. Of feature vectors a view has three in ten entries from other rows.
+
+    Attributes
+    ----------
+    history_
+        Per epoch: number, seconds (``dur``), ``train_loss`` and further ``train_<term>``, the
+        collapse monitors ``feature_std`` (1: features fill the sphere, 0: collapsed) and
+        ``effective_rank``, and with labels ``knn_score``.
     """
 
-    projection_dim: int = parameter(
-        integers(1), default=128, doc="Size of the projections.", search=(64, 512, "log")
-    )
-    max_epochs: Any = parameter(
-        integers(1),
-        one_of("auto"),
-        default="auto",
-        doc='Passes over the training images. "auto" aims at 600 steps, and at least 20 epochs.',
-    )
-    batch_size: int = parameter(
-        integers(2), default=128, doc="Anchors per step.", search=(32, 256, "log")
-    )
+    projection_dim: int = parameter(integers(1), default=128, search=(64, 512, "log"))
+    max_epochs: Any = parameter(integers(1), one_of("auto"), default="auto")
+    batch_size: int = parameter(integers(2), default=128, search=(32, 256, "log"))
     weight_decay: float = 1e-4
     augment: Any = parameter(
-        *(str, HasMethods(["draw", "apply"]), tuple),
+        str,
+        HasMethods(["draw", "apply"]),
+        tuple,
         default="contrastive",
         kind="str, Augmentation or a pair of these",
-        doc="""Hard views; a pair gives the two kinds of a method that has two. "contrastive" flips
-        both ways. Of feature vectors a view has three in ten entries from other rows.""",
         search=["strong", "contrastive", "mimv"],
     )
 
-    history_: list[dict[str, Any]] = learned(
-        "list of dict",
-        """Per epoch: number, seconds (``dur``), ``train_loss`` and further ``train_<term>``, the
-        collapse monitors ``feature_std`` (1: features fill the sphere, 0: collapsed) and
-        ``effective_rank``, and with labels ``knn_score``.""",
-    )
+    history_: list[dict[str, Any]] = learned("list of dict")
 
     # Where max_epochs="auto": steps to aim at, and the least number of epochs.
     _auto_steps, _auto_epochs = 600, 20

@@ -46,40 +46,40 @@ class OneStageClassifier(BaseImageClassifier):
 
     A method supplies its batches (`_make_batches`); where these show classes in other shares than
     the training rows have, also those (`_class_mass`).
+
+    Parameters
+    ----------
+    loss
+        By name, with its defaults, or an object of :mod:`sklearn_medimb.losses`, whose parameters
+        are searchable, such as ``loss__gamma`` of ``FocalLoss()``. "class_balanced": cross-entropy
+        weighted by effective numbers; "ldam": label-distribution-aware margins on a cosine head,
+        with deferred re-weighting; "balanced_softmax" is "logit_adjusted". A callable of one's own
+        maps (logits (n, K), labels (n,), class counts (K,)) to n costs.
+    class_weight
+        Weights of the classes, on top of `loss`; only their ratios matter.
+    post_hoc_tau
+        Subtracts ``post_hoc_tau * log(prior)`` from the logits at predict (A. K. Menon et al., ICLR
+        2021); use it with ``loss="cross_entropy"``, where 1 aims at balanced accuracy.
+
+    Attributes
+    ----------
+    class_prior_
+        Class shares in training: of the rows as they are resampled, weighted and mixed.
     """
 
     loss: Any = parameter(
-        *(one_of(*LOSSES), Loss, callable),
+        one_of(*LOSSES),
+        Loss,
+        callable,
         default="cross_entropy",
         kind='{"cross_entropy", "focal", "class_balanced", "ldam", "balanced_softmax", '
         '"logit_adjusted"}, Loss or callable',
-        doc="""By name, with its defaults, or an object of :mod:`sklearn_medimb.losses`, whose
-        parameters are searchable, such as ``loss__gamma`` of ``FocalLoss()``. "class_balanced":
-        cross-entropy weighted by effective numbers; "ldam": label-distribution-aware margins on a
-        cosine head, with deferred re-weighting; "balanced_softmax" is "logit_adjusted". A callable
-        of one's own maps (logits (n, K), labels (n,), class counts (K,)) to n costs.""",
         search=list(LOSSES),
     )
-    class_weight: Any = parameter(
-        *(dict, one_of("balanced"), None),
-        default=None,
-        doc="Weights of the classes, on top of `loss`; only their ratios matter.",
-        search=[None, "balanced"],
-    )
-    post_hoc_tau: float = parameter(
-        at_least(0),
-        default=0.0,
-        doc="""Subtracts ``post_hoc_tau * log(prior)`` from the logits at predict (A. K. Menon et
-        al., ICLR 2021); use it with ``loss="cross_entropy"``, where 1 aims at balanced
-        accuracy.""",
-        search=(0.0, 2.0),
-    )
+    class_weight: Any = parameter(dict, one_of("balanced"), None, default=None, search=True)
+    post_hoc_tau: float = parameter(at_least(0), default=0.0, search=(0.0, 2.0))
 
-    class_prior_: np.ndarray = learned(
-        "ndarray of float of shape (n_classes,)",
-        "Class shares in training: of the rows as they are resampled, weighted and mixed.",
-        predicts=True,
-    )
+    class_prior_: np.ndarray = learned("ndarray of float of shape (n_classes,)", predicts=True)
 
     def _check_parameters(self) -> None:
         super()._check_parameters()

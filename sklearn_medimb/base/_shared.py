@@ -41,188 +41,170 @@ class SharedParameters(
     TransformerMixin,
     BaseEstimator,
 ):
-    """Parameters and fitted attributes of classifiers and encoders alike."""
+    """Parameters and fitted attributes of classifiers and encoders alike.
 
-    backbone: Any = parameter(
-        *(str, nn.Module, Backbone, type, FrozenEstimator),
-        default="auto",
-        kind="str, Backbone, nn.Module or class",
-        doc="""Network that encodes images: "auto" (an MLP for vectors, a small conv net for images,
-        a ResNet-18 for 5,000 images or more of at least 48 pixels), a name from
+    Parameters
+    ----------
+    backbone
+        Network that encodes images: "auto" (an MLP for vectors, a small conv net for images, a
+        ResNet-18 for 5,000 images or more of at least 48 pixels), a name from
         ``sklearn_medimb.backbones.BACKBONES``, "monai:<name>", "timm:<name>", a spec such as
         ``ResNet(depth=18)`` whose parameters are searchable as ``backbone__depth``, any
         ``nn.Module``, class or instance, or a fitted estimator of this package, whose weights and
         normalisation are the start. Parameters of a module with ``requires_grad=False`` stay as
         they are, and so do the running statistics of layers that are frozen; a
-        :class:`~sklearn.frozen.FrozenEstimator` only keeps its estimator fitted in clones.""",
+        :class:`~sklearn.frozen.FrozenEstimator` only keeps its estimator fitted in clones.
+    max_epochs
+        Passes over the training images. "auto" aims at 180 steps and 60 more per class, up to 17
+        classes (a third of that for vectors), and at least 10 epochs.
+    batch_size
+        Images per step.
+    lr
+        Peak learning rate of AdamW.
+    backbone_lr
+        Learning rate of the backbone as a share of `lr`; below 1 for one that was trained before.
+    weight_decay
+        Decoupled weight decay.
+    lr_schedule
+        Course of the learning rate.
+    augment
+        Random changes of each training image; see :mod:`sklearn_medimb.augment`. "medical" flips
+        both ways: choose "light" or "none" where left and right or up and down carry the class.
+        Feature vectors are never augmented.
+    callbacks
+        skorch callbacks, cloned before use, and names: "tensorboard" writes each fit below
+        ``runs/``, "mlflow" logs it as a run of the tracking server that is set. Of skorch's own,
+        those for which a parameter here does the same are refused, by the name of that.
+    checkpoint_dir
+        Write the state after each epoch. After a crash, ``fit`` with the same parameters and data
+        resumes there; a finished fit removes its file. Fits can share the directory, also the same
+        fit several times at once. What tells fits apart is the content of everything that decides
+        on the result: code of functions, state of objects (where that cannot be read, ``fit``
+        refuses), callbacks unless they only read ``net.history``, every pixel (about a second per
+        gigabyte; lazy images are read once for it).
+    image_shape
+        Shape of one image where X holds flattened ones: ``(H, W)``, ``(C, H, W)``, ``(C, D, H,
+        W)``.
+    data_format
+        Where the channel axis is.
+    spatial_dims
+        3 reads 4-D X as gray volumes ``(n, D, H, W)``.
+    device
+        "auto" takes a CUDA GPU where there is one.
+    precision
+        "auto" runs the backbone of image networks in bfloat16 where the hardware does natively.
+    compile
+        Pass the network through ``torch.compile``. Training steps of networks from elsewhere that
+        may draw random numbers (dropout) are not compiled.
+    warm_start
+        Whether a further ``fit`` goes on from the present weights.
+    net_params
+        Further keywords for the :class:`skorch.NeuralNet` inside, such as ``{"optimizer":
+        torch.optim.SGD}``.
+    random_state
+        Seeds everything, to the bit for the same number of torch's threads, in whatever thread or
+        process; worker processes use one. The global generators stay untouched, but for NumPy's
+        where this is None.
+    verbose
+        1 shows a progress bar with loss, validation score and time left, or a few lines where the
+        output is no terminal.
+
+    Attributes
+    ----------
+    net_
+        The trained net; ``net_.module_`` is the network.
+    history_
+        Per epoch: number, seconds (``dur``), ``train_loss``, where the loss has several terms
+        ``train_<term>``, where training has several stages ``stage``, and with early stopping
+        ``valid_score``.
+    n_iter_
+        Epochs trained.
+    image_shape_
+        Shape of one image, ``(C, *spatial)``, or ``(d,)`` for vectors.
+    pixel_mean_
+        Mean of each channel in the training images; uint8 counts as [0, 1].
+    pixel_std_
+        Standard deviation of each channel, likewise.
+    pixel_range_
+        "uint8", or the largest absolute value of float images: guards against images that are 255
+        times too bright or too dark later on, lazy ones included.
+    random_seed_
+        Seed drawn from `random_state`.
+    n_samples_fit_
+        Images given to the first ``fit``.
+    n_features_in_
+        Values per image.
+    feature_names_in_
+        Column names where X was a DataFrame.
+    """
+
+    backbone: Any = parameter(
+        str,
+        nn.Module,
+        Backbone,
+        type,
+        FrozenEstimator,
+        default="auto",
+        kind="str, Backbone, nn.Module or class",
         positional=True,
     )
-    max_epochs: Any = parameter(
-        integers(1),
-        one_of("auto"),
-        default="auto",
-        doc="""Passes over the training images. "auto" aims at 180 steps and 60 more per class, up
-        to 17 classes (a third of that for vectors), and at least 10 epochs.""",
-    )
-    batch_size: Any = parameter(
-        integers(1), default=64, doc="Images per step.", search=(16, 128, "log")
-    )
-    lr: float = parameter(
-        above(0), default=2e-3, doc="Peak learning rate of AdamW.", search=(2e-4, 2e-2, "log")
-    )
-    backbone_lr: float = parameter(
-        at_least(0),
-        default=1.0,
-        doc="Learning rate of the backbone as a share of `lr`; below 1 for one that was trained "
-        "before.",
-    )
-    weight_decay: float = parameter(
-        at_least(0), default=1e-2, doc="Decoupled weight decay.", search=(1e-5, 1e-1, "log")
-    )
-    lr_schedule: str = parameter(
-        one_of(*SCHEDULES),
-        default="one_cycle",
-        doc="Course of the learning rate.",
-        search=list(SCHEDULES),
-    )
+    max_epochs: Any = parameter(integers(1), one_of("auto"), default="auto")
+    batch_size: Any = parameter(integers(1), default=64, search=(16, 128, "log"))
+    lr: float = parameter(above(0), default=2e-3, search=(2e-4, 2e-2, "log"))
+    backbone_lr: float = parameter(at_least(0), default=1.0)
+    weight_decay: float = parameter(at_least(0), default=1e-2, search=(1e-5, 1e-1, "log"))
+    lr_schedule: str = parameter(one_of(*SCHEDULES), default="one_cycle", search=True)
     augment: Any = parameter(
-        *(str, None, HasMethods(["draw", "apply"])),
+        str,
+        None,
+        HasMethods(["draw", "apply"]),
         default="medical",
         kind='{"none", "light", "medical", "strong"}, Augmentation or None',
-        doc="""Random changes of each training image; see :mod:`sklearn_medimb.augment`. "medical"
-        flips both ways: choose "light" or "none" where left and right or up and down carry the
-        class. Feature vectors are never augmented.""",
         search=["none", "light", "medical", "strong"],
     )
 
     # ---------------------------------------------------------------- input and machine
 
-    callbacks: Any = parameter(
-        *(str, list, None),
-        default=None,
-        doc="""skorch callbacks, cloned before use, and names: "tensorboard" writes each fit below
-        ``runs/``, "mlflow" logs it as a run of the tracking server that is set. Of skorch's own,
-        those for which a parameter here does the same are refused, by the name of that.""",
-        last=True,
-    )
+    callbacks: Any = parameter(str, list, None, default=None, last=True)
     checkpoint_dir: Any = parameter(
-        *(str, os.PathLike, None),
-        default=None,
-        kind="path-like or None",
-        doc="""Write the state after each epoch. After a crash, ``fit`` with the same parameters and
-        data resumes there; a finished fit removes its file. Fits can share the directory, also the
-        same fit several times at once. What tells fits apart is the content of everything that
-        decides on the result: code of functions, state of objects (where that cannot be read,
-        ``fit`` refuses), callbacks unless they only read ``net.history``, every pixel (about a
-        second per gigabyte; lazy images are read once for it).""",
-        last=True,
+        str, os.PathLike, None, default=None, kind="path-like or None", last=True
     )
     image_shape: Any = parameter(
-        *INPUT_CONSTRAINTS["image_shape"],
-        default=None,
-        kind="tuple of int or None",
-        doc="""Shape of one image where X holds flattened ones: ``(H, W)``, ``(C, H, W)``,
-        ``(C, D, H, W)``.""",
-        last=True,
+        *INPUT_CONSTRAINTS["image_shape"], default=None, kind="tuple of int or None", last=True
     )
     data_format: str = parameter(
-        one_of("auto", "channels_first", "channels_last"),
-        default="auto",
-        doc="Where the channel axis is.",
-        last=True,
+        one_of("auto", "channels_first", "channels_last"), default="auto", last=True
     )
     spatial_dims: int | None = parameter(
-        *INPUT_CONSTRAINTS["spatial_dims"],
-        default=None,
-        kind="{2, 3} or None",
-        doc="3 reads 4-D X as gray volumes ``(n, D, H, W)``.",
-        last=True,
+        *INPUT_CONSTRAINTS["spatial_dims"], default=None, kind="{2, 3} or None", last=True
     )
     device: Any = parameter(
-        *(str, torch.device),
-        default="auto",
-        kind="str or torch.device",
-        doc='"auto" takes a CUDA GPU where there is one.',
-        last=True,
+        str, torch.device, default="auto", kind="str or torch.device", last=True
     )
     precision: str = parameter(
-        one_of("auto", "float32", "bf16", "float64"),
-        default="auto",
-        doc="""\"auto\" runs the backbone of image networks in bfloat16 where the hardware does
-        natively.""",
-        last=True,
+        one_of("auto", "float32", "bf16", "float64"), default="auto", last=True
     )
-    compile: bool = parameter(
-        "boolean",
-        default=False,
-        doc="""Pass the network through ``torch.compile``. Training steps of networks from elsewhere
-        that may draw random numbers (dropout) are not compiled.""",
-        last=True,
-    )
-    warm_start: bool = parameter(
-        "boolean",
-        default=False,
-        doc="Whether a further ``fit`` goes on from the present weights.",
-        last=True,
-    )
-    net_params: dict[str, Any] | None = parameter(
-        *(dict, None),
-        default=None,
-        doc="""Further keywords for the :class:`skorch.NeuralNet` inside, such as
-        ``{"optimizer": torch.optim.SGD}``.""",
-        last=True,
-    )
+    compile: bool = parameter("boolean", default=False, last=True)
+    warm_start: bool = parameter("boolean", default=False, last=True)
+    net_params: dict[str, Any] | None = parameter(dict, None, default=None, last=True)
     random_state: Any = parameter(
-        "random_state",
-        default=None,
-        kind="int, RandomState or None",
-        doc="""Seeds everything, to the bit for the same number of torch's threads, in whatever
-        thread or process; worker processes use one. The global generators stay untouched, but for
-        NumPy's where this is None.""",
-        last=True,
+        "random_state", default=None, kind="int, RandomState or None", last=True
     )
-    verbose: Any = parameter(
-        "verbose",
-        default=0,
-        doc="""1 shows a progress bar with loss, validation score and time left, or a few lines
-        where the output is no terminal.""",
-        last=True,
-    )
+    verbose: Any = parameter("verbose", default=0, last=True)
 
     # ---------------------------------------------------------------- what is learned
 
-    net_: Net = learned("skorch.NeuralNet", "The trained net; ``net_.module_`` is the network.")
-    history_: list[dict[str, Any]] = learned(
-        "list of dict",
-        """Per epoch: number, seconds (``dur``), ``train_loss``, where the loss has several terms
-        ``train_<term>``, where training has several stages ``stage``, and with early stopping
-        ``valid_score``.""",
-    )
-    n_iter_: int = learned("int", "Epochs trained.")
-    image_shape_: tuple[int, ...] = learned(
-        "tuple of int", "Shape of one image, ``(C, *spatial)``, or ``(d,)`` for vectors."
-    )
-    pixel_mean_: np.ndarray = learned(
-        "ndarray of float of shape (n_channels,)",
-        "Mean of each channel in the training images; uint8 counts as [0, 1].",
-        predicts=True,
-    )
-    pixel_std_: np.ndarray = learned(
-        "ndarray of float of shape (n_channels,)",
-        "Standard deviation of each channel, likewise.",
-        predicts=True,
-    )
-    pixel_range_: str | float | None = learned(
-        "str, float or None",
-        """\"uint8\", or the largest absolute value of float images: guards against images that are
-        255 times too bright or too dark later on, lazy ones included.""",
-    )
-    random_seed_: int = learned("int", "Seed drawn from `random_state`.")
-    n_samples_fit_: int = learned("int", "Images given to the first ``fit``.")
-    n_features_in_: int = learned("int", "Values per image.")
-    feature_names_in_: np.ndarray = learned(
-        "ndarray of shape (n_features_in_,)", "Column names where X was a DataFrame."
-    )
+    net_: Net = learned("skorch.NeuralNet")
+    history_: list[dict[str, Any]] = learned("list of dict")
+    n_iter_: int = learned("int")
+    image_shape_: tuple[int, ...] = learned("tuple of int")
+    pixel_mean_: np.ndarray = learned("ndarray of float of shape (n_channels,)", predicts=True)
+    pixel_std_: np.ndarray = learned("ndarray of float of shape (n_channels,)", predicts=True)
+    pixel_range_: str | float | None = learned("str, float or None")
+    random_seed_: int = learned("int")
+    n_samples_fit_: int = learned("int")
+    n_features_in_: int = learned("int")
+    feature_names_in_: np.ndarray = learned("ndarray of shape (n_features_in_,)")
 
 
 # Any fitted estimator of the package can be the start of another one.

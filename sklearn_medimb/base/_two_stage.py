@@ -33,21 +33,25 @@ class TwoStageClassifier(BaseImageClassifier):
     A method supplies stage one (`_make_criterion`, `_make_batches`, or `_stages`). The head is made
     from the features of the training rows, un-augmented and in evaluation mode: nothing of the
     network changes. Where validation rows decide on the epoch, they are scored with a head too.
+
+    Parameters
+    ----------
+    class_weight
+        Weights of the classes in the cross-entropy of stage one, by their ratios; a dict also
+        weighs them in stage two, where a head that takes weights is fitted anew.
+
+    Attributes
+    ----------
+    head_
+        Head of stage two, on features as `transform` gives them.
+    class_prior_
+        Class shares of stage one, with `sampler` and `class_weight`.
     """
 
-    class_weight: Any = parameter(
-        *(dict, one_of("balanced"), None),
-        default=None,
-        doc="""Weights of the classes in the cross-entropy of stage one, by their ratios; a dict
-        also weighs them in stage two, where a head that takes weights is fitted anew.""",
-        search=[None, "balanced"],
-    )
+    class_weight: Any = parameter(dict, one_of("balanced"), None, default=None, search=True)
 
-    head_: Any = learned("classifier", "Head of stage two, on features as `transform` gives them.")
-    class_prior_: np.ndarray = learned(
-        "ndarray of float of shape (n_classes,)",
-        "Class shares of stage one, with `sampler` and `class_weight`.",
-    )
+    head_: Any = learned("classifier")
+    class_prior_: np.ndarray = learned("ndarray of float of shape (n_classes,)")
 
     def _check_parameters(self) -> None:
         super()._check_parameters()

@@ -164,6 +164,30 @@ class AMIMVEncoder(BaseImageEncoder):
     moving target branch sees the two the other way round, augmented differently [1]_. Labels play
     no part: permuting them changes nothing.
 
+    Parameters
+    ----------
+    pairing
+        Views of anchor x and partner y, n being the clean image. "mimv", the predecessor's [2]_:
+        online n(x) and a(y), target a(x) and n(y). "asym_aug": the same with two kinds of hard
+        view, a1 in the online and a2 in the target branch. "source_target": online a(x) and a(y),
+        target n(x) and n(y) [3]_. "weak_strong": online n(x) and a(y), target a weak view of x and
+        n(y). All but "mimv" are readings of AMIMV's abstract, not the paper's text.
+    temperature
+        T of the loss.
+    thresholds
+        Absolute cosines that the loss looks at; None keeps all. Cosines of random vectors shrink
+        with `projection_dim`, and thresholds cut accordingly.
+    momentum
+        m of the target branch.
+    exact_mimv_loss
+        The predecessor's published loss, for study only: NaN or negative in small batches.
+
+    Attributes
+    ----------
+    n_skipped_steps_
+        Steps in which the thresholds left no positive pair: the loss had no gradient, and only
+        momentum and weight decay moved the weights.
+
     See Also
     --------
     AMIMVClassifier : The encoder and a head in one, for images some of which have labels.
@@ -202,41 +226,15 @@ class AMIMVEncoder(BaseImageEncoder):
     (10, 128)
     """
 
-    pairing: str = parameter(
-        one_of(*PAIRINGS),
-        default="asym_aug",
-        doc="""Views of anchor x and partner y, n being the clean image. "mimv", the predecessor's
-        [2]_: online n(x) and a(y), target a(x) and n(y). "asym_aug": the same with two kinds of
-        hard view, a1 in the online and a2 in the target branch. "source_target": online a(x) and
-        a(y), target n(x) and n(y) [3]_. "weak_strong": online n(x) and a(y), target a weak view of
-        x and n(y). All but "mimv" are readings of AMIMV's abstract, not the paper's text.""",
-        search=list(PAIRINGS),
-    )
-    temperature: float = parameter(
-        above(0), default=0.3, doc="T of the loss.", search=(0.05, 1.0, "log")
-    )
+    pairing: str = parameter(one_of(*PAIRINGS), default="asym_aug", search=True)
+    temperature: float = parameter(above(0), default=0.3, search=(0.05, 1.0, "log"))
     thresholds: tuple[float, float] | None = parameter(
-        *(tuple, list, None),
-        default=(0.1, 0.9),
-        kind="tuple of float or None",
-        doc="""Absolute cosines that the loss looks at; None keeps all. Cosines of random vectors
-        shrink with `projection_dim`, and thresholds cut accordingly.""",
+        tuple, list, None, default=(0.1, 0.9), kind="tuple of float or None"
     )
-    momentum: float = parameter(
-        within(0, 1), default=0.9, doc="m of the target branch.", search=(0.8, 0.999)
-    )
-    exact_mimv_loss: bool = parameter(
-        "boolean",
-        default=False,
-        doc="""The predecessor's published loss, for study only: NaN or negative in small
-        batches.""",
-    )
+    momentum: float = parameter(within(0, 1), default=0.9, search=(0.8, 0.999))
+    exact_mimv_loss: bool = parameter("boolean", default=False)
 
-    n_skipped_steps_: int = learned(
-        "int",
-        """Steps in which the thresholds left no positive pair: the loss had no gradient, and only
-        momentum and weight decay moved the weights.""",
-    )
+    n_skipped_steps_: int = learned("int")
 
     @classmethod
     def published(cls, **params: Any) -> AMIMVEncoder:
@@ -340,6 +338,22 @@ class AMIMVClassifier(TwoStageClassifier):
     cross-validation give test parts without such rows (``cv`` may be an iterable of row numbers):
     scorers count -1 as a class.
 
+    Parameters
+    ----------
+    pretrain
+        Label-free training of the backbone on all images, labelled or not: by name as in
+        :class:`~sklearn_medimb.SoftmaxClassifier`, or an :class:`~sklearn_medimb.AMIMVEncoder` or
+        :class:`~sklearn_medimb.SSLEncoder`, which lends its parameters (but for backbone, device
+        and input). A fitted encoder is taken as it is, here or as `backbone`; None leaves the
+        backbone as given.
+    head
+        What classifies the features: a head by name, as in
+        :class:`~sklearn_medimb.MetricTwoStageClassifier`, or any scikit-learn classifier.
+    fine_tune
+        Whether the labelled images train the network further, by cross-entropy, before the head is
+        fitted. Epochs, rates, `sampler` and early stopping concern this course; the encoder has its
+        own.
+
     See Also
     --------
     AMIMVEncoder : The encoder alone.
@@ -374,28 +388,15 @@ class AMIMVClassifier(TwoStageClassifier):
         *TwoStageClassifier._parameter_constraints["pretrain"],
         default="amimv",
         kind="str, encoder or None",
-        doc="""Label-free training of the backbone on all images, labelled or not: by name as in
-        :class:`~sklearn_medimb.SoftmaxClassifier`, or an :class:`~sklearn_medimb.AMIMVEncoder` or
-        :class:`~sklearn_medimb.SSLEncoder`, which lends its parameters (but for backbone, device
-        and input). A fitted encoder is taken as it is, here or as `backbone`; None leaves the
-        backbone as given.""",
     )
     head: Any = parameter(
-        *(str, HasMethods(["fit", "predict"])),
+        str,
+        HasMethods(["fit", "predict"]),
         default="crt",
         kind="str or classifier",
-        doc="""What classifies the features: a head by name, as in
-        :class:`~sklearn_medimb.MetricTwoStageClassifier`, or any scikit-learn classifier.""",
         search=list(HEADS),
     )
-    fine_tune: bool = parameter(
-        "boolean",
-        default=False,
-        doc="""Whether the labelled images train the network further, by cross-entropy, before the
-        head is fitted. Epochs, rates, `sampler` and early stopping concern this course; the encoder
-        has its own.""",
-        search=[False, True],
-    )
+    fine_tune: bool = parameter("boolean", default=False, search=True)
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any, *, groups: Any = None, classes: Any = None) -> Self:

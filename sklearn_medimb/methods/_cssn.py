@@ -340,6 +340,62 @@ class CSSNClassifier(BaseImageClassifier):
     gets the class whose support images it resembles most. The class prior enters neither training
     nor decision, which is why the method suits small, imbalanced sets with few classes.
 
+    Parameters
+    ----------
+    lam
+        Weight of the class token added to each patch.
+    soft_ratio
+        Softness r of the class branch's target; 0 gives hard targets.
+    class_loss_weight
+        Weight w of the class branch; published: 0.01.
+    class_link
+        How the class cosine becomes a probability; "double_sigmoid" is the published form.
+    reference
+        Second image fused into the patches: none, the image itself (published for single images; it
+        takes time and changed nothing we measured), or a registered one (before and after
+        treatment, say): "paired" reads X as ``(n, 2, ...)``, image and reference stacked.
+    n_tokens
+        Upper limit of patch tokens per image; more are pooled. The published network has 196.
+    dropout
+        In the head; published: 0.1, which takes time and changed nothing we measured.
+    pair_weighting
+        "balanced" gives positive and negative pairs the same total weight, which matters with more
+        than two classes; None is published.
+    aux_weight
+        Weight of an auxiliary cross-entropy on the class token; "auto": 2 for more than two
+        classes, else 0.
+    decision
+        "patch": the class of highest mean patch probability, as published; "combined": times the
+        probability of the auxiliary classifier; "auto": combined where there is one.
+    pair_view
+        Augment each image twice per step, once as query and once as support, or afresh for every
+        member of every pair: 2 n or the published 2 n^2 encodings for the same n^2 pairs.
+    n_support
+        Supports per class and draw; a smaller class gives all its images.
+    support_strategy
+        Random draws, every training image, or the images closest to their class's mean embedding.
+    n_support_draws
+        Random draws that are averaged.
+    symmetric
+        Whether to average z(q, s) and z(s, q) at predict.
+    batch_size
+        n, images per step; "auto" is 32 (16 for vectors), at least two per class. Below 16 training
+        from scratch fails: there are too few pairs.
+
+    Attributes
+    ----------
+    support_indices_
+        Rows of X in the support bank. Images that `sampler` made are supports, with the number -1,
+        only where their class has no others.
+    support_codes_
+        Their classes, as positions in ``classes_``.
+    support_weights_
+        Share of each support in its class's mean score.
+    support_patches_
+        Their pooled patches.
+    support_embeddings_
+        Their class embeddings.
+
     See Also
     --------
     SoftmaxClassifier : The same network with a softmax head and the classical losses.
@@ -374,135 +430,41 @@ class CSSNClassifier(BaseImageClassifier):
     (160, 2)
     """
 
-    lam: float = parameter(
-        at_least(0),
-        default=3.0,
-        doc="Weight of the class token added to each patch.",
-        search=(0.3, 10.0, "log"),
-    )
-    soft_ratio: float = parameter(
-        within(0, 1),
-        default=0.7,
-        doc="Softness r of the class branch's target; 0 gives hard targets.",
-        search=(0.0, 1.0),
-    )
-    class_loss_weight: float = parameter(
-        within(0, 1),
-        default=0.5,
-        doc="Weight w of the class branch; published: 0.01.",
-        search=(0.01, 0.9),
-    )
-    class_link: str = parameter(
-        one_of("affine", "double_sigmoid"),
-        default="affine",
-        doc="""How the class cosine becomes a probability; "double_sigmoid" is the published
-        form.""",
-        search=["affine", "double_sigmoid"],
-    )
+    lam: float = parameter(at_least(0), default=3.0, search=(0.3, 10.0, "log"))
+    soft_ratio: float = parameter(within(0, 1), default=0.7, search=(0.0, 1.0))
+    class_loss_weight: float = parameter(within(0, 1), default=0.5, search=(0.01, 0.9))
+    class_link: str = parameter(one_of("affine", "double_sigmoid"), default="affine", search=True)
     reference: str = parameter(
-        one_of("none", "self", "paired"),
-        default="none",
-        doc="""Second image fused into the patches: none, the image itself (published for single
-        images; it takes time and changed nothing we measured), or a registered one (before and
-        after treatment, say): "paired" reads X as ``(n, 2, ...)``, image and reference
-        stacked.""",
-        search=["none", "self"],
+        one_of("none", "self", "paired"), default="none", search=["none", "self"]
     )
-    n_tokens: int = parameter(
-        integers(4),
-        default=16,
-        doc="""Upper limit of patch tokens per image; more are pooled. The published network has
-        196.""",
-        search=(4, 64, "log"),
-    )
-    dropout: float = parameter(
-        within(0, 1, closed="left"),
-        default=0.0,
-        doc="In the head; published: 0.1, which takes time and changed nothing we measured.",
-        search=(0.0, 0.5),
-    )
+    n_tokens: int = parameter(integers(4), default=16, search=(4, 64, "log"))
+    dropout: float = parameter(within(0, 1, closed="left"), default=0.0, search=(0.0, 0.5))
     pair_weighting: str | None = parameter(
-        *(one_of("balanced"), None),
-        default="balanced",
-        doc=""""balanced" gives positive and negative pairs the same total weight, which matters
-        with more than two classes; None is published.""",
-        search=["balanced", None],
+        one_of("balanced"), None, default="balanced", search=True
     )
     aux_weight: Any = parameter(
-        *(at_least(0), one_of("auto")),
-        default="auto",
-        doc="""Weight of an auxiliary cross-entropy on the class token; "auto": 2 for more than two
-        classes, else 0.""",
-        search=["auto", 0.0, 0.5, 2.0],
+        at_least(0), one_of("auto"), default="auto", search=["auto", 0.0, 0.5, 2.0]
     )
-    decision: str = parameter(
-        one_of("auto", "patch", "combined"),
-        default="auto",
-        doc=""""patch": the class of highest mean patch probability, as published; "combined":
-        times the probability of the auxiliary classifier; "auto": combined where there is
-        one.""",
-        search=["auto", "patch", "combined"],
-    )
-    pair_view: str = parameter(
-        one_of("image", "pair"),
-        default="image",
-        doc="""Augment each image twice per step, once as query and once as support, or afresh for
-        every member of every pair: 2 n or the published 2 n^2 encodings for the same n^2
-        pairs.""",
-    )
-    n_support: int = parameter(
-        integers(1),
-        default=10,
-        doc="Supports per class and draw; a smaller class gives all its images.",
-        search=(3, 30),
-    )
+    decision: str = parameter(one_of("auto", "patch", "combined"), default="auto", search=True)
+    pair_view: str = parameter(one_of("image", "pair"), default="image")
+    n_support: int = parameter(integers(1), default=10, search=(3, 30))
     support_strategy: str = parameter(
-        one_of("random", "all", "medoid"),
-        default="random",
-        doc="""Random draws, every training image, or the images closest to their class's mean
-        embedding.""",
-        search=["random", "all", "medoid"],
+        one_of("random", "all", "medoid"), default="random", search=True
     )
-    n_support_draws: int = parameter(
-        integers(1), default=5, doc="Random draws that are averaged.", search=(1, 10)
-    )
-    symmetric: bool = parameter(
-        "boolean",
-        default=False,
-        doc="Whether to average z(q, s) and z(s, q) at predict.",
-        search=[False, True],
-    )
+    n_support_draws: int = parameter(integers(1), default=5, search=(1, 10))
+    symmetric: bool = parameter("boolean", default=False, search=True)
     batch_size: Any = parameter(
-        *(integers(2), one_of("auto")),
-        default="auto",
-        doc="""n, images per step; "auto" is 32 (16 for vectors), at least two per class. Below 16
-        training from scratch fails: there are too few pairs.""",
-        search=["auto", 16, 32, 64],
+        integers(2), one_of("auto"), default="auto", search=["auto", 16, 32, 64]
     )
 
-    support_indices_: np.ndarray = learned(
-        "ndarray of int of shape (n_supports,)",
-        """Rows of X in the support bank. Images that `sampler` made are supports, with the number
-        -1, only where their class has no others.""",
-        predicts=True,
-    )
-    support_codes_: np.ndarray = learned(
-        "ndarray of int of shape (n_supports,)",
-        "Their classes, as positions in ``classes_``.",
-        predicts=True,
-    )
-    support_weights_: np.ndarray = learned(
-        "ndarray of float of shape (n_supports,)",
-        "Share of each support in its class's mean score.",
-        predicts=True,
-    )
+    support_indices_: np.ndarray = learned("ndarray of int of shape (n_supports,)", predicts=True)
+    support_codes_: np.ndarray = learned("ndarray of int of shape (n_supports,)", predicts=True)
+    support_weights_: np.ndarray = learned("ndarray of float of shape (n_supports,)", predicts=True)
     support_patches_: np.ndarray = learned(
-        "ndarray of float of shape (n_supports, L // 2, C)",
-        "Their pooled patches.",
-        predicts=True,
+        "ndarray of float of shape (n_supports, L // 2, C)", predicts=True
     )
     support_embeddings_: np.ndarray = learned(
-        "ndarray of float of shape (n_supports, C)", "Their class embeddings.", predicts=True
+        "ndarray of float of shape (n_supports, C)", predicts=True
     )
 
     # Elements of similarity maps in memory at a time, at predict.

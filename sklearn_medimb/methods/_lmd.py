@@ -401,6 +401,49 @@ class LMDClassifier(TwoStageClassifier):
     all classes weighing the same; the E-step fine-tunes the encoder through that frozen head. It
     ends with an M-step [1]_.
 
+    Parameters
+    ----------
+    stages
+        "rrl" keeps the head of stage one. "icc" calibrates the backbone as given: with
+        ``backbone=fitted`` that of any fitted estimator. In a cross-validation that backbone has
+        seen the test folds unless it was trained without them.
+    batch_relation_weight
+        l1.
+    channel_relation_weight
+        l2.
+    consistency_weight
+        l3. With all three 0 stage one is plain cross-entropy.
+    relation_start
+        Share of stage one's epochs before the relations switch on.
+    ema_decay
+        Largest share of the old teacher in its running mean.
+    teacher_mode
+        Whether the teacher's batch normalisation uses batch statistics, as published, or running
+        means.
+    n_rounds
+        Rounds of stage two (published: 200). The last is an M-step alone, so 1 means: no E-step.
+    m_step
+        Closed-form bound of the expected loss, or virtual features; see
+        :class:`~sklearn_medimb.VirtualFeatureCalibration`.
+    n_per_class
+        Virtual features per class; only with "sampled".
+    covariance
+        Of the class Gaussians, see :class:`~sklearn_medimb.BalancedVirtualFeatures`.
+    eps
+        Added variance, see there.
+    alpha
+        L2 penalty of the head.
+    gce_q
+        q of the E-step's generalised cross-entropy; 0 is cross-entropy.
+    fdc
+        Feature distribution consistency: bounded, as published, or none.
+    fdc_weight
+        Its weight w; distances are divided by the number of features.
+    fdc_margin
+        Margin of "margin".
+    e_step_lr
+        Learning rate of the E-step, constant.
+
     See Also
     --------
     sklearn_medimb.VirtualFeatureCalibration : The M-step alone, on any features.
@@ -437,103 +480,34 @@ class LMDClassifier(TwoStageClassifier):
     (237,)
     """
 
-    stages: str = parameter(
-        one_of("both", "rrl", "icc"),
-        default="both",
-        doc=""""rrl" keeps the head of stage one. "icc" calibrates the backbone as given: with
-        ``backbone=fitted`` that of any fitted estimator. In a cross-validation that backbone has
-        seen the test folds unless it was trained without them.""",
-    )
-    batch_relation_weight: float = parameter(at_least(0), default=1.0, doc="l1.", search=(0.0, 3.0))
-    channel_relation_weight: float = parameter(
-        at_least(0), default=1.0, doc="l2.", search=(0.0, 3.0)
-    )
-    consistency_weight: float = parameter(
-        at_least(0),
-        default=0.5,
-        doc="l3. With all three 0 stage one is plain cross-entropy.",
-        search=(0.0, 3.0),
-    )
-    relation_start: float = parameter(
-        within(0, 1),
-        default=0.21,
-        doc="Share of stage one's epochs before the relations switch on.",
-        search=(0.0, 0.5),
-    )
-    ema_decay: float = parameter(
-        within(0, 1),
-        default=0.999,
-        doc="Largest share of the old teacher in its running mean.",
-        search=[0.9, 0.99, 0.999],
-    )
-    teacher_mode: str = parameter(
-        one_of("train", "eval"),
-        default="train",
-        doc="""Whether the teacher's batch normalisation uses batch statistics, as published, or
-        running means.""",
-        search=["train", "eval"],
-    )
-    n_rounds: int = parameter(
-        integers(1),
-        default=5,
-        doc="""Rounds of stage two (published: 200). The last is an M-step alone, so 1 means: no
-        E-step.""",
-        search=(1, 20),
-    )
+    stages: str = parameter(one_of("both", "rrl", "icc"), default="both")
+    batch_relation_weight: float = parameter(at_least(0), default=1.0, search=(0.0, 3.0))
+    channel_relation_weight: float = parameter(at_least(0), default=1.0, search=(0.0, 3.0))
+    consistency_weight: float = parameter(at_least(0), default=0.5, search=(0.0, 3.0))
+    relation_start: float = parameter(within(0, 1), default=0.21, search=(0.0, 0.5))
+    ema_decay: float = parameter(within(0, 1), default=0.999, search=[0.9, 0.99, 0.999])
+    teacher_mode: str = parameter(one_of("train", "eval"), default="train", search=True)
+    n_rounds: int = parameter(integers(1), default=5, search=(1, 20))
     m_step: str = parameter(
         *_M_STEP["m_step"],
         default="analytic",
         kind='{"analytic", "sampled"}',
-        doc="""Closed-form bound of the expected loss, or virtual features; see
-        :class:`~sklearn_medimb.VirtualFeatureCalibration`.""",
         search=["analytic", "sampled"],
     )
-    n_per_class: int = parameter(
-        *_M_STEP["n_per_class"],
-        default=5000,
-        doc='Virtual features per class; only with "sampled".',
-        search=(500, 20_000, "log"),
-    )
+    n_per_class: int = parameter(*_M_STEP["n_per_class"], default=5000, search=(500, 20_000, "log"))
     covariance: str = parameter(
         *_M_STEP["covariance"],
         default="shrunk",
         kind='{"shrunk", "full", "diag", "tied"}',
-        doc="Of the class Gaussians, see :class:`~sklearn_medimb.BalancedVirtualFeatures`.",
         search=["shrunk", "full", "diag", "tied"],
     )
-    eps: float = parameter(
-        *_M_STEP["eps"], default=1e-2, doc="Added variance, see there.", search=(1e-3, 1.0, "log")
-    )
-    alpha: float = parameter(
-        *_M_STEP["alpha"], default=0.1, doc="L2 penalty of the head.", search=(1e-3, 10.0, "log")
-    )
-    gce_q: float = parameter(
-        within(0, 1),
-        default=0.8,
-        doc="q of the E-step's generalised cross-entropy; 0 is cross-entropy.",
-        search=(0.0, 1.0),
-    )
-    fdc: str | None = parameter(
-        *(one_of("margin", "paper"), None),
-        default="margin",
-        doc="Feature distribution consistency: bounded, as published, or none.",
-        search=["margin", "paper", None],
-    )
-    fdc_weight: float = parameter(
-        at_least(0),
-        default=0.05,
-        doc="Its weight w; distances are divided by the number of features.",
-        search=(0.005, 0.5, "log"),
-    )
-    fdc_margin: float = parameter(
-        at_least(0), default=1.0, doc='Margin of "margin".', search=(0.25, 4.0, "log")
-    )
-    e_step_lr: float = parameter(
-        above(0),
-        default=1e-4,
-        doc="Learning rate of the E-step, constant.",
-        search=(1e-5, 1e-3, "log"),
-    )
+    eps: float = parameter(*_M_STEP["eps"], default=1e-2, search=(1e-3, 1.0, "log"))
+    alpha: float = parameter(*_M_STEP["alpha"], default=0.1, search=(1e-3, 10.0, "log"))
+    gce_q: float = parameter(within(0, 1), default=0.8, search=(0.0, 1.0))
+    fdc: str | None = parameter(one_of("margin", "paper"), None, default="margin", search=True)
+    fdc_weight: float = parameter(at_least(0), default=0.05, search=(0.005, 0.5, "log"))
+    fdc_margin: float = parameter(at_least(0), default=1.0, search=(0.25, 4.0, "log"))
+    e_step_lr: float = parameter(above(0), default=1e-4, search=(1e-5, 1e-3, "log"))
 
     @classmethod
     def published(cls, **params: Any) -> LMDClassifier:

@@ -107,6 +107,43 @@ class MetricTwoStageClassifier(TwoStageClassifier):
     class-balanced P x K batches [1]_; stage two rebalances the linear head on the frozen features
     [2]_.
 
+    Parameters
+    ----------
+    metric_loss
+        "triplet" (batch-hard, class-balanced), "class_center_triplet" (half the steps "triplet",
+        then distances to class centres [3]_), "supcon", "multi_similarity", "proxy_anchor",
+        "contrastive", see :mod:`sklearn_medimb.metric_losses`; or any callable that takes unit
+        embeddings (n, m) and class codes (n,) and gives a scalar, such as a loss of
+        pytorch-metric-learning, or ``functools.partial(supcon, temperature=0.05)``. Modules are
+        copied, their parameters trained.
+    metric_weight
+        beta; 0 is plain decoupling: cRT with ``rebalance="crt"``.
+    ce_weight
+        Weight of cross-entropy. 0 trains on the metric loss alone; then heads that need a given one
+        begin with logistic regression.
+    margin
+        Margin of the losses that have one. None: "soft" for "triplet" and "class_center_triplet", 1
+        for "contrastive", 0.1 for "proxy_anchor".
+    mining
+        Triplets of "triplet".
+    metric_head
+        g: a two-layer perceptron, dropped after stage one, or nothing.
+    embedding_dim
+        Width of the perceptron's output.
+    metric_batch
+        "balanced" adds a P x K batch to each step, P K more images; "shared" puts the metric loss
+        on the instance batch, where rare classes seldom meet.
+    p_classes
+        P, at most the number of classes.
+    k_samples
+        K.
+    rebalance
+        Stage two: "crt", "lws", "tau_norm", "ncm", "balanced_softmax", "logit_adjust", "virtual",
+        "none", a head of :mod:`sklearn_medimb.rebalance`, or any scikit-learn classifier. The
+        paper's is of the kind of "crt"; "virtual" was better where classes have few images. Of an
+        instance, such as ``ClassifierRetraining()``, a search reaches ``rebalance__alpha``. Heads
+        that balance give probabilities for equally frequent classes.
+
     See Also
     --------
     sklearn_medimb.LMDClassifier : Relations in stage one, iterated calibration in stage two.
@@ -144,73 +181,32 @@ class MetricTwoStageClassifier(TwoStageClassifier):
     """
 
     metric_loss: Any = parameter(
-        *(StrOptions(set(METRIC_LOSSES)), callable),
+        StrOptions(set(METRIC_LOSSES)),
+        callable,
         default="triplet",
         kind="str or callable",
-        doc=""""triplet" (batch-hard, class-balanced), "class_center_triplet" (half the steps
-        "triplet", then distances to class centres [3]_), "supcon", "multi_similarity",
-        "proxy_anchor", "contrastive", see :mod:`sklearn_medimb.metric_losses`; or any callable that
-        takes unit embeddings (n, m) and class codes (n,) and gives a scalar, such as a loss of
-        pytorch-metric-learning, or ``functools.partial(supcon, temperature=0.05)``. Modules are
-        copied, their parameters trained.""",
         search=lambda clf: list(METRIC_LOSSES) if clf.margin is None else None,
     )
-    metric_weight: float = parameter(
-        at_least(0),
-        default=0.3,
-        doc='beta; 0 is plain decoupling: cRT with ``rebalance="crt"``.',
-        search=(0.03, 3.0, "log"),
-    )
-    ce_weight: float = parameter(
-        at_least(0),
-        default=1.0,
-        doc="""Weight of cross-entropy. 0 trains on the metric loss alone; then heads that need a
-        given one begin with logistic regression.""",
-        search=[1.0, 0.0],
-    )
+    metric_weight: float = parameter(at_least(0), default=0.3, search=(0.03, 3.0, "log"))
+    ce_weight: float = parameter(at_least(0), default=1.0, search=[1.0, 0.0])
     margin: Any = parameter(
-        *(at_least(0), one_of("soft"), None),
+        at_least(0),
+        one_of("soft"),
+        None,
         default=None,
-        doc="""Margin of the losses that have one. None: "soft" for "triplet" and
-        "class_center_triplet", 1 for "contrastive", 0.1 for "proxy_anchor".""",
         search=lambda clf: None if clf.margin is None else (0.05, 2.0, "log"),
     )
-    mining: str = parameter(
-        one_of("hard", "semihard", "all"),
-        default="hard",
-        doc='Triplets of "triplet".',
-        search=["hard", "semihard", "all"],
-    )
-    metric_head: str = parameter(
-        one_of("mlp", "identity"),
-        default="mlp",
-        doc="g: a two-layer perceptron, dropped after stage one, or nothing.",
-        search=["mlp", "identity"],
-    )
-    embedding_dim: int = parameter(
-        integers(1), default=128, doc="Width of the perceptron's output.", search=(32, 512, "log")
-    )
-    metric_batch: str = parameter(
-        one_of("balanced", "shared"),
-        default="balanced",
-        doc=""""balanced" adds a P x K batch to each step, P K more images; "shared" puts the
-        metric loss on the instance batch, where rare classes seldom meet.""",
-        search=["balanced", "shared"],
-    )
-    p_classes: int = parameter(
-        integers(2), default=8, doc="P, at most the number of classes.", search=(2, 16)
-    )
-    k_samples: int = parameter(integers(2), default=4, doc="K.", search=(2, 8))
+    mining: str = parameter(one_of("hard", "semihard", "all"), default="hard", search=True)
+    metric_head: str = parameter(one_of("mlp", "identity"), default="mlp", search=True)
+    embedding_dim: int = parameter(integers(1), default=128, search=(32, 512, "log"))
+    metric_batch: str = parameter(one_of("balanced", "shared"), default="balanced", search=True)
+    p_classes: int = parameter(integers(2), default=8, search=(2, 16))
+    k_samples: int = parameter(integers(2), default=4, search=(2, 8))
     rebalance: Any = parameter(
-        *(str, HasMethods(["fit", "predict"])),
+        str,
+        HasMethods(["fit", "predict"]),
         default="virtual",
         kind="str or classifier",
-        doc="""Stage two: "crt", "lws", "tau_norm", "ncm", "balanced_softmax", "logit_adjust",
-        "virtual", "none", a head of :mod:`sklearn_medimb.rebalance`, or any scikit-learn
-        classifier. The paper's is of the kind of "crt"; "virtual" was better where classes have few
-        images. Of an instance, such as ``ClassifierRetraining()``, a search reaches
-        ``rebalance__alpha``. Heads that balance give probabilities for equally frequent
-        classes.""",
         search=list(HEADS),
     )
 

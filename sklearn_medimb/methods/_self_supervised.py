@@ -204,6 +204,18 @@ class SSLEncoder(BaseImageEncoder):
     Two augmentations of an image are to be alike, and something keeps all images from becoming
     alike: other images, a predictor and a slower copy, or decorrelation.
 
+    Parameters
+    ----------
+    method
+        SimCLR [1]_, MoCo v2 [2]_, BYOL [3]_, SimSiam [4]_, Barlow Twins [5]_ or VICReg [6]_.
+    projection_dim
+        Size of the projections; "barlow_twins" and "vicreg", which need wide ones, take four times
+        as much.
+    temperature
+        Of the cosines, in "simclr" and "moco".
+    momentum
+        m of the target branch, in "moco" and "byol".
+
     See Also
     --------
     AMIMVEncoder : Multi-image multi-view self-supervision for imbalanced pools.
@@ -238,33 +250,10 @@ class SSLEncoder(BaseImageEncoder):
     (10, 128)
     """
 
-    method: str = parameter(
-        one_of(*METHODS),
-        default="simclr",
-        doc="""SimCLR [1]_, MoCo v2 [2]_, BYOL [3]_, SimSiam [4]_, Barlow Twins [5]_ or VICReg
-        [6]_.""",
-        search=list(METHODS),
-        positional=True,
-    )
-    projection_dim: int = parameter(
-        integers(1),
-        default=128,
-        doc="""Size of the projections; "barlow_twins" and "vicreg", which need wide ones, take four
-        times as much.""",
-        search=(64, 512, "log"),
-    )
-    temperature: float = parameter(
-        above(0),
-        default=0.2,
-        doc='Of the cosines, in "simclr" and "moco".',
-        search=(0.05, 1.0, "log"),
-    )
-    momentum: float = parameter(
-        within(0, 1),
-        default=0.99,
-        doc='m of the target branch, in "moco" and "byol".',
-        search=(0.9, 0.999),
-    )
+    method: str = parameter(one_of(*METHODS), default="simclr", search=True, positional=True)
+    projection_dim: int = parameter(integers(1), default=128, search=(64, 512, "log"))
+    temperature: float = parameter(above(0), default=0.2, search=(0.05, 1.0, "log"))
+    momentum: float = parameter(within(0, 1), default=0.99, search=(0.9, 0.999))
 
     def _objective(self, network: nn.Module, n_features: int) -> Objective:
         make = METHODS[self.method]

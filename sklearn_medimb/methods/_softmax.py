@@ -71,6 +71,14 @@ class SoftmaxClassifier(OneStageClassifier):
     The strong baseline of the package: whatever a paper promises has to beat this one with the same
     backbone, augmentation and optimiser.
 
+    Parameters
+    ----------
+    mixup
+        Mix samples and labels; "balanced" mixes each batch with a class-balanced one (A. Galdran et
+        al., MICCAI 2021).
+    mixup_alpha
+        Of the Beta distribution behind the mixing shares.
+
     See Also
     --------
     sklearn_medimb.CSSNClassifier : Classification by comparison with a support bank.
@@ -98,19 +106,8 @@ class SoftmaxClassifier(OneStageClassifier):
     (237,)
     """
 
-    mixup: str | None = parameter(
-        *(one_of("mixup", "balanced"), None),
-        default=None,
-        doc="""Mix samples and labels; "balanced" mixes each batch with a class-balanced one (A.
-        Galdran et al., MICCAI 2021).""",
-        search=[None, "mixup", "balanced"],
-    )
-    mixup_alpha: float = parameter(
-        above(0),
-        default=0.2,
-        doc="Of the Beta distribution behind the mixing shares.",
-        search=(0.05, 2.0, "log"),
-    )
+    mixup: str | None = parameter(one_of("mixup", "balanced"), None, default=None, search=True)
+    mixup_alpha: float = parameter(above(0), default=0.2, search=(0.05, 2.0, "log"))
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any, *, sample_weight: Any = None, groups: Any = None) -> Self:

@@ -390,6 +390,39 @@ class SPMixClassifier(OneStageClassifier):
     data. Where either is salient the base prevails, elsewhere the partner enters; the label is that
     of the base [1]_. At predict nothing is mixed and no saliency is computed.
 
+    Parameters
+    ----------
+    pairing
+        "paper": class-balanced bases, natural partners. "code", the published direction: natural
+        bases, class-balanced partners; then `loss` has to make up for the imbalance.
+    level
+        Mix inside the network, as published, or the images themselves.
+    mix_layer
+        Layer of the backbone after which tokens or maps are mixed; "auto": the patch embedding of a
+        ViT or hybrid, before positions and class token, or the third stage of a conv net or ResNet.
+    mix_prob
+        Share of the bases that are mixed; 1 is published, but then training never sees an image as
+        it will be at predict.
+    cap
+        Largest share of a base.
+    floor
+        Smallest share; None: that of :class:`~sklearn_medimb.SPMixSampler`.
+    merge
+        Whether saliency is averaged over patches before or after it is merged.
+    partner_saliency
+        Whether the partner's saliency counts too.
+    saliency
+        Where an image is salient: a detector by name, with its defaults, or a
+        :class:`~sklearn_medimb.SaliencyMap`, such as ``SaliencyMap(polarity="dark")``.
+    contrast
+        Contrast of two views beside the labels, by name or as a
+        :class:`~sklearn_medimb.methods.Contrast`: supervised contrastive loss [3]_, or GPaCo [4]_,
+        where class centres, corrected by class frequency, and samples share one softmax. "gpaco"
+        takes the place of `loss`.
+    loss
+        As in :class:`~sklearn_medimb.SoftmaxClassifier`; class frequencies in it are those of the
+        bases, which are equal with ``pairing="paper"``.
+
     See Also
     --------
     SPMixSampler : The image form, as an imbalanced-learn sampler.
@@ -442,78 +475,33 @@ class SPMixClassifier(OneStageClassifier):
     array([0.5, 0.5])
     """
 
-    pairing: str = parameter(
-        one_of("paper", "code"),
-        default="paper",
-        doc=""""paper": class-balanced bases, natural partners. "code", the published direction:
-        natural bases, class-balanced partners; then `loss` has to make up for the
-        imbalance.""",
-        search=["paper", "code"],
-    )
-    level: str = parameter(
-        one_of("token", "image"),
-        default="token",
-        doc="Mix inside the network, as published, or the images themselves.",
-        search=["token", "image"],
-    )
-    mix_layer: str = parameter(
-        str,
-        default="auto",
-        doc="""Layer of the backbone after which tokens or maps are mixed; "auto": the patch
-        embedding of a ViT or hybrid, before positions and class token, or the third stage of a conv
-        net or ResNet.""",
-    )
-    mix_prob: float = parameter(
-        within(0, 1),
-        default=0.5,
-        doc="""Share of the bases that are mixed; 1 is published, but then training never sees an
-        image as it will be at predict.""",
-        search=(0.0, 1.0),
-    )
-    cap: float = parameter(
-        within(0, 1), default=0.8, doc="Largest share of a base.", search=(0.5, 1.0)
-    )
-    floor: float | None = parameter(
-        *(within(0, 1), None),
-        default=None,
-        doc="Smallest share; None: that of :class:`~sklearn_medimb.SPMixSampler`.",
-        search=[None, 0.0, 0.25, 0.5],
-    )
-    merge: str = parameter(
-        one_of("patch", "pixel"),
-        default="patch",
-        doc="Whether saliency is averaged over patches before or after it is merged.",
-        search=["patch", "pixel"],
-    )
-    partner_saliency: bool = parameter(
-        "boolean",
-        default=True,
-        doc="Whether the partner's saliency counts too.",
-        search=[True, False],
-    )
+    pairing: str = parameter(one_of("paper", "code"), default="paper", search=True)
+    level: str = parameter(one_of("token", "image"), default="token", search=True)
+    mix_layer: str = parameter(str, default="auto")
+    mix_prob: float = parameter(within(0, 1), default=0.5, search=(0.0, 1.0))
+    cap: float = parameter(within(0, 1), default=0.8, search=(0.5, 1.0))
+    floor: float | None = parameter(within(0, 1), None, default=None, search=[None, 0.0, 0.25, 0.5])
+    merge: str = parameter(one_of("patch", "pixel"), default="patch", search=True)
+    partner_saliency: bool = parameter("boolean", default=True, search=True)
     saliency: Any = parameter(
-        *(one_of(*DETECTORS), SaliencyMap, callable),
+        one_of(*DETECTORS),
+        SaliencyMap,
+        callable,
         default="fine_grained",
         kind='{"fine_grained", "spectral_residual", "center"}, SaliencyMap or callable',
-        doc="""Where an image is salient: a detector by name, with its defaults, or a
-        :class:`~sklearn_medimb.SaliencyMap`, such as ``SaliencyMap(polarity="dark")``.""",
         search=list(DETECTORS),
     )
     contrast: Any = parameter(
-        *(one_of("gpaco", "supcon"), Contrast, None),
+        one_of("gpaco", "supcon"),
+        Contrast,
+        None,
         default=None,
         kind='{"gpaco", "supcon"}, Contrast or None',
-        doc="""Contrast of two views beside the labels, by name or as a
-        :class:`~sklearn_medimb.methods.Contrast`: supervised contrastive loss [3]_, or GPaCo [4]_,
-        where class centres, corrected by class frequency, and samples share one softmax. "gpaco"
-        takes the place of `loss`.""",
     )
     loss: Any = parameter(
         *OneStageClassifier._parameter_constraints["loss"],
         default="cross_entropy",
         kind="str, Loss or callable",
-        doc="""As in :class:`~sklearn_medimb.SoftmaxClassifier`; class frequencies in it are those
-        of the bases, which are equal with ``pairing="paper"``.""",
         search=lambda clf: None if kind_of_contrast(clf.contrast) == "gpaco" else list(LOSSES),
     )
 

@@ -108,51 +108,40 @@ def supcon_with_memory(
 
 
 class Contrast(Declaring, BaseEstimator):
-    """Contrast of two views beside the labels: how, and how much."""
+    """Contrast of two views beside the labels: how, and how much.
 
-    kind: str = parameter(
-        one_of("gpaco", "supcon"),
-        default="gpaco",
-        doc="""GPaCo, where class centres, corrected by class frequency, and samples share one
-        softmax, or the supervised contrastive loss.""",
-        positional=True,
-    )
-    weight: float = parameter(
-        at_least(0), default=0.05, doc="Weight of the contrast.", search=(0.01, 1.0, "log")
-    )
-    gamma: float = parameter(
-        at_least(0),
-        default=1.0,
-        doc='Weight of the samples in the denominator of "gpaco".',
-        search=(0.1, 2.0),
-    )
-    temperature: float = parameter(
-        above(0), default=0.2, doc="Of the cosines.", search=(0.05, 1.0, "log")
-    )
+    Parameters
+    ----------
+    kind
+        GPaCo, where class centres, corrected by class frequency, and samples share one softmax, or
+        the supervised contrastive loss.
+    weight
+        Weight of the contrast.
+    gamma
+        Weight of the samples in the denominator of "gpaco".
+    temperature
+        Of the cosines.
+    queue_size
+        Keys of past steps to contrast with; "auto" is 4 per image, at most 8192.
+    projection_dim
+        Size of the projections; published: 256.
+    hidden
+        Size of the layers before them; published: 4096.
+    key_momentum
+        m of a separate key encoder, as in the SPMix article; None encodes both views alike.
+    """
+
+    kind: str = parameter(one_of("gpaco", "supcon"), default="gpaco", positional=True)
+    weight: float = parameter(at_least(0), default=0.05, search=(0.01, 1.0, "log"))
+    gamma: float = parameter(at_least(0), default=1.0, search=(0.1, 2.0))
+    temperature: float = parameter(above(0), default=0.2, search=(0.05, 1.0, "log"))
     queue_size: Any = parameter(
-        *(integers(0), one_of("auto")),
-        default="auto",
-        doc="""Keys of past steps to contrast with; "auto" is 4 per image, at most 8192.""",
-        search=["auto", 0, 1024, 8192],
+        integers(0), one_of("auto"), default="auto", search=["auto", 0, 1024, 8192]
     )
-    projection_dim: int = parameter(
-        integers(1),
-        default=128,
-        doc="Size of the projections; published: 256.",
-        search=(64, 512, "log"),
-    )
-    hidden: int = parameter(
-        integers(1),
-        default=512,
-        doc="Size of the layers before them; published: 4096.",
-        search=(256, 4096, "log"),
-    )
+    projection_dim: int = parameter(integers(1), default=128, search=(64, 512, "log"))
+    hidden: int = parameter(integers(1), default=512, search=(256, 4096, "log"))
     key_momentum: float | None = parameter(
-        *(within(0, 1), None),
-        default=None,
-        doc="""m of a separate key encoder, as in the SPMix article; None encodes both views
-        alike.""",
-        search=[None, 0.9, 0.99, 0.999],
+        within(0, 1), None, default=None, search=[None, 0.9, 0.99, 0.999]
     )
 
 

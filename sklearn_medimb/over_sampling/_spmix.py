@@ -23,6 +23,7 @@ from sklearn_medimb.mixing import patch_means, spmix, spmix_ratio
 from sklearn_medimb.saliency import (
     DETECTORS,
     Detector,
+    SaliencyMap,
     as_maps,
     check_maps,
     maps_of,
@@ -174,6 +175,17 @@ class SPMixSampler(BaseOverSampler):
     ({'melanoma'}, {'nevus'})
     """
 
+    _search_space: ClassVar[dict[str, Any]] = {
+        **SaliencyMap._search_space,
+        "cap": (0.5, 1.0),
+        "floor": [None, 0.0, 0.25, 0.5],
+        "mix_prob": (0.0, 1.0),
+        "merge": ["patch", "pixel"],
+        "partner_saliency": [True, False],
+        "sampling_strategy": ["auto", "minority"],
+        "patch_size": ["auto", 4, 8, 16],
+        "partners": ["head", "majority", "other", "any"],
+    }
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **BaseOverSampler._parameter_constraints,
         "cap": [Interval(Real, 0, 1, closed="both")],

@@ -20,6 +20,13 @@ from sklearn_medimb._machine.runtime import one_thread_in_workers
 _BLOCK = 2**24  # numbers drawn at a time: 64 to 128 MB, of a larger result
 
 
+# Where to search the parameters of the class Gaussians.
+GAUSSIANS: dict[str, Any] = {
+    "covariance": ["shrunk", "full", "diag", "tied"],
+    "eps": (1e-3, 1.0, "log"),
+}
+
+
 class BalancedVirtualFeatures(BaseOverSampler):
     """Over-sampling of embeddings by class-conditional Gaussian draws.
 
@@ -117,6 +124,12 @@ class BalancedVirtualFeatures(BaseOverSampler):
     [200, 200]
     """
 
+    _search_space: ClassVar[dict[str, Any]] = {
+        **GAUSSIANS,
+        "sampling_strategy": ["auto", "minority"],
+        "replace": [False, True],
+        "n_per_class": [None, 500, 2000, 5000],
+    }
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **BaseOverSampler._parameter_constraints,
         "replace": ["boolean"],

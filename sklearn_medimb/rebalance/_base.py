@@ -106,6 +106,11 @@ class RebalancedHead(ClassifierMixin, BaseEstimator):
     intercept_: np.ndarray
     classes_: np.ndarray
 
+    _search_space: ClassVar[dict[str, Any]] = {
+        "alpha": (1e-3, 10.0, "log"),
+        "tau": (0.0, 2.0),
+        "class_weight": [None, "balanced"],
+    }
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "alpha": [Interval(Real, 0, None, closed="neither")],
         "tau": [Interval(Real, None, None, closed="neither")],

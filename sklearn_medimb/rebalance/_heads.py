@@ -168,6 +168,7 @@ class NearestClassMean(RebalancedHead):
     {example}
     """
 
+    _search_space: ClassVar[dict[str, Any]] = {"temperature": (0.01, 1.0, "log")}
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "temperature": [Interval(Real, 0, None, closed="neither")],
     }

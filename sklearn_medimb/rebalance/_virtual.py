@@ -14,7 +14,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from threadpoolctl import threadpool_limits
 
-from sklearn_medimb.over_sampling._virtual_features import ClassGaussians
+from sklearn_medimb.over_sampling._virtual_features import GAUSSIANS, ClassGaussians
 from sklearn_medimb.rebalance._base import (
     Linear,
     RebalancedHead,
@@ -77,6 +77,12 @@ class VirtualFeatureCalibration(RebalancedHead):
     {example}
     """
 
+    _search_space: ClassVar[dict[str, Any]] = {
+        **RebalancedHead._search_space,
+        **GAUSSIANS,
+        "m_step": ["analytic", "sampled"],
+        "n_per_class": (500, 20_000, "log"),
+    }
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **RebalancedHead._parameter_constraints,
         "m_step": [StrOptions({"analytic", "sampled"})],

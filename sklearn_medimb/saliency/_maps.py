@@ -194,6 +194,11 @@ class SaliencyMap(TransformerMixin, BaseEstimator):
     (True, 0.0)
     """
 
+    _search_space: ClassVar[dict[str, Any]] = {
+        "saliency": ["fine_grained", "spectral_residual", "center"],
+        "polarity": ["both", "dark", "bright"],
+        "mask": [None, "auto"],
+    }
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         "saliency": [StrOptions(set(DETECTORS)), callable],
         "polarity": [StrOptions({"both", "dark", "bright"})],
