@@ -28,6 +28,7 @@ from sklearn.utils import Bunch
 
 from sklearn_medimb import SoftmaxClassifier, SPMixClassifier, SPMixSampler
 from sklearn_medimb.datasets import make_lesions
+from sklearn_medimb.saliency import SaliencyMap
 
 COUNTS = (300, 150, 30, 15, 8)
 SKIN = ((0, 1), (0, 1), (0.0, 0.3), (0.4, 0.7), (0.7, 1.0))
@@ -117,7 +118,7 @@ def methods(seed: int) -> dict[str, Any]:
         "class-balanced batches": SPMixClassifier(mix_prob=0.0),
         "SPMix": SPMixClassifier(),
         "one share per image": OneShareInside(),
-        "SPMix, dark": SPMixClassifier(polarity="dark"),
+        "SPMix, dark": SPMixClassifier(saliency=SaliencyMap(polarity="dark")),
         "SPMix, first stage": SPMixClassifier(mix_layer="0"),
         "SPMix, second stage": SPMixClassifier(mix_layer="1"),
         "SPMix, all mixed": SPMixClassifier(mix_prob=1.0),

@@ -26,6 +26,13 @@ from sklearn_medimb import (
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet, ResNet
 from sklearn_medimb.datasets import load_npz, make_long_tailed
+from sklearn_medimb.losses import (
+    ClassBalancedLoss,
+    CrossEntropyLoss,
+    FocalLoss,
+    LDAMLoss,
+    LogitAdjustedLoss,
+)
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (24, 8, 8), dtype=np.uint8)
@@ -128,12 +135,12 @@ SOFTMAX = [
     ("loss", "hinge"),
     ("class_weight", "auto"),
     ("class_weight", [1, 2, 3]),
-    ("focal_gamma", -1),
-    ("beta", 1.0),
-    ("max_margin", 0),
-    ("tau", -1),
+    ("loss", FocalLoss(gamma=-1)),
+    ("loss", ClassBalancedLoss(beta=1.0)),
+    ("loss", LDAMLoss(max_margin=0)),
+    ("loss", LogitAdjustedLoss(tau=-1)),
     ("post_hoc_tau", -0.1),
-    ("reweight_after", 2),
+    ("loss", CrossEntropyLoss(reweight_after=2)),
     ("mixup", "cutmix"),
     ("mixup_alpha", 0),
 ]
@@ -145,7 +152,6 @@ CSSN = [
     ("class_link", "sigmoid"),
     ("reference", "other"),
     ("n_tokens", 3),
-    ("scorer_hidden", 0),
     ("dropout", 1.0),
     ("pair_weighting", "inverse"),
     ("aux_weight", -1),
@@ -154,7 +160,7 @@ CSSN = [
     ("support_strategy", "nearest"),
     ("n_support_draws", 0),
     ("symmetric", 2),
-    ("head_lr", 0),
+    ("backbone_lr", -1),
     ("batch_size", 1),
 ]
 PARAMETERS = [
@@ -829,7 +835,7 @@ def test_explain_neighbours(n_neighbors):
 def test_compare_different_lengths():
     model = make(CSSNClassifier).fit(X, Y)
     with pytest.raises(ValueError, match=r"inconsistent numbers of samples: \[3, 2\]"):
-        model.compare(X[:3], X[:2])
+        model.pair_proba(X[:3], X[:2])
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import inspect
 import sys
 import warnings
 from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -205,11 +206,11 @@ def test_lazy_images_keep_books():
 class Mutant(SoftmaxClassifier):
     """Sound until a subclass breaks it; `breaks` names the check that must notice."""
 
-    breaks: str
+    breaks: ClassVar[str]
 
 
 class ReadsChannelsLastAsFirst(Mutant):
-    breaks = "check_channel_layouts"
+    breaks: ClassVar[str] = "check_channel_layouts"
 
     def _read(self, X, *, reset=False):
         if X.shape[-1] == 3:
@@ -218,14 +219,14 @@ class ReadsChannelsLastAsFirst(Mutant):
 
 
 class RepeatsGray(Mutant):
-    breaks = "check_gray_images"
+    breaks: ClassVar[str] = "check_gray_images"
 
     def _read(self, X, *, reset=False):
         return super()._read(np.stack([X] * 3, axis=1) if X.ndim == 3 else X, reset=reset)
 
 
 class ForgetsToDivide(Mutant):
-    breaks = "check_uint8_images"
+    breaks: ClassVar[str] = "check_uint8_images"
 
     def _read(self, X, *, reset=False):
         if not reset:
@@ -234,7 +235,7 @@ class ForgetsToDivide(Mutant):
 
 
 class TakesAnyScale(Mutant):
-    breaks = "check_pixel_scale_at_predict"
+    breaks: ClassVar[str] = "check_pixel_scale_at_predict"
 
     def _read(self, X, *, reset=False):
         if not reset:
@@ -243,7 +244,7 @@ class TakesAnyScale(Mutant):
 
 
 class TakesAnySize(Mutant):
-    breaks = "check_image_size_at_predict"
+    breaks: ClassVar[str] = "check_image_size_at_predict"
 
     def _read(self, X, *, reset=False):
         return super()._read(
@@ -252,7 +253,7 @@ class TakesAnySize(Mutant):
 
 
 class IgnoresSpatialDims(Mutant):
-    breaks = "check_volumes"
+    breaks: ClassVar[str] = "check_volumes"
 
     def _read(self, X, *, reset=False):
         images = read_images(self, X, reset=reset, float_dtype=np.float64)
@@ -261,70 +262,70 @@ class IgnoresSpatialDims(Mutant):
 
 
 class ReadsInMemoryOrder(Mutant):
-    breaks = "check_memory_order"
+    breaks: ClassVar[str] = "check_memory_order"
 
     def _read(self, X, *, reset=False):
         return super()._read(X.ravel(order="K").reshape(X.shape), reset=reset)
 
 
 class ReversesLists(Mutant):
-    breaks = "check_lists_and_tensors"
+    breaks: ClassVar[str] = "check_lists_and_tensors"
 
     def _read(self, X, *, reset=False):
         return super()._read(X[::-1] if isinstance(X, list) else X, reset=reset)
 
 
 class StacksLists(Mutant):
-    breaks = "check_lists_that_mix_scales"
+    breaks: ClassVar[str] = "check_lists_that_mix_scales"
 
     def _read(self, X, *, reset=False):
         return super()._read(np.stack(X) if isinstance(X, list) else X, reset=reset)
 
 
 class Materialises(Mutant):
-    breaks = "check_lazy_images_stay_lazy"
+    breaks: ClassVar[str] = "check_lazy_images_stay_lazy"
 
     def _read(self, X, *, reset=False):
         return super()._read(np.stack(list(X)) if is_lazy(X) else X, reset=reset)
 
 
 class MixesUpLazyRows(Mutant):
-    breaks = "check_lazy_images_same_as_array"
+    breaks: ClassVar[str] = "check_lazy_images_same_as_array"
 
     def _read(self, X, *, reset=False):
         return super()._read(X[np.arange(len(X))[::-1]] if is_lazy(X) else X, reset=reset)
 
 
 class ConvertsAtPredict(Mutant):
-    breaks = "check_lazy_images_in_cross_validation"
+    breaks: ClassVar[str] = "check_lazy_images_in_cross_validation"
 
     def predict(self, X):
         return super().predict(np.asarray(X))
 
 
 class ScalesByBatch(Mutant):
-    breaks = "check_one_image"
+    breaks: ClassVar[str] = "check_one_image"
 
     def predict_proba(self, X):
         return super().predict_proba(X - X.mean(axis=0))
 
 
 class SortsResults(Mutant):
-    breaks = "check_sample_order"
+    breaks: ClassVar[str] = "check_sample_order"
 
     def predict_proba(self, X):
         return np.sort(super().predict_proba(X), axis=0)
 
 
 class SwallowsNaN(Mutant):
-    breaks = "check_non_finite_images"
+    breaks: ClassVar[str] = "check_non_finite_images"
 
     def _read(self, X, *, reset=False):
         return super()._read(X if is_lazy(X) else np.nan_to_num(X), reset=reset)
 
 
 class DividesByContrast(Mutant):
-    breaks = "check_constant_images"
+    breaks: ClassVar[str] = "check_constant_images"
 
     def predict_proba(self, X):
         with np.errstate(all="ignore"):
@@ -332,7 +333,7 @@ class DividesByContrast(Mutant):
 
 
 class NeedsAFullBatch(Mutant):
-    breaks = "check_fewer_images_than_batch_size"
+    breaks: ClassVar[str] = "check_fewer_images_than_batch_size"
 
     def fit(self, X, y, **params):
         if len(X) < self.batch_size:
@@ -341,7 +342,7 @@ class NeedsAFullBatch(Mutant):
 
 
 class CloneLosesTheSeed(Mutant):
-    breaks = "check_clone"
+    breaks: ClassVar[str] = "check_clone"
 
     def __sklearn_clone__(self):
         params = {"random_state": 1} if hasattr(self, "classes_") else {}
@@ -349,7 +350,7 @@ class CloneLosesTheSeed(Mutant):
 
 
 class StoresRounded(Mutant):
-    breaks = "check_pickle"
+    breaks: ClassVar[str] = "check_pickle"
 
     def __getstate__(self):
         state = super().__getstate__()
@@ -359,11 +360,11 @@ class StoresRounded(Mutant):
 
 
 class StoresRoundedToDisk(StoresRounded):
-    breaks = "check_joblib"
+    breaks: ClassVar[str] = "check_joblib"
 
 
 class HoldsAForeignObject(Mutant):
-    breaks = "check_skops"
+    breaks: ClassVar[str] = "check_skops"
 
     def fit(self, X, y, **params):
         self.share_ = Fraction(1, 2)
@@ -371,7 +372,7 @@ class HoldsAForeignObject(Mutant):
 
 
 class IgnoresAssignedWeights(Mutant):
-    breaks = "check_safetensors"
+    breaks: ClassVar[str] = "check_safetensors"
 
     @property
     def weights_(self):
@@ -383,7 +384,7 @@ class IgnoresAssignedWeights(Mutant):
 
 
 class DrawsFromTheGlobalGenerator(Mutant):
-    breaks = "check_repeatable"
+    breaks: ClassVar[str] = "check_repeatable"
 
     def fit(self, X, y, **params):
         self.random_state = np.random.randint(2**31 - 1)  # noqa: NPY002
@@ -391,7 +392,7 @@ class DrawsFromTheGlobalGenerator(Mutant):
 
 
 class SeedsTheGlobalGenerator(Mutant):
-    breaks = "check_global_random_state"
+    breaks: ClassVar[str] = "check_global_random_state"
 
     def fit(self, X, y, **params):
         torch.manual_seed(0)
@@ -399,7 +400,7 @@ class SeedsTheGlobalGenerator(Mutant):
 
 
 class KeepsAHalfTrainedModel(Mutant):
-    breaks = "check_failed_fit"
+    breaks: ClassVar[str] = "check_failed_fit"
 
     def fit(self, X, y, **params):
         try:
@@ -410,7 +411,7 @@ class KeepsAHalfTrainedModel(Mutant):
 
 
 class LosesTheOldModel(Mutant):
-    breaks = "check_failed_refit"
+    breaks: ClassVar[str] = "check_failed_refit"
 
     def fit(self, X, y, **params):
         for name in [name for name in vars(self) if name.endswith("_")]:
@@ -419,18 +420,18 @@ class LosesTheOldModel(Mutant):
 
 
 class LosesTheOldModelWhenWarm(LosesTheOldModel):
-    breaks = "check_failed_warm_start"
+    breaks: ClassVar[str] = "check_failed_warm_start"
 
 
 class PredictsCodes(Mutant):
-    breaks = "check_label_types"
+    breaks: ClassVar[str] = "check_label_types"
 
     def predict(self, X):
         return np.searchsorted(self.classes_, super().predict(X))
 
 
 class DropsRareClasses(Mutant):
-    breaks = "check_class_with_one_sample"
+    breaks: ClassVar[str] = "check_class_with_one_sample"
 
     def fit(self, X, y, **params):
         keep = np.bincount(y)[y] > 1
@@ -438,7 +439,7 @@ class DropsRareClasses(Mutant):
 
 
 class AlwaysThreeColumns(Mutant):
-    breaks = "check_class_missing_from_fold"
+    breaks: ClassVar[str] = "check_class_missing_from_fold"
 
     def predict_proba(self, X):
         proba = super().predict_proba(X)
@@ -446,7 +447,7 @@ class AlwaysThreeColumns(Mutant):
 
 
 class IgnoresGroups(Mutant):
-    breaks = "check_groups_stay_whole"
+    breaks: ClassVar[str] = "check_groups_stay_whole"
 
     def fit(self, X, y, groups=None):
         return super().fit(X, y)
@@ -455,11 +456,11 @@ class IgnoresGroups(Mutant):
 class BrokenSampler(SPMixSampler):
     """Sound until a subclass breaks it."""
 
-    breaks: str
+    breaks: ClassVar[str]
 
 
 class ShufflesOriginals(BrokenSampler):
-    breaks = "check_sampler_keeps_originals"
+    breaks: ClassVar[str] = "check_sampler_keeps_originals"
 
     def fit_resample(self, X, y, **params):
         X, y = super().fit_resample(X, y, **params)
@@ -467,7 +468,7 @@ class ShufflesOriginals(BrokenSampler):
 
 
 class MixesFlatRows(BrokenSampler):
-    breaks = "check_sampler_layouts"
+    breaks: ClassVar[str] = "check_sampler_layouts"
 
     def fit_resample(self, X, y, **params):
         with warnings.catch_warnings():
@@ -477,35 +478,35 @@ class MixesFlatRows(BrokenSampler):
 
 
 class StacksListsOfImages(BrokenSampler):
-    breaks = "check_sampler_lists_that_mix_scales"
+    breaks: ClassVar[str] = "check_sampler_lists_that_mix_scales"
 
     def fit_resample(self, X, y, **params):
         return super().fit_resample(np.stack(X), y, **params)
 
 
 class StacksLazyImages(BrokenSampler):
-    breaks = "check_sampler_lazy_images"
+    breaks: ClassVar[str] = "check_sampler_lazy_images"
 
     def fit_resample(self, X, y, **params):
         return super().fit_resample(np.stack([X[i] for i in range(len(X))]), y, **params)
 
 
 class MixesPatientsWithThemselves(BrokenSampler):
-    breaks = "check_sampler_keeps_patients_apart"
+    breaks: ClassVar[str] = "check_sampler_keeps_patients_apart"
 
     def _pairs(self, y, groups, rng):
         return super()._pairs(y, np.arange(len(y)), rng)
 
 
 class DrawsPairsFromTheGlobalGenerator(BrokenSampler):
-    breaks = "check_sampler_random_state"
+    breaks: ClassVar[str] = "check_sampler_random_state"
 
     def _pairs(self, y, groups, rng):
         return super()._pairs(y, groups, np.random.default_rng(np.random.randint(9)))  # noqa: NPY002
 
 
 class DividesMixesByContrast(BrokenSampler):
-    breaks = "check_sampler_rare_and_constant"
+    breaks: ClassVar[str] = "check_sampler_rare_and_constant"
 
     def fit_resample(self, X, y, **params):
         with np.errstate(all="ignore"):
@@ -515,7 +516,7 @@ class DividesMixesByContrast(BrokenSampler):
 
 
 class MixesNaN(BrokenSampler):
-    breaks = "check_sampler_non_finite_images"
+    breaks: ClassVar[str] = "check_sampler_non_finite_images"
 
     def fit_resample(self, X, y, **params):
         return super().fit_resample(np.nan_to_num(X), y, **params)

@@ -20,14 +20,22 @@ from sklearn_medimb import (
     SPMixClassifier,
     losses,
 )
-from sklearn_medimb._data.batches import Batches, Preprocessor
+from sklearn_medimb._data.batches import Batches, Context, Preprocessor
 from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.layout import infer_layout
 from sklearn_medimb._data.plans import class_balanced, shuffled
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.base._one_stage import LOSSES, CosineHead
-from sklearn_medimb.losses import LabelLoss
+from sklearn_medimb.base import CosineHead
+from sklearn_medimb.losses import (
+    LOSSES,
+    ClassBalancedLoss,
+    CrossEntropyLoss,
+    FocalLoss,
+    LabelLoss,
+    LDAMLoss,
+)
+from sklearn_medimb.methods import Contrast
 from sklearn_medimb.methods._softmax import MixedBatches
 
 COUNTS = [100.0, 30.0, 4.0, 1.0]
@@ -329,11 +337,11 @@ def fit(X, y, partly=False, **params):
     ("params", "switch"),
     [
         ({"loss": "ldam"}, 12),
-        ({"loss": "ldam", "reweight_after": None}, None),
+        ({"loss": LDAMLoss(reweight_after=None)}, None),
         ({"loss": "cross_entropy"}, None),
-        ({"loss": "cross_entropy", "reweight_after": 0.5}, 12),
-        ({"loss": "focal", "reweight_after": 0.0}, 0),
-        ({"loss": "class_balanced", "reweight_after": 0.5}, None),
+        ({"loss": CrossEntropyLoss(reweight_after=0.5)}, 12),
+        ({"loss": FocalLoss(reweight_after=0.0)}, 0),
+        ({"loss": ClassBalancedLoss()}, 0),
     ],
     ids=str,
 )
@@ -395,10 +403,10 @@ def test_ten_classes_of_100_to_3_keep_the_step_at_the_switch():
 
 REWEIGHTED = [
     {"loss": "ldam"},
-    {"reweight_after": 0.5},
-    {"loss": "class_balanced", "beta": 0.9},
+    {"loss": CrossEntropyLoss(reweight_after=0.5)},
+    {"loss": ClassBalancedLoss(beta=0.9)},
     {"loss": "ldam", "class_weight": "balanced"},
-    {"loss": "focal", "reweight_after": 0.2, "class_weight": {0: 1e-6, 1: 3e-6, 2: 9e-6}},
+    {"loss": FocalLoss(reweight_after=0.2), "class_weight": {0: 1e-6, 1: 3e-6, 2: 9e-6}},
     {"loss": "ldam", "mixup": "mixup"},
     {"loss": "ldam", "mixup": "balanced", "mixup_alpha": 2.0},
     {"loss": "class_balanced", "sampler": RandomOverSampler(sampling_strategy={2: 12})},
@@ -454,7 +462,7 @@ SCALED = {
     "softmax": lambda **p: SoftmaxClassifier(**p),
     "softmax, reweighted": lambda **p: SoftmaxClassifier(**p, loss="ldam"),
     "spmix": lambda **p: SPMixClassifier(**p, pairing="code"),
-    "spmix, supcon": lambda **p: SPMixClassifier(**p, contrast="supcon", w_con=1.0),
+    "spmix, supcon": lambda **p: SPMixClassifier(**p, contrast=Contrast("supcon", weight=1.0)),
     "spmix, gpaco": lambda **p: SPMixClassifier(**p, contrast="gpaco", pairing="code"),
     "metric two-stage": lambda **p: MetricTwoStageClassifier(**p, metric_weight=1.0),
     "lmd": lambda **p: LMDClassifier(**p, relation_start=0.0, n_rounds=2),
@@ -486,7 +494,9 @@ def test_deferred_weights_switch_beside_a_contrast_too(contrast):
     params = {"contrast": contrast, "pairing": "code", "mix_prob": 0.0, "max_epochs": 4}
     common = {"batch_size": 19, "augment": "none", "precision": "float64", "random_state": 0}
     early, late = (
-        SPMixClassifier(ConvNet((4,)), **params, **common, reweight_after=after).fit(X, y)
+        SPMixClassifier(
+            ConvNet((4,)), **params, **common, loss=CrossEntropyLoss(reweight_after=after)
+        ).fit(X, y)
         for after in (None, 0.5)
     )
     values = [[row["train_loss"] for row in clf.history_] for clf in (early, late)]
@@ -497,7 +507,7 @@ def test_deferred_weights_switch_beside_a_contrast_too(contrast):
 ABSENT = [
     *({"loss": loss} for loss in LOSSES),
     {"class_weight": "balanced"},
-    {"reweight_after": 0.0},
+    {"loss": CrossEntropyLoss(reweight_after=0.0)},
     {"mixup": "balanced"},
     {"post_hoc_tau": 1.0},
 ]
@@ -532,10 +542,12 @@ def batches_of(plan, rng, y=TAIL, weight=None):
         np.arange(len(y)),
         torch.from_numpy(mass.astype(np.float32)),
         plan,
-        Preprocessor(np.zeros(1), np.ones(1), dtype=torch.float32, device=torch.device("cpu")),
-        [Augmentation()],
-        rng=rng,
-        generator=torch.Generator().manual_seed(0),
+        Context(
+            Preprocessor(np.zeros(1), np.ones(1), dtype=torch.float32, device=torch.device("cpu")),
+            (Augmentation(),),
+            rng,
+            torch.Generator().manual_seed(0),
+        ),
     )
 
 

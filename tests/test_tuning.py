@@ -47,6 +47,8 @@ from sklearn_medimb import (
 )
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import MLP, ConvNet, HybridViT, ResNet, ViT
+from sklearn_medimb.losses import FocalLoss
+from sklearn_medimb.methods import Contrast
 from sklearn_medimb.rebalance import RebalancedHead
 from sklearn_medimb.tuning import OptunaPruning, search_space, suggest
 from tests.conftest import make_blobs
@@ -223,11 +225,14 @@ def test_pipelines_and_meta_estimators_prefix():
 
 
 def test_parameters_that_exclude_each_other():
-    plain, gpaco = search_space(SPMixClassifier), search_space(SPMixClassifier(contrast="gpaco"))
+    plain, gpaco = search_space(SPMixClassifier), search_space(SPMixClassifier(contrast=Contrast()))
+    ours = {"contrast__weight", "contrast__key_momentum"}
     assert "loss" in plain
-    assert not {"w_con", "key_momentum"} & set(plain)
-    assert {"w_con", "key_momentum", "class_weight", "post_hoc_tau"} <= set(gpaco)
-    assert not {"loss", "tau"} & set(gpaco)
+    assert not ours & set(plain)
+    assert {*ours, "class_weight", "post_hoc_tau"} <= set(gpaco)
+    assert "loss" not in gpaco
+    assert "loss" not in search_space(SPMixClassifier(contrast="gpaco"))
+    assert "loss__gamma" in search_space(SoftmaxClassifier(loss=FocalLoss()))
     soft = search_space(MetricTwoStageClassifier(margin="soft"))
     assert not {"margin", "metric_loss"} & set(soft)
     assert "loss" in search_space(SPMixClassifier(contrast="supcon"))

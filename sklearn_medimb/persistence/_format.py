@@ -21,6 +21,8 @@ MODULES = (
     "sklearn_medimb",
     "sklearn_medimb.augment",
     "sklearn_medimb.backbones",
+    "sklearn_medimb.losses",
+    "sklearn_medimb.methods",
     "sklearn.discriminant_analysis",
     "sklearn.frozen",
     "sklearn.linear_model",

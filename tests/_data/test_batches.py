@@ -10,7 +10,7 @@ from imblearn.under_sampling import NearMiss, RandomUnderSampler
 from torch.utils.data import DataLoader, TensorDataset
 
 from sklearn_medimb import BalancedBatchSampler, SoftmaxClassifier
-from sklearn_medimb._data.batches import Batches, Preprocessor
+from sklearn_medimb._data.batches import Batches, Context, Preprocessor
 from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.layout import infer_layout
 from sklearn_medimb._data.plans import class_balanced, pk, shuffled
@@ -190,10 +190,12 @@ def make_batches(array, *, rows=None, targets=None, plan=None, augment="none", s
         rows,
         torch.as_tensor(rows if targets is None else targets),
         plan or (lambda rng: shuffled(len(rows), 4, rng)),
-        Preprocessor(np.zeros(channels), np.ones(channels), dtype=torch.float32, device=CPU),
-        [augment] * n_views,
-        rng=rng(seed),
-        generator=torch.Generator().manual_seed(seed),
+        Context(
+            Preprocessor(np.zeros(channels), np.ones(channels), dtype=torch.float32, device=CPU),
+            (augment,) * n_views,
+            rng(seed),
+            torch.Generator().manual_seed(seed),
+        ),
     )
 
 

@@ -266,7 +266,7 @@ CALLS = {
     ),
     "predict": lambda images: fitted().predict_proba(images),
     "transform": lambda images: fitted().transform(images),
-    "compare": lambda images: fitted(CSSNClassifier).compare(images, UNIT),
+    "pair_proba": lambda images: fitted(CSSNClassifier).pair_proba(images, UNIT),
     "further training": continued,
     "refit_head": lambda images: (
         make(MetricTwoStageClassifier).fit(UNIT, Y).refit_head(images, Y).predict_proba(UNIT)
@@ -612,7 +612,7 @@ def test_absurd_pixel_is_named(cls, container):
         if cls is CSSNClassifier:
             for pair in ((UNIT, images), (images, UNIT)):
                 with pytest.raises(ValueError, match=r"\brow 7\b"):
-                    clf.compare(*pair)
+                    clf.pair_proba(*pair)
 
 
 def test_absurd_pixel_in_a_map_is_named():

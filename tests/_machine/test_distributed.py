@@ -24,6 +24,7 @@ from sklearn_medimb import (
     SSLEncoder,
 )
 from sklearn_medimb.backbones import ViT
+from sklearn_medimb.methods import Contrast
 from tests.conftest import make_blobs
 
 # Layer normalisation: the statistics of batch normalisation belong to each process's share.
@@ -181,7 +182,7 @@ def run_out(*args):
     [
         (SoftmaxClassifier, {}),
         (CSSNClassifier, {}),
-        (SPMixClassifier, {"level": "image", "contrast": "gpaco", "key_momentum": 0.9}),
+        (SPMixClassifier, {"level": "image", "contrast": Contrast(key_momentum=0.9)}),
     ],
     ids=["network", "pairs", "queue"],
 )
@@ -199,7 +200,7 @@ def test_out_of_memory_halves_what_the_backbone_sees(Classifier, params, when):
     assert len([w for w in caught if "Memory ran out" in str(w.message)]) == 1
     sizes = frugal.net_.module_.trunk.backbone.seen
     assert max(sizes) > 7
-    if "key_momentum" not in params:  # what has no gradient needs no parts
+    if "contrast" not in params:  # what has no gradient needs no parts
         assert max(sizes[len(sizes) // 2 :]) <= 7  # it stays with what it found
     assert [row["train_loss"] for row in frugal.history_] == pytest.approx(
         [row["train_loss"] for row in plain.history_], rel=1e-9

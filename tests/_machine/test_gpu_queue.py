@@ -34,6 +34,7 @@ from sklearn_medimb._training.net import Net
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.base._encoder import BaseImageEncoder
+from sklearn_medimb.methods import Contrast
 from tests.conftest import make_blobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -166,7 +167,7 @@ PAIR_OF_IMAGES = {"reference": "paired", "spatial_dims": 2, "batch_size": 8}
         (MetricTwoStageClassifier(metric_batch="shared"), 60),
         (SPMixClassifier(), 60),
         (SPMixClassifier(contrast="gpaco"), 2 * 60),
-        (SPMixClassifier(contrast="supcon", key_momentum=0.9, batch_size=16), 2 * 16),
+        (SPMixClassifier(contrast=Contrast("supcon", key_momentum=0.9), batch_size=16), 2 * 16),
         (AMIMVEncoder(), 4 * 60),
         (SSLEncoder(), 2 * 60),
         (SSLEncoder("moco", batch_size=20), 2 * 20),

@@ -37,6 +37,7 @@ from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.base import _encoder as engine
 from sklearn_medimb.base._encoder import ENCODERS, PRETRAINING, EncoderNetwork, resolve_encoder
+from sklearn_medimb.methods import Contrast
 from tests._data.test_batches import make_batches, noise_images, numbered
 from tests.base.test_training import CrashAfter
 from tests.conftest import make_blobs
@@ -747,7 +748,7 @@ def copies(data, Classifier, **params):
 @pytest.mark.parametrize(
     ("Classifier", "params"),
     [
-        (SPMixClassifier, {"contrast": "gpaco", "key_momentum": 0.999}),
+        (SPMixClassifier, {"contrast": Contrast(key_momentum=0.999)}),
         (LMDClassifier, {"relation_start": 0, "stages": "rrl"}),
     ],
 )

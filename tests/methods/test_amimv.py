@@ -17,7 +17,7 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.svm import LinearSVC
 
 from sklearn_medimb import AMIMVClassifier, AMIMVEncoder, SoftmaxClassifier
-from sklearn_medimb._training.objectives import Encoded, encode
+from sklearn_medimb._training.objectives import EncodedViews, encode
 from sklearn_medimb._training.views import ViewBatches
 from sklearn_medimb.augment import Augmentation, resolve_augmentation
 from sklearn_medimb.backbones import as_features
@@ -337,7 +337,7 @@ def test_batch_statistics_of_the_target_are_its_own():
     own = [*objective.target["trunk"].buffers(), *objective.target["projector"].buffers()]
     before = snapshot(own)
     assert not all_equal(own, online)
-    objective.update_target(network)
+    objective.before_step(network)
     assert all_equal(own, before)  # parameters follow, statistics do not
 
 
@@ -346,7 +346,7 @@ def test_steps_without_a_positive_are_counted_and_have_no_gradient():
     network = small_network()
     objective = make(network)
     features.requires_grad_()
-    encoded = Encoded(list(features.chunk(2)), list(views(4)["target"].chunk(2)))
+    encoded = EncodedViews(list(features.chunk(2)), list(views(4)["target"].chunk(2)))
     for thresholds, counted, has_gradient in (
         (None, 0, True),
         ((0.9998, 0.9999), 1, False),

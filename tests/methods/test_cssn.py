@@ -272,7 +272,7 @@ class TestTraining:
         assert balanced_accuracy_score(y_test, clf.predict(X_test)) > 0.9
 
     def test_head_learning_rate_applies_to_the_head_only(self, tiny, blobs):
-        clf = CSSNClassifier(**tiny, lr=1e-5, head_lr=1e-2, lr_schedule="constant").fit(*blobs)
+        clf = CSSNClassifier(**tiny, lr=1e-2, backbone_lr=1e-3, lr_schedule="constant").fit(*blobs)
         module, groups = clf.net_.module_, clf.net_.optimizer_.param_groups
 
         def rates(*parts):
@@ -349,7 +349,7 @@ class TestSupports:
             for column, label in enumerate(fitted.classes_):
                 chosen = fitted.support_labels_ == label
                 supports = X[fitted.support_indices_[chosen]]
-                p = fitted.compare(np.repeat(X[row : row + 1], len(supports), 0), supports)
+                p = fitted.pair_proba(np.repeat(X[row : row + 1], len(supports), 0), supports)
                 expected = (p * fitted.support_weights_[chosen]).sum()
                 assert fitted.similarity(X)[row, column] == pytest.approx(expected, rel=1e-4)
 
@@ -417,8 +417,8 @@ class TestSupports:
         plain = CSSNClassifier(**tiny).fit(X, y)
         symmetric = CSSNClassifier(**tiny, symmetric=True).fit(X, y)
         a, b = X[:10], X[10:20]
-        assert not np.allclose(plain.compare(a, b), plain.compare(b, a))
-        assert np.allclose(symmetric.compare(a, b), symmetric.compare(b, a))
+        assert not np.allclose(plain.pair_proba(a, b), plain.pair_proba(b, a))
+        assert np.allclose(symmetric.pair_proba(a, b), symmetric.pair_proba(b, a))
 
     def test_single_sample_class_supports_itself(self, tiny):
         X, y = make_blobs((20, 1))

@@ -159,10 +159,10 @@ class TestWhatIsMeasured:
             assert evidence.maps[row, 1, 2] == pytest.approx(odds - left, abs=1e-4)
             for k, m in np.ndindex(3, 2):
                 near = evidence.indices[row, k, m]
-                z = logit(fitted.compare(image, pixels[near][None]))[0]
-                fall = z - logit(fitted.compare(without(row, box), pixels[near][None]))[0]
+                z = logit(fitted.pair_proba(image, pixels[near][None]))[0]
+                fall = z - logit(fitted.pair_proba(without(row, box), pixels[near][None]))[0]
                 assert evidence.query_maps[row, k, m, 1, 2] == pytest.approx(fall, abs=1e-3)
-                fall = z - logit(fitted.compare(image, without(near, box)))[0]
+                fall = z - logit(fitted.pair_proba(image, without(near, box)))[0]
                 assert evidence.support_maps[row, k, m, 1, 2] == pytest.approx(fall, abs=1e-3)
 
     def test_nearest_supports_of_each_class(self, fitted, blobs):
@@ -176,7 +176,7 @@ class TestWhatIsMeasured:
             assert (y[near] == k).all()
             assert len(set(near)) == 4
             members = np.unique(fitted.support_indices_[fitted.support_codes_ == k])
-            p = fitted.compare(np.repeat(X[row : row + 1], len(members), 0), X[members])
+            p = fitted.pair_proba(np.repeat(X[row : row + 1], len(members), 0), X[members])
             assert evidence.scores[row, k] == pytest.approx(np.sort(p)[::-1][:4], abs=1e-5)
 
     def test_the_published_maps_are_at_hand(self, fitted, blobs):
@@ -185,7 +185,7 @@ class TestWhatIsMeasured:
         assert M.shape == (3, 8, 8)
         with torch.no_grad():
             z = fitted._map_logits(torch.from_numpy(M)).sigmoid().numpy()
-        assert np.allclose(z, fitted.compare(X[:3], X[3:6]), atol=1e-5)
+        assert np.allclose(z, fitted.pair_proba(X[:3], X[3:6]), atol=1e-5)
 
     def test_a_repeated_image_is_one_neighbour(self, tiny, blobs):
         from imblearn.over_sampling import RandomOverSampler

@@ -20,7 +20,8 @@ from sklearn_medimb import LMDClassifier, SoftmaxClassifier, VirtualFeatureCalib
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.augment import Augmentation, resolve_augmentation
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.base._two_stage import STAGE_ONE, STAGE_TWO, Output
+from sklearn_medimb.base import Output
+from sklearn_medimb.base._two_stage import STAGE_ONE, STAGE_TWO
 from sklearn_medimb.methods._lmd import (
     ICCLoss,
     LMDNetwork,
@@ -302,10 +303,10 @@ def test_teacher_is_an_exact_copy_after_the_first_step():
     student = small_network()
     loss = make_rrl_loss(student)
     move(student, 1)
-    loss.update_teacher(student)
+    loss.after_step(student)
     assert all_equal(loss.teacher.parameters(), student.parameters())
     move(student, 2)
-    loss.update_teacher(student)
+    loss.after_step(student)
     assert not all_equal(loss.teacher.parameters(), student.parameters())
 
 
@@ -314,7 +315,7 @@ def test_teacher_without_memory_is_always_a_copy():
     loss = make_rrl_loss(student, decay=0)
     for step in range(5):
         move(student, step)
-        loss.update_teacher(student)
+        loss.after_step(student)
         assert all_equal(loss.teacher.parameters(), student.parameters())
 
 
@@ -326,7 +327,7 @@ def test_teacher_is_the_running_mean_of_the_student(decay):
     past = []
     for t in range(8):
         move(student, t)
-        loss.update_teacher(student)
+        loss.after_step(student)
         past.append(snapshot(student.parameters()))
         a = min(1 - 1 / (t + 1), decay)
         expected = [a * old + (1 - a) * new for old, new in zip(expected, past[-1], strict=True)]
@@ -345,7 +346,7 @@ def test_running_means_follow_the_student_only_where_the_teacher_uses_them(teach
     students = []
     for step in range(3):
         move(student, step)
-        loss.update_teacher(student)
+        loss.after_step(student)
         students.append(snapshot(running_stats(student)))
     if teacher_mode == "train":
         assert all_equal(running_stats(loss.teacher), before)
@@ -369,12 +370,12 @@ def test_step_count_travels_with_the_state():
     loss = make_rrl_loss(student)
     for step in range(3):
         move(student, step)
-        loss.update_teacher(student)
+        loss.after_step(student)
     other = make_rrl_loss(small_network(1))
     other.load_state_dict(loss.state_dict())
     move(student, 3)
     for one in (loss, other):
-        one.update_teacher(student)
+        one.after_step(student)
     assert all_equal(loss.teacher.parameters(), other.teacher.parameters())
 
 
@@ -408,7 +409,7 @@ def test_stage_one_loss_is_the_weighted_sum_of_its_terms(teacher_mode):
 
 def test_only_the_running_mean_moves_the_teacher_of_a_fit(tiny, blobs, monkeypatch):
     # Its parameters belong to the criterion, so the optimiser is told of them.
-    monkeypatch.setattr(RRLLoss, "update_teacher", lambda self, student: None)
+    monkeypatch.setattr(RRLLoss, "after_step", lambda self, student: None)
     seen = []
 
     def record(net):

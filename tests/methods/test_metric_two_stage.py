@@ -30,7 +30,7 @@ from sklearn_medimb import (
     SoftmaxClassifier,
 )
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.base._two_stage import Output
+from sklearn_medimb.base import Output
 from sklearn_medimb.losses import LabelLoss, cross_entropy
 from sklearn_medimb.methods._metric_two_stage import MetricStageLoss
 from sklearn_medimb.metric_losses import (

@@ -13,7 +13,7 @@ from sklearn.base import clone
 from torch.nn.functional import normalize
 
 from sklearn_medimb import SSLEncoder
-from sklearn_medimb._training.objectives import Encoded, encode
+from sklearn_medimb._training.objectives import EncodedViews, encode
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.methods._self_supervised import (
     METHODS,
@@ -189,7 +189,7 @@ def test_the_target_begins_as_a_copy_and_follows(method):
         for p in (*network.parameters(), *objective.projector.parameters()):
             p += 1
     assert all_equal([*target.parameters(), *projector.parameters()], before)
-    objective.update_target(network)
+    objective.before_step(network)
     for new, old in zip([*target.parameters(), *projector.parameters()], before, strict=True):
         assert torch.allclose(new, old + 0.25, rtol=0, atol=1e-12)
 
@@ -282,7 +282,7 @@ def test_simsiam_stops_the_gradient_of_its_targets():
     objective = make("simsiam", network)
     features = torch.rand(8, network.n_features, dtype=torch.float64, requires_grad=True)
     halves = features.chunk(2)
-    value = objective(Encoded(list(halves), []), torch.zeros(4))
+    value = objective(EncodedViews(list(halves), []), torch.zeros(4))
     (gradient,) = torch.autograd.grad(value, features)
     z1, z2 = (objective.projector(half) for half in halves)
     p1, p2 = objective.predictor(z1), objective.predictor(z2)
@@ -341,7 +341,7 @@ def test_batch_normalisation_sees_what_the_authors_code_shows_it(method):
     branches = {"online": torch.from_numpy(np.concatenate(online))}
     if n_target:
         branches["target"] = torch.from_numpy(np.concatenate(target))
-    objective.update_target(network)
+    objective.before_step(network)
     value = objective(encoded(method, network, branches), torch.zeros(5)).item()
 
     norms, running = [], {"mean": np.zeros(6)}

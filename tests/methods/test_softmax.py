@@ -11,7 +11,7 @@ from sklearn.metrics import balanced_accuracy_score, recall_score
 
 from sklearn_medimb import SoftmaxClassifier
 from sklearn_medimb.backbones import MLP, ConvNet
-from sklearn_medimb.base._one_stage import LOSSES
+from sklearn_medimb.losses import LOSSES, CrossEntropyLoss, LogitAdjustedLoss
 from tests.conftest import make_blobs
 
 
@@ -43,7 +43,7 @@ def test_every_loss_learns(loss, blobs):
         {"loss": "logit_adjusted"},
         {"loss": "ldam"},
         {"post_hoc_tau": 1.0},
-        {"reweight_after": 0.5},
+        {"loss": CrossEntropyLoss(reweight_after=0.5)},
         {"sampler": RandomOverSampler()},
         {"sampler": RandomUnderSampler()},
         {"sampler": SMOTE()},
@@ -64,7 +64,7 @@ def test_remedies_raise_the_recall_of_the_tail(remedy):
 def test_balanced_softmax_is_logit_adjustment_with_tau_one():
     X, y = overlapping()
     one = SoftmaxClassifier(loss="balanced_softmax", max_epochs=3, random_state=0).fit(X, y)
-    two = SoftmaxClassifier(loss="logit_adjusted", tau=1, max_epochs=3, random_state=0).fit(X, y)
+    two = SoftmaxClassifier(loss=LogitAdjustedLoss(tau=1.0), max_epochs=3, random_state=0).fit(X, y)
     assert np.array_equal(one.predict_proba(X), two.predict_proba(X))
 
 

@@ -24,6 +24,7 @@ from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import MLP, ConvNet, HybridViT, ResNet, ViT
 from sklearn_medimb.datasets import make_lesions
 from sklearn_medimb.losses import LabelLoss, cross_entropy, logit_adjusted
+from sklearn_medimb.methods import Contrast
 from sklearn_medimb.methods._spmix import (
     MixedOutput,
     MixedViews,
@@ -35,7 +36,7 @@ from sklearn_medimb.methods._spmix import (
 from sklearn_medimb.methods._tailboost import ContrastLoss, gpaco_loss, supcon_with_memory
 from sklearn_medimb.metric_losses import supcon
 from sklearn_medimb.mixing import spmix_ratio
-from sklearn_medimb.saliency import fine_grained
+from sklearn_medimb.saliency import SaliencyMap, fine_grained
 from tests._data.test_batches import make_batches
 from tests.base.test_training import CrashAfter
 from tests.conftest import make_blobs
@@ -47,7 +48,13 @@ TINY_HYBRID = HybridViT(
 TINY_RESNET = ResNet(18, width=4)
 TINY_CONV = ConvNet(widths=(4, 8))
 
-CONTRAST = {"contrast": "gpaco", "projection_dim": 8, "projection_hidden": 16}
+
+def contrast(kind="gpaco", **params):
+    """A small contrast of two views, as a parameter."""
+    return {"contrast": Contrast(kind, projection_dim=8, hidden=16, **params)}
+
+
+CONTRAST = contrast()
 
 
 def small(**params):
@@ -315,11 +322,11 @@ WEIGHT = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
 def contrast_loss(net, kind="gpaco", *, key_momentum=None, queue_size=0, w_con=0.3, **params):
     torch.manual_seed(1)
     label_loss = LabelLoss(cross_entropy, WEIGHT)
-    settings = {"gamma": 0.7, "temperature": 0.2, "projection_dim": 6, "hidden": 10, **params}
-    return ContrastLoss(
-        net, kind, label_loss, LOG_PRIOR, w_con=w_con, queue_size=queue_size,
-        key_momentum=key_momentum, **settings,
-    ).double()  # fmt: skip
+    settings = Contrast(
+        kind, weight=w_con, gamma=0.7, temperature=0.2, projection_dim=6, hidden=10,
+        queue_size=queue_size, key_momentum=key_momentum, **params,
+    )  # fmt: skip
+    return ContrastLoss(net, settings, label_loss, LOG_PRIOR, n_images=60).double()
 
 
 def output(n=5, seed=0, keys=None):
@@ -421,8 +428,10 @@ def test_remembered_keys_attract_queries_of_their_class():
 def test_places_of_the_queue_that_nothing_has_filled_have_no_influence(blobs):
     X, y = blobs
     X, y = X[:10], np.arange(10) % 2
-    params = {**CONTRAST, "batch_size": 5, "max_epochs": 1, "w_con": 1.0}
-    one, two, none = (small(**params, queue_size=size).fit(X, y) for size in (10, 1000, 0))
+    params = {"batch_size": 5, "max_epochs": 1}
+    one, two, none = (
+        small(**params, **contrast(weight=1.0, queue_size=size)).fit(X, y) for size in (10, 1000, 0)
+    )
     assert_same_weights(one, two)
     assert one.history_[0]["train_loss"] == two.history_[0]["train_loss"]
     assert differ(one, none)
@@ -493,7 +502,7 @@ def test_key_encoder_is_the_running_mean_of_the_network(momentum, blobs):
         encoder = net.criterion_.key_encoder
         keys.append({name: p.detach().clone() for name, p in encoder.named_parameters()})
 
-    clf = watched(small(**CONTRAST, key_momentum=momentum, lr=0.05), X, y, look)
+    clf = watched(small(**contrast(key_momentum=momentum), lr=0.05), X, y, look)
     assert keys[0].keys() == queries[0].keys()
     expected = queries[0]
     for q, k in zip(queries, keys, strict=True):
@@ -511,7 +520,7 @@ def test_key_encoder_is_the_running_mean_of_the_network(momentum, blobs):
 
 
 def test_key_encoder_sees_the_second_view(blobs):
-    params = {**CONTRAST, "key_momentum": 0.9, "mix_prob": 1.0}
+    params = {**contrast(key_momentum=0.9), "mix_prob": 1.0}
     clf = small(**params, augment=Augmentation(horizontal_flip=0.5))
     alike = []
     for batch, mass in batches_of(clf, *blobs):
@@ -1182,7 +1191,7 @@ def test_polarity_and_mask_reach_the_detector():
     X[:, :, :6] = 0  # a black border
     maps = {}
     for params in ({"polarity": "dark"}, {"polarity": "bright"}, {"mask": "auto"}, {}):
-        clf = small(**params, max_epochs=1).fit(X, data.target)
+        clf = small(saliency=SaliencyMap(**params), max_epochs=1).fit(X, data.target)
         train = TrainingSet(clf._read(X), np.arange(20), data.target)
         maps[str(params)] = clf._maps(train, (16, 16)).double() / 255
     dark, bright, masked, plain = maps.values()
@@ -1216,7 +1225,9 @@ def test_shares_have_the_grid_of_the_stage(layer, blobs):
 
 def test_lesions_prevail_over_background():
     data = make_lesions([20, 20], image_size=32, difficulty=0.3, random_state=0)
-    clf = small(polarity="dark", max_epochs=1, device="cpu").fit(data.images, data.target)
+    clf = small(saliency=SaliencyMap(polarity="dark"), max_epochs=1, device="cpu").fit(
+        data.images, data.target
+    )
     grid = clf.net_.module_.grid
     maps = clf._maps(TrainingSet(clf._read(data.images), np.arange(40), data.target), grid)
     base, partner = np.flatnonzero(data.target == 1), np.flatnonzero(data.target == 0)
@@ -1257,7 +1268,7 @@ def test_without_mixing_it_is_the_softmax_classifier(params, blobs):
     assert differ(small(**params, pairing="code", mix_prob=1.0).fit(X, y), baseline)
 
 
-@pytest.mark.parametrize("params", [{}, CONTRAST, {**CONTRAST, "key_momentum": 0.9}], ids=str)
+@pytest.mark.parametrize("params", [{}, CONTRAST, contrast(key_momentum=0.9)], ids=str)
 def test_predictions_do_not_depend_on_the_company(params, blobs, monkeypatch):
     X, y = blobs
     clf = small(**params, mix_prob=1.0).fit(X, y)
@@ -1288,14 +1299,14 @@ def test_clones_fit_alike_and_labels_may_be_texts(blobs):
 
 def test_contrast_leaves_nothing_behind(blobs):
     X, y = blobs
-    clf = small(**CONTRAST, key_momentum=0.9).fit(X, y)
+    clf = small(**contrast(key_momentum=0.9)).fit(X, y)
     plain = small().fit(X, y)
     assert clf.weights_.keys() == plain.weights_.keys()
     assert [v.shape for v in clf.weights_.values()] == [v.shape for v in plain.weights_.values()]
 
 
 def test_history_tells_labels_and_contrast_apart(blobs):
-    clf = small(**{**CONTRAST, "contrast": "supcon", "w_con": 0.7}).fit(*blobs)
+    clf = small(**contrast("supcon", weight=0.7)).fit(*blobs)
     for row in clf.history_:
         total = row["train_label"] + 0.7 * row["train_contrast"]
         assert row["train_loss"] == pytest.approx(total)
@@ -1304,7 +1315,7 @@ def test_history_tells_labels_and_contrast_apart(blobs):
 
 def test_supcon_keeps_the_label_loss(blobs):
     X, y = blobs
-    params = {**CONTRAST, "contrast": "supcon"}
+    params = contrast("supcon")
     clf = small(**params, loss="ldam").fit(X, y)
     assert "head.bias" not in clf.weights_  # cosines
     one, two = (small(**params, loss=loss).fit(X, y) for loss in ("focal", "cross_entropy"))
@@ -1314,31 +1325,33 @@ def test_supcon_keeps_the_label_loss(blobs):
 def test_every_constant_of_the_contrast_matters(blobs):
     X, y = blobs
     base = small(**CONTRAST).fit(X, y)
-    for params in ({"w_con": 1.0}, {"gamma": 0.1}, {"temperature": 1.0}, {"queue_size": 3}):
-        assert differ(small(**{**CONTRAST, **params}).fit(X, y), base), params
+    for params in ({"weight": 1.0}, {"gamma": 0.1}, {"temperature": 1.0}, {"queue_size": 3}):
+        assert differ(small(**contrast(**params)).fit(X, y), base), params
     criterion = base.net_.criterion_
     assert criterion.projector[0].weight.shape == (16, 8)
     assert criterion.queue.keys.shape[1] == 8
 
 
-@pytest.mark.parametrize("contrast", [None, "supcon", "gpaco"])
-def test_training_learns(contrast, blobs):
+@pytest.mark.parametrize("kind", [None, "supcon", "gpaco"])
+def test_training_learns(kind, blobs):
     X, y = blobs
-    params = {"backbone": ConvNet(widths=(8, 16)), "lr": 2e-2, **CONTRAST, "contrast": contrast}
+    params = {"backbone": ConvNet(widths=(8, 16)), "lr": 2e-2}
+    params |= {} if kind is None else contrast(kind)
     # The samples in the softmax of GPaCo leave little to the class centres at first.
-    clf = small(**params, max_epochs=30 if contrast == "gpaco" else 10).fit(X, y)
+    clf = small(**params, max_epochs=30 if kind == "gpaco" else 10).fit(X, y)
     assert clf.score(X, y) > 0.9
 
 
 def test_tailboost_is_a_preset():
     clf = SPMixClassifier.tailboost()
     assert isinstance(clf.backbone, HybridViT)
-    assert (clf.contrast, clf.pairing, clf.mix_prob) == ("gpaco", "code", 1.0)
-    assert (clf.w_con, clf.gamma, clf.temperature) == (0.05, 1.0, 0.2)
-    assert (clf.projection_dim, clf.projection_hidden) == (256, 4096)
+    assert (clf.pairing, clf.mix_prob) == ("code", 1.0)
+    how = clf.contrast
+    assert (how.kind, how.weight, how.gamma, how.temperature) == ("gpaco", 0.05, 1.0, 0.2)
+    assert (how.projection_dim, how.hidden) == (256, 4096)
     assert (clf.backbone.width, clf.backbone.depth, clf.backbone.resnet_depth) == (768, 8, 50)
     assert (clf.lr, clf.weight_decay, clf.max_epochs, clf.batch_size) == (5e-6, 0.1, 500, 16)
-    assert clone(clf).get_params()["contrast"] == "gpaco"
+    assert clone(clf).get_params()["contrast__kind"] == "gpaco"
     assert SPMixClassifier.tailboost(mix_prob=0.3, lr=1e-3).get_params()["mix_prob"] == 0.3
 
 
@@ -1346,7 +1359,7 @@ def test_a_small_tailboost_trains(blobs):
     X, y = blobs
     clf = SPMixClassifier.tailboost(
         backbone=TINY_HYBRID, batch_size=8, max_epochs=1, lr=1e-3,
-        projection_dim=8, projection_hidden=16, random_state=0,
+        **CONTRAST, random_state=0,
     )  # fmt: skip
     start = []
     watched(clf, X, y, lambda net, _: start or start.append(copy.deepcopy(net.module_)))
@@ -1362,9 +1375,9 @@ def test_a_small_tailboost_trains(blobs):
     "params",
     [
         {},
-        {**CONTRAST, "queue_size": 50},
-        {**CONTRAST, "queue_size": 500, "key_momentum": 0.7},
-        {**CONTRAST, "contrast": "supcon", "early_stopping": True},
+        contrast(queue_size=50),
+        contrast(queue_size=500, key_momentum=0.7),
+        {**contrast("supcon"), "early_stopping": True},
     ],
     ids=["plain", "gpaco", "keys", "supcon"],
 )
@@ -1395,8 +1408,8 @@ def test_warm_start_goes_on_with_mixing(blobs):
         def on_train_begin(self, net, **kwargs):
             starts.append(copy.deepcopy((net.criterion_.state_dict(), net.module_.state_dict())))
 
-    params = {"warm_start": True, "key_momentum": 0.9, "callbacks": [Look()], "device": "cpu"}
-    clf = small(**CONTRAST, **params).fit(X, y)
+    params = {"warm_start": True, "callbacks": [Look()], "device": "cpu"}
+    clf = small(**contrast(key_momentum=0.9), **params).fit(X, y)
     learned, weights = copy.deepcopy((clf.net_.criterion_.state_dict(), clf._network_weights()))
     clf.fit(X, y)
     assert clf.n_iter_ == 4
@@ -1412,15 +1425,14 @@ def test_warm_start_goes_on_with_mixing(blobs):
     [
         ({"contrast": "gpaco", "loss": "focal"}, "takes the place of loss='focal'"),
         ({"contrast": "gpaco", "loss": "ldam"}, 'choose contrast="supcon"'),
-        ({"key_momentum": 0.9}, "key_momentum=0.9 needs keys: choose contrast"),
         ({"compile": True}, 'compile=True .* level="image"'),
         ({"contrast": "moco"}, "'contrast' parameter"),
         ({"pairing": "natural"}, "'pairing' parameter"),
         ({"mix_prob": 1.5}, "'mix_prob' parameter"),
         ({"cap": -0.1}, "'cap' parameter"),
-        ({"temperature": 0.0}, "'temperature' parameter"),
-        ({"queue_size": -1}, "'queue_size' parameter"),
-        ({"key_momentum": 1.5, "contrast": "gpaco"}, "'key_momentum' parameter"),
+        (contrast(temperature=0.0), "'temperature' parameter"),
+        (contrast(queue_size=-1), "'queue_size' parameter"),
+        (contrast(key_momentum=1.5), "'key_momentum' parameter"),
         ({"saliency": "canny"}, "'saliency' parameter"),
         ({"saliency": lambda images: images}, "saliency"),
         ({"mix_layer": None}, "'mix_layer' parameter"),
@@ -1461,5 +1473,5 @@ def test_key_encoder_starts_from_the_pretrained_network(blobs):
             gaps.append(max((k - q).abs().max().item() for k, q in pairs))
 
     encoder = SSLEncoder(max_epochs=1, batch_size=16, lr=0.05)
-    watched(small(**CONTRAST, pretrain=encoder, key_momentum=0.99, max_epochs=1), *blobs, look)
+    watched(small(**contrast(key_momentum=0.99), pretrain=encoder, max_epochs=1), *blobs, look)
     assert gaps == [0.0]
