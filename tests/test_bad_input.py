@@ -135,12 +135,7 @@ SOFTMAX = [
     ("loss", "hinge"),
     ("class_weight", "auto"),
     ("class_weight", [1, 2, 3]),
-    ("loss", FocalLoss(gamma=-1)),
-    ("loss", ClassBalancedLoss(beta=1.0)),
-    ("loss", LDAMLoss(max_margin=0)),
-    ("loss", LogitAdjustedLoss(tau=-1)),
     ("post_hoc_tau", -0.1),
-    ("loss", CrossEntropyLoss(reweight_after=2)),
     ("mixup", "cutmix"),
     ("mixup_alpha", 0),
 ]
@@ -177,6 +172,23 @@ PARAMETERS = [
 def test_parameter_out_of_range(cls, name, value):
     match = f"'{name}' parameter of {cls.__name__}"
     assert_refuses(make(cls, **{name: value}), InvalidParameterError, match)
+
+
+@pytest.mark.parametrize(
+    ("loss", "name"),
+    [
+        (FocalLoss(gamma=-1), "gamma"),
+        (ClassBalancedLoss(beta=1.0), "beta"),
+        (LDAMLoss(max_margin=0), "max_margin"),
+        (LogitAdjustedLoss(tau=-1), "tau"),
+        (CrossEntropyLoss(reweight_after=2), "reweight_after"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cls", [SoftmaxClassifier, SPMixClassifier])
+def test_parameter_of_a_loss_out_of_range(cls, loss, name):
+    match = f"'{name}' parameter of {type(loss).__name__}"
+    assert_refuses(make(cls, loss=loss), InvalidParameterError, match)
 
 
 @pytest.mark.parametrize(("name", "value"), SHARED + SOFTMAX)

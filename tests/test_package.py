@@ -20,6 +20,7 @@ import sklearn_medimb
 from sklearn_medimb import AMIMVClassifier, AMIMVEncoder, SPMixSampler
 from sklearn_medimb.rebalance import RebalancedHead
 
+PACKAGE = "sklearn_medimb"
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PRINTED = {
@@ -70,48 +71,52 @@ def test_import_takes_little_longer_than_its_dependencies():
     assert min(ratios) < 1.3
 
 
-def test_floors_import_downwards_only():
-    """Ground floors know nothing of methods; see the order below."""
-    floors = [
-        {"_docs", "digests", "distributed", "gpu_queue", "intervals", "randomness"},
-        {
-            "images",
-            "augment",
-            "backbones",
-            "losses",
-            "metric_losses",
-            "mixing",
-            "momentum",
-            "runtime",
-        },
-        {"batches", "rows", "saliency", "rebuilding"},
-        {"checkpoint", "evidence", "metrics"},
-        {"callbacks"},
-        {"net"},
-        {"base"},
-        {"encoder"},
-        {"classifier"},
-        {"over_sampling", "datasets", "utils"},
-        {"inspection", "rebalance"},
-        {"one_stage", "two_stage"},
-        {"softmax", "cssn", "metric_two_stage", "lmd", "amimv", "self_supervised", "spmix"},
-        {"tuning"},
-        {"onnx", "persistence"},
-    ]
-    level = {name: number for number, floor in enumerate(floors) for name in floor}
-    package = ROOT / "sklearn_medimb"
-    for path in package.rglob("*.py"):
-        own = path.relative_to(package).with_suffix("").parts[0]
-        if own == "__init__":
-            continue
-        assert own in level, f"give {own} a floor"
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-                "sklearn_medimb"
-            ):
-                parts = node.module.split(".")[1:2] or [alias.name for alias in node.names]
-                for part in parts:
-                    assert part == own or level[part] < level[own], f"{own} imports {part}"
+def rooms() -> dict[str, Path]:
+    """Folders and files at the top of the package, by name."""
+    found = (ROOT / "sklearn_medimb").iterdir()
+    return {path.stem: path for path in found if path.is_dir() or path.suffix == ".py"}
+
+
+def arrows(room: str) -> set[str]:
+    """Other rooms that the files of a room import."""
+    path = rooms()[room]
+    found = set()
+    for file in path.rglob("*.py") if path.is_dir() else [path]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE:
+                named = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+                found |= set(named) & set(rooms())
+    return found - {room}
+
+
+def test_floors_have_no_circles():
+    """Ground floors know nothing of methods: each room imports from floors below it alone."""
+    above = {room: arrows(room) for room in rooms() if room not in ("__init__", "__pycache__")}
+    while above:
+        floor = {room for room, below in above.items() if not below & set(above)}
+        assert floor, f"these rooms import one another: {above}"
+        above = {room: below for room, below in above.items() if room not in floor}
+
+
+@pytest.mark.parametrize("room", [name for name, path in rooms().items() if path.is_dir()])
+def test_every_folder_says_what_it_imports(room):
+    if room == "__pycache__":
+        return
+    doc = importlib.import_module(f"{PACKAGE}.{room}").__doc__
+    found = re.search(r"^Imports? (.*?)\.$", doc, re.M | re.S)
+    assert found, (
+        f"say in {room}/__init__.py: Imports `a`, `b`. Or: Imports nothing of the package."
+    )
+    assert set(re.findall(r"`(\w+)`", found[1])) == arrows(room)
+
+
+def test_what_has_no_underscore_is_api():
+    """In a public folder files have an underscore, and its names are listed."""
+    for name, path in rooms().items():
+        if path.is_dir() and not name.startswith("_") and name != "utils":
+            files = [file.name for file in path.glob("*.py")]
+            assert all(file.startswith("_") for file in files), name
+            assert importlib.import_module(f"{PACKAGE}.{name}").__all__
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -128,7 +133,7 @@ def test_every_public_class_has_an_example_and_a_documented_source(name):
 def test_every_parameter_and_fitted_attribute_is_documented(name, tiny, blobs):
     cls = getattr(sklearn_medimb, name)
     for parameter in inspect.signature(cls).parameters:
-        documented = re.search(rf"^    (\w+, )*{parameter}(, \w+)* : ", cls.__doc__, re.M)
+        documented = re.search(rf"^ *(\w+, )*{parameter}(, \w+)* : ", cls.__doc__, re.M)
         assert documented, f"document {parameter}"
     if not issubclass(cls, BaseEstimator):
         return

@@ -1,1 +1,4 @@
-"""The machine: devices, memory, threads, processes, random numbers."""
+"""The machine: devices, memory, threads, processes, random numbers.
+
+Imports nothing of the package.
+"""

@@ -1,1 +1,4 @@
-"""Training: the skorch net, its callbacks, checkpoints."""
+"""Training with skorch: stages and their criteria, the net, callbacks, checkpoints.
+
+Imports `_data`, `_machine`, `backbones`.
+"""

@@ -4,6 +4,8 @@
 (n, d) are features, (n, 1+L, C) a class token and patch tokens, (n, C, H, W) and (n, C, D, H, W)
 a map. :func:`as_features` and :func:`as_tokens` do the reading, :func:`make_backbone` makes the
 network from a name, a recipe (:class:`Backbone`) or a module of one's own.
+
+Imports `_machine`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from sklearn_medimb.backbones._adapters import MonaiBackbone, TimmBackbone
 from sklearn_medimb.backbones._base import (
     Backbone,
     as_features,
@@ -23,11 +26,10 @@ from sklearn_medimb.backbones._base import (
     check_input_shape,
     pooled_grid,
 )
+from sklearn_medimb.backbones._conv import MLP, ConvNet
+from sklearn_medimb.backbones._resnet import ResNet
+from sklearn_medimb.backbones._vit import HybridViT, ViT
 from sklearn_medimb.backbones._weights import load_weights
-from sklearn_medimb.backbones.adapters import MonaiBackbone, TimmBackbone
-from sklearn_medimb.backbones.conv import MLP, ConvNet
-from sklearn_medimb.backbones.resnet import ResNet
-from sklearn_medimb.backbones.vit import HybridViT, ViT
 
 __all__ = [
     "BACKBONES",

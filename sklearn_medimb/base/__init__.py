@@ -1,4 +1,8 @@
-"""What every estimator shares, and what a method of one's own is made of."""
+"""What every estimator shares, and what a method of one's own is made of.
+
+Imports `_data`, `_machine`, `_parameters`, `_training`, `augment`, `backbones`, `losses`,
+`metrics`, `rebalance`.
+"""
 
 from sklearn_medimb._data.batches import Batches, Context
 from sklearn_medimb._data.plans import class_balanced, pk, shuffled

@@ -1,4 +1,7 @@
-"""Data sets: readers, and makers of imbalance."""
+"""Data sets: readers, and makers of imbalance.
+
+Imports `_data`.
+"""
 
 from sklearn_medimb._data.containers import DatasetImages, MappedImages
 from sklearn_medimb.datasets._lesions import make_lesions

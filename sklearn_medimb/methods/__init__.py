@@ -1,4 +1,8 @@
-"""The methods: one paper, one file, readable beside the paper."""
+"""The methods: one paper, one file, readable beside the paper.
+
+Imports `_data`, `_machine`, `_parameters`, `_training`, `augment`, `backbones`, `base`, `losses`,
+`metric_losses`, `mixing`, `over_sampling`, `rebalance`, `saliency`.
+"""
 
 from sklearn_medimb.methods._amimv import AMIMVClassifier, AMIMVEncoder
 from sklearn_medimb.methods._cssn import CSSNClassifier

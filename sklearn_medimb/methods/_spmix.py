@@ -34,7 +34,7 @@ from sklearn_medimb._training.network import SoftmaxNetwork, Trunk
 from sklearn_medimb._training.stage import TrainingSet
 from sklearn_medimb.augment import geometry
 from sklearn_medimb.base._one_stage import OneStageClassifier
-from sklearn_medimb.losses import LOSSES
+from sklearn_medimb.losses import LOSSES, CrossEntropyLoss, resolve_loss
 from sklearn_medimb.methods._tailboost import (
     Contrast,
     ContrastLoss,
@@ -553,7 +553,7 @@ class SPMixClassifier(OneStageClassifier):
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        plain = self.loss in ("cross_entropy", "balanced_softmax")
+        plain = type(resolve_loss(self.loss)) is CrossEntropyLoss or self.loss == "balanced_softmax"
         if kind_of_contrast(self.contrast) == "gpaco" and not plain:
             raise ValueError(
                 f'contrast="gpaco" takes the place of loss={self.loss!r}: leave loss as it is, or '

@@ -3,6 +3,8 @@
 Balanced accuracy, macro-F1 and AUROC are in :mod:`sklearn.metrics`; sensitivity, specificity and
 the geometric mean in :mod:`imblearn.metrics`. Here are recalls of frequent and rare classes, errors
 of calibration, and intervals that know that images of a patient resemble one another.
+
+Imports `_data`.
 """
 
 from sklearn_medimb.metrics._calibration import expected_calibration_error

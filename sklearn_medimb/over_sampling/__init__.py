@@ -1,4 +1,7 @@
-"""imbalanced-learn samplers for images and for embeddings."""
+"""imbalanced-learn samplers for images and for embeddings.
+
+Imports `_data`, `_machine`, `mixing`, `saliency`.
+"""
 
 from sklearn_medimb.over_sampling._spmix import SPMixSampler
 from sklearn_medimb.over_sampling._virtual_features import BalancedVirtualFeatures

@@ -11,6 +11,8 @@ classes are looked up in a fixed list, networks are rebuilt from the parameters.
 A file is neither secret nor signed: its digest finds damage, but whoever writes files can write one
 that loads, with weights and parameters of their choice. It fetches nothing, calls no function that
 the file names, and takes little more memory than the file is long.
+
+Imports `_machine`, `backbones`, `base`, `rebalance`.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ Images are tensors of shape ``(n, C, H, W)`` or ``(n, C, D, H, W)``, maps ``(n, 
 ``(n, D, H, W)``. Everything is batched, on the device of the images, and free of scale: ``a x + b``
 has the map of ``x``, so uint8, [0, 1] and Hounsfield units need no rescaling. A constant image has
 nothing salient: its map is zero.
+
+Imports `_data`, `_machine`.
 """
 
 from sklearn_medimb.saliency._detectors import (

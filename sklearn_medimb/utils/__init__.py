@@ -1,1 +1,4 @@
-"""Tools for those who write or test estimators."""
+"""Tools for those who write or test estimators.
+
+Imports `_machine`.
+"""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from sklearn_medimb.backbones._base import Backbone, check_int, check_option
-from sklearn_medimb.backbones.conv import CONV, MAX_POOL, NORM, init_convolutions
+from sklearn_medimb.backbones._conv import CONV, MAX_POOL, NORM, init_convolutions
 
 _STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from sklearn_medimb._machine.randomness import Dropout, keep_mask
 from sklearn_medimb.backbones._base import Backbone, check_int, check_ints, check_option, check_rate
-from sklearn_medimb.backbones.conv import CONV
-from sklearn_medimb.backbones.resnet import ResNet
+from sklearn_medimb.backbones._conv import CONV
+from sklearn_medimb.backbones._resnet import ResNet
 
 
 class _Transformer(Backbone):
