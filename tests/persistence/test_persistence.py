@@ -42,7 +42,6 @@ from sklearn_medimb import (
     SPMixSampler,
     SSLEncoder,
     VirtualFeatureCalibration,
-    persistence,
 )
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet, ViT
@@ -51,6 +50,9 @@ from sklearn_medimb.base._image_estimator import BaseImageEstimator
 from sklearn_medimb.base._two_stage import head_logits, torch_head
 from sklearn_medimb.onnx import export_onnx
 from sklearn_medimb.persistence import load, save
+from sklearn_medimb.persistence._format import digest_of_file, known_classes
+from sklearn_medimb.persistence._reading import Reader
+from sklearn_medimb.persistence._writing import Writer
 from sklearn_medimb.rebalance import HEADS, resolve_head
 from tests.conftest import make_blobs
 
@@ -189,7 +191,7 @@ def test_a_file_is_hardly_larger_than_the_weights(name, tmp_path):
 
 def test_every_public_class_can_be_named_in_a_file():
     public = {c for c in PUBLIC.values() if isinstance(c, type) and issubclass(c, BaseEstimator)}
-    assert public <= set(persistence._classes().values())
+    assert public <= set(known_classes().values())
     assert len(ESTIMATORS) >= 8
 
 
@@ -253,10 +255,10 @@ def test_values_of_every_kind_come_back():
     values += [np.array(3.5), np.zeros((0, 2)), np.array(["b", "ab"]), np.array([b"x"])]
     values += [np.array(["a", 1, None], dtype=object), np.asfortranarray(np.ones((2, 3)))]
     values += [np.arange(4).astype(kind) for kind in ("u1", "i2", "u4", "f2", "f4", "f8", "?")]
-    writer = persistence._Writer()
+    writer = Writer()
     tree = json.loads(json.dumps(writer.encode(values, "value"), allow_nan=False))
     stored = safetensors.numpy.load(safetensors.numpy.save(writer.tensors))
-    found = persistence._Reader(stored).decode(tree)
+    found = Reader(stored).decode(tree)
     assert_same(found, values)
     for one, other in zip(found, values, strict=True):
         if isinstance(other, np.ndarray):
@@ -476,7 +478,7 @@ def forged(path, edit):
     tree = json.loads(stamp["estimator"])
     edited = edit(tree["estimator"], tensors, stamp)
     stamp["estimator"] = json.dumps(tree) if edited is None else edited
-    stamp["digest"] = persistence._digest(stamp, tensors)
+    stamp["digest"] = digest_of_file(stamp, tensors)
     safetensors.numpy.save_file(tensors, path, metadata=stamp)
 
 
