@@ -26,6 +26,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
 from skorch.callbacks import GradientNormClipping
 from torch import nn
 
@@ -354,10 +355,6 @@ def test_a_chain_of_starts_comes_back(encoder, tmp_path):
 # -------------------------------------------------------------------- what save refuses
 
 
-class Own(SoftmaxClassifier):
-    """A class of the user."""
-
-
 def test_what_is_no_data_is_refused_by_name(tmp_path):
     def case(match, **params):
         estimator = small("MetricTwoStageClassifier", **params).fit(X, Y)
@@ -382,20 +379,17 @@ def test_what_is_no_data_is_refused_by_name(tmp_path):
     estimator.refit_head(X, Y, rebalance=RandomForestClassifier(2))
     with pytest.raises(ValueError, match=r"^head_, a RandomForestClassifier .* skops"):
         save(estimator, tmp_path / "model")
-    with pytest.raises(ValueError, match="Own is no estimator of sklearn_medimb"):
-        save(Own(**SMALL).fit(X, Y), tmp_path / "model")
+    pipeline = make_pipeline(small("SoftmaxClassifier")).fit(X, Y)
+    with pytest.raises(ValueError, match=r"Pipeline is no estimator of sklearn_medimb: .*a step"):
+        save(pipeline, tmp_path / "model")
     with pytest.raises(NotFittedError):
         save(SoftmaxClassifier(), tmp_path / "model")
     assert not names_in(tmp_path)
 
 
-class OwnAugmentation(Augmentation):
-    """Of the user."""
-
-
 NO_DATA = {
     "scoring": {"scoring": lambda estimator, X, y: 0.0, "early_stopping": True},
-    "augment": {"augment": OwnAugmentation(brightness=0.1)},
+    "augment": {"augment": type("Own", (Augmentation,), {})(brightness=0.1)},
     "callbacks": {"callbacks": [GradientNormClipping(1.0)]},
     "net_params": {"net_params": {"optimizer": type("Own", (torch.optim.Adam,), {})}},
     "random_state": {"random_state": np.random.RandomState(0)},
