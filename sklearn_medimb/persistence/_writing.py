@@ -126,7 +126,11 @@ class Writer:
         }
         if wanted != "none":
             tree["requests"] = _requests(state.pop("_metadata_request", None))
-            odd = [name for name in state if not is_fitted_attribute(name, type(value))]
+            if odd := [name for name in state if not is_fitted_attribute(name, type(value))]:
+                made = vars(type(value)(**params))  # it may set parameters of the class it extends
+                for name in [k for k in odd if k in made and repr(made[k]) == repr(state[k])]:
+                    odd.remove(name)
+                    del state[name]
             if odd:
                 raise ValueError(
                     f"{type(value).__name__} keeps what it learned in {odd}, which cannot be "
