@@ -391,6 +391,29 @@ def test_what_a_class_sets_beside_its_parameters_is_not_lost(fitted, own, tmp_pa
         save(clf, tmp_path / "model")
 
 
+class Scaled(SoftmaxClassifier):
+    """Changes the scores of the network."""
+
+    def _scores(self, images):
+        return 2 * super()._scores(images)
+
+
+class Certain(SoftmaxClassifier):
+    """Changes the probabilities."""
+
+    def predict_proba(self, X):
+        return super().predict_proba(X).round()
+
+
+@pytest.mark.parametrize("cls", [Scaled, Certain])
+def test_a_graph_that_would_predict_otherwise_is_not_written(cls, tmp_path):
+    pytest.importorskip("onnx")
+    clf = cls(ConvNet(widths=(4,)), max_epochs=1, random_state=0).fit(X, Y)
+    with pytest.raises(ValueError, match=f"{cls.__name__} changes its probabilities after _score"):
+        export_onnx(clf, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_graph_of_it_predicts_the_same(fitted, tmp_path):
     pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
