@@ -13,6 +13,11 @@ whole, drawn anew for each seed; training parts as they are, and cut to imbalanc
 and 100 where that leaves enough images. All networks have the same backbone, augmentation,
 optimiser and number of steps (in the core suite half of their default). Nothing is selected here:
 every method has its default or the setting that its literature advises.
+
+``--method my_module:MyClassifier`` adds a classifier of one's own, from the current directory or an
+installed package, under the name of its class. Of `backbone`, `spatial_dims`, `max_epochs` and
+`random_state` it is given what it has; the rest is its default. What is finished stays: after a
+change of the class use another ``--out``.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -209,6 +215,36 @@ METHODS: dict[str, Callable[[Setting], Any]] = {
 }
 
 
+def outside(place: str) -> type:
+    """Class of a classifier, by "module:Class"."""
+    module, _, name = place.partition(":")
+    if not module or not name:
+        raise argparse.ArgumentTypeError(f"{place!r} is not of the form my_module:MyClassifier")
+    if (here := str(Path.cwd())) not in sys.path:  # which workers of joblib are given too
+        sys.path.append(here)
+    try:
+        cls = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise argparse.ArgumentTypeError(f"{module} cannot be imported: {error}") from error
+    if not isinstance(cls, type) or not hasattr(cls, "fit") or not hasattr(cls, "predict"):
+        raise argparse.ArgumentTypeError(f"{module} has no class {name} with fit and predict")
+    if cls.__name__ in METHODS:
+        raise argparse.ArgumentTypeError(f"{name}: a method of the comparison is called so")
+    try:
+        cls().get_params()
+    except Exception as error:
+        raise argparse.ArgumentTypeError(f"{name}().get_params() fails: {error}") from error
+    return cls
+
+
+def made_from(cls: Any, s: Setting) -> Any:
+    """Make a classifier from outside like the networks, as far as it has their parameters."""
+    known = cls().get_params()
+    epochs = s.epochs(math.ceil(sum(s.counts) / known.get("batch_size", 64)))
+    params = {**s.network, "max_epochs": epochs}
+    return cls(**{name: value for name, value in params.items() if name in known})
+
+
 # ---------------------------------------------------------------- data and jobs
 
 
@@ -323,8 +359,10 @@ def names(folder: Path | None, suite: Suite) -> list[str]:
     return [*found, "lesions"]
 
 
-def jobs(folder: Path | None, suite_name: str, only: list[str] | None) -> Iterator[Job]:
-    """All jobs, seed by seed, so that a run cut short has whole rounds."""
+def jobs(
+    folder: Path | None, suite_name: str, only: list[str] | None, more: tuple[str, ...] = ()
+) -> Iterator[Job]:
+    """All jobs, seed by seed, so that a run cut short has whole rounds; `more` are methods."""
     suite = SUITES[suite_name]
     for seed in suite.seeds:
         for name in names(folder, suite):
@@ -343,7 +381,7 @@ def jobs(folder: Path | None, suite_name: str, only: list[str] | None) -> Iterat
                 left = np.bincount(data.target[train])
                 if cut is not None and (left[left > 0].min() < MIN_RAREST or len(train) < 60):
                     continue
-                for method in suite.methods:
+                for method in (*suite.methods, *more):
                     yield Job(suite_name, name, cut, seed, method)
 
 
@@ -393,8 +431,11 @@ def peak_memory(reset: bool = False) -> float:
         return math.nan
 
 
-def run(job: Job, folder: str | None) -> dict[str, Any]:
-    """Train and test one method; what came out, with all that a reader may ask."""
+def run(job: Job, folder: str | None, cls: type | None = None) -> dict[str, Any]:
+    """Train and test one method; what came out, with all that a reader may ask.
+
+    `cls` is that of a classifier from outside.
+    """
     warnings.filterwarnings("ignore")
     suite = SUITES[job.suite]
     data = load(folder, job.data, suite.image_size, suite.volume_size)
@@ -402,7 +443,7 @@ def run(job: Job, folder: str | None) -> dict[str, Any]:
     X, y, counts = data.images[train], data.target[train], np.bincount(data.target[train])
     counts = counts[counts > 0]
     setting = Setting(job.seed, data.spatial_dims, tuple(counts.tolist()), suite.step_share)
-    classifier = METHODS[job.method](setting)
+    classifier = METHODS[job.method](setting) if cls is None else made_from(cls, setting)
     peak_memory(reset=True)
     start = time.perf_counter()
     classifier.fit(X, y)
@@ -499,10 +540,12 @@ def write_table(folder: Path) -> Path:
     return table
 
 
-def outcome(job: Job, folder: str | None) -> tuple[Job, dict[str, Any] | str]:
+def outcome(
+    job: Job, folder: str | None, cls: type | None = None
+) -> tuple[Job, dict[str, Any] | str]:
     """Result of a job, or why there is none; one that fails does not stop the others."""
     try:
-        return job, run(job, folder)
+        return job, run(job, folder, cls)
     except Exception as error:  # reported at the end
         return job, f"{type(error).__name__}: {error}"
 
@@ -516,9 +559,19 @@ def main() -> None:
     parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster")
     parser.add_argument("--data", nargs="+", help="only these sets")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="only these methods")
+    parser.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        type=outside,
+        metavar="MODULE:CLASS",
+        help="also a classifier of one's own; may be repeated, and Dask's workers must have it too",
+    )
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     parser.add_argument("--table", action="store_true", help="only gather what is there")
     args = parser.parse_args()
+    if len({cls.__name__ for cls in args.method}) < len(args.method):
+        parser.error("argument --method: two classes have the same name")
 
     (args.out / "jobs").mkdir(parents=True, exist_ok=True)
     if not args.table:
@@ -531,10 +584,11 @@ def main() -> None:
 
 def run_all(args: argparse.Namespace, folder: str | None) -> list[tuple[Job, str]]:
     """Run what is not done yet; return what failed."""
+    own = {cls.__name__: cls for cls in args.method}
     path_of = {
         job: args.out / "jobs" / f"{job.slug}.json"
-        for job in jobs(args.folder, args.suite, args.data)
-        if (not args.methods or job.method in args.methods)
+        for job in jobs(args.folder, args.suite, args.data, tuple(own))
+        if (not args.methods or job.method in (*args.methods, *own))
         and (args.seeds is None or job.seed in args.seeds)
     }
     known = read_table(args.out)
@@ -555,7 +609,7 @@ def run_all(args: argparse.Namespace, folder: str | None) -> list[tuple[Job, str
     facts, failed = circumstances(), []
     with parallel_config(**backend):
         results = Parallel(return_as="generator_unordered")(
-            delayed(outcome)(job, folder) for job in missing
+            delayed(outcome)(job, folder, own.get(job.method)) for job in missing
         )
         for job, result in tqdm(results, total=len(missing), unit="job", smoothing=0.05):
             if isinstance(result, str):

@@ -14,12 +14,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.special import softmax
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 import sklearn_medimb
 from sklearn_medimb._data.batches import Preprocessor
+from sklearn_medimb._data.images import Images
+from sklearn_medimb._data.layout import Layout
 from sklearn_medimb._machine.runtime import replacing
 from sklearn_medimb.base._classifier import BaseImageClassifier
 
@@ -41,7 +45,7 @@ def export_onnx(classifier: Any, path: str | os.PathLike[str]) -> None:
 
     Parameters
     ----------
-    classifier : classifier of this package
+    classifier : classifier of this package, or of a class that extends one
         Fitted. A head of stage two must be one of :mod:`sklearn_medimb.rebalance` or a
         ``LogisticRegression``.
     path : str or path-like
@@ -54,7 +58,8 @@ def export_onnx(classifier: Any, path: str | os.PathLike[str]) -> None:
     sklearn.exceptions.NotFittedError
         If it is not fitted.
     ValueError
-        If its head cannot become part of a graph, or its backbone only for one number of images.
+        If its head cannot become part of a graph, or its backbone only for one number of images;
+        or if a class of one's own predicts otherwise than by its ``_score_function``.
     ImportError
         If onnx or onnxscript is not installed.
 
@@ -82,7 +87,13 @@ def export_onnx(classifier: Any, path: str | os.PathLike[str]) -> None:
     if not isinstance(classifier, BaseImageClassifier):
         raise TypeError(f"{type(classifier).__name__} is no image classifier of sklearn_medimb.")
     check_is_fitted(classifier)
-    graph = _Graph(_on_cpu(classifier)).eval()
+    copied = _on_cpu(classifier)
+    graph = _Graph(copied).eval()
+    if not _predicts(graph, copied):
+        raise ValueError(
+            f"{type(classifier).__name__} changes its probabilities after _score_function, and a "
+            "graph holds no more than that: make the change there."
+        )
     blank = torch.zeros(2, *classifier.image_shape_)
     with warnings.catch_warnings():  # of torch to its own developers
         warnings.simplefilter("ignore")
@@ -134,6 +145,22 @@ class _Graph(nn.Module):
         """Probabilities (n, n_classes) of images (n, C, *spatial)."""
         images = images.to(self.prepare.dtype) / self.divisor
         return self.scores(self.prepare.normalise(images)).softmax(dim=1).float()
+
+
+def _predicts(graph: _Graph, classifier: Any) -> bool:
+    """Whether the graph and the classifier give the same probabilities: tried on noise."""
+    shape = classifier.image_shape_
+    mean, std = (
+        part.reshape(-1, *[1] * (len(shape) - 1))
+        for part in (classifier.pixel_mean_, classifier.pixel_std_)
+    )
+    noise = np.random.default_rng(0).standard_normal((2, *shape))
+    pixels = (mean + std * noise).astype(np.float32)
+    scores = classifier._scores(Images(pixels, Layout(shape), pixels.dtype))
+    with torch.inference_mode():
+        found = graph(torch.from_numpy(pixels * np.float32(graph.divisor)))
+    is_own = type(classifier).predict_proba is not BaseImageClassifier.predict_proba
+    return not is_own and np.allclose(found, softmax(scores, axis=1), atol=1e-2)
 
 
 def _on_cpu(classifier: Any) -> Any:

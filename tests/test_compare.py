@@ -157,6 +157,70 @@ def test_job_that_fails_does_not_stop_the_others(tmp_path, quick, monkeypatch, c
     assert {row["method"] for row in table(tmp_path)} == {"SMOTE + logistic"}
 
 
+OUTSIDE = """
+from sklearn.base import BaseEstimator, ClassifierMixin
+
+class First(ClassifierMixin, BaseEstimator):
+    def fit(self, X, y):
+        self.classes_ = sorted(set(y))
+        return self
+
+    def predict(self, X):
+        return [self.classes_[0]] * len(X)
+
+    def decision_function(self, X):
+        return X.reshape(len(X), -1)[:, : len(self.classes_)]
+
+class Network(First):
+    def __init__(self, backbone=None, spatial_dims=None, max_epochs=0, batch_size=32, lr=1):
+        self.backbone = backbone
+        self.spatial_dims = spatial_dims
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.lr = lr
+
+    def fit(self, X, y):
+        print(self)
+        return super().fit(X, y)
+
+class Needy(First):
+    def __init__(self, needed):
+        self.needed = needed
+
+class CE(First):
+    pass
+"""
+
+
+def test_a_classifier_from_outside_is_a_contestant(tmp_path, quick, monkeypatch, capsys):
+    (tmp_path / "my_methods.py").write_text(OUTSIDE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    args = ["compare.py", "--suite", "quick", "--out", "out", "--seeds", "0", "--methods"]
+    args += ["SMOTE + logistic", "--method", "my_methods:Network", "--method", "my_methods:First"]
+    monkeypatch.setattr(sys, "argv", args)
+    compare.main()
+    found = table(tmp_path / "out")
+    assert [row["method"] for row in found] == 2 * ["First", "Network", "SMOTE + logistic"]
+    given = "Network(backbone='auto', max_epochs=16, spatial_dims=2)"
+    assert capsys.readouterr().out.count(given) == 2
+    compare.main()
+    assert "6 jobs, 6 of them done" in capsys.readouterr().out
+    for place, match in {
+        "my_methods": "'my_methods' is not of the form my_module:MyClassifier",
+        "no_module:Network": "no_module cannot be imported: No module named 'no_module'",
+        "my_methods:Gone": "my_methods has no class Gone with fit and predict",
+        "my_methods:BaseEstimator": "my_methods has no class BaseEstimator with fit and predict",
+        "my_methods:Needy": "Needy().get_params() fails: ",
+        "my_methods:CE": "CE: a method of the comparison is called so",
+        "my_methods:Network": "two classes have the same name",
+    }.items():
+        monkeypatch.setattr(sys, "argv", [*args, "--method", place])
+        with pytest.raises(SystemExit):
+            compare.main()
+        assert f"argument --method: {match}" in capsys.readouterr().err
+
+
 def test_splits_keep_patients_whole_and_test_rows_uncut():
     data = compare.load(None, "lesions", 10, 8)
     suite = compare.SUITES["core"]

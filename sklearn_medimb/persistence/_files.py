@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from sklearn_medimb._machine.runtime import replacing
 from sklearn_medimb.persistence._format import (
     FORMAT,
     MAX_TEXT,
-    class_names,
     digest_of_file,
+    is_outside,
+    name_of,
     safetensors_library,
+    trusted_classes,
 )
 from sklearn_medimb.persistence._reading import read_file, reason
 from sklearn_medimb.persistence._writing import Writer
@@ -29,9 +32,10 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
 
     Parameters
     ----------
-    estimator : estimator of this package
-        Fitted. Parameters and head may hold other estimators: those of this package, the linear
-        and naive Bayes models of scikit-learn, the samplers of imbalanced-learn.
+    estimator : estimator
+        Fitted, of this package or a class of one's own. Parameters and head may hold other
+        estimators: those of this package, the linear and naive Bayes models of scikit-learn, the
+        samplers of imbalanced-learn, and one's own.
     path : str or path-like
         File to write, by custom ``*.safetensors``. An older one is replaced at once, when the new
         one is complete and was read back; until then, and in case of an error, it stays.
@@ -41,8 +45,9 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
     sklearn.exceptions.NotFittedError
         If the estimator is not fitted.
     ValueError
-        If a parameter or attribute is no data: a function, a module, a callback, an object of
-        another package; or if parameters were changed after ``fit`` so that the weights do not fit.
+        If a parameter or attribute is no data: a function, a module, a callback, an object that is
+        no estimator; if a class of one's own is not at the top level of a module; or if parameters
+        were changed after ``fit`` so that the weights do not fit.
     ImportError
         If safetensors is not installed.
     OSError
@@ -60,9 +65,18 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
     a ``fit`` from the start asks for them. Pickle and joblib keep everything. Paths among the
     parameters (``checkpoint_dir``, ``weights``) are written as they are. The state of the optimiser
     is not stored, nor is it in a pickle.
+
+    A class of one's own is written as the name of its module and its own, and `load` must be told
+    to trust it. One that a program defines in itself (``__main__``) has no module to be found by:
+    there `load` takes the class only.
     """
     safetensors = safetensors_library()
-    if not isinstance(estimator, BaseEstimator) or type(estimator) not in class_names():
+    if not isinstance(estimator, BaseEstimator) or name_of(type(estimator)) is None:
+        if is_outside(type(estimator)):
+            raise ValueError(
+                f"{type(estimator).__qualname__} is not at the top level of a module, by which a "
+                "file could name it: move it there."
+            )
         raise ValueError(
             f"{type(estimator).__name__} is no estimator of sklearn_medimb: save the one inside "
             "(best_estimator_, a step of a pipeline), or use pickle or joblib."
@@ -88,20 +102,26 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
         except safetensors.SafetensorError as error:
             raise OSError(f"{os.fspath(path)} cannot be written: {error}") from error
         try:
-            read_file(draft)
+            read_file(draft, writer.outside)
         except Exception as error:
             raise ValueError(
                 f"{type(estimator).__name__} cannot be restored from a file: {reason(error)}"
             ) from error
 
 
-def load(path: str | os.PathLike[str]) -> Any:
+def load(path: str | os.PathLike[str], *, trusted: Iterable[type | str] = ()) -> Any:
     """Read an estimator that `save` wrote; nothing in the file is executed.
 
     Parameters
     ----------
     path : str or path-like
         The file.
+    trusted : list of class or str, default=()
+        What the file may name from outside of this package: classes, or names of modules, which
+        are imported; a package stands for what its ``__init__`` holds of its own classes. They
+        must be estimators (subclasses of :class:`sklearn.base.BaseEstimator`) or optimisers of
+        torch. A file makes them with parameters and attributes of its choice, so trust only those
+        that do no harm by them.
 
     Returns
     -------
@@ -113,11 +133,13 @@ def load(path: str | os.PathLike[str]) -> Any:
     ------
     FileNotFoundError
         If there is no such file.
+    TypeError
+        If `trusted` is no list, or holds what no file can.
     ValueError
-        If it was not written by `save`, is damaged, or does not describe an estimator of this
-        version; the message begins with the path.
+        If it was not written by `save`, is damaged, does not describe an estimator of this
+        version, or names a class that is not trusted; the message begins with the path.
     ImportError
-        If safetensors is not installed.
+        If safetensors is not installed, or a module in `trusted` cannot be imported.
 
     Warns
     -----
@@ -125,10 +147,11 @@ def load(path: str | os.PathLike[str]) -> Any:
         If another version (major or minor) of the package wrote it: predictions may differ.
     """
     safetensors_library()
+    classes = trusted_classes(trusted)
     if not Path(path).exists():
         raise FileNotFoundError(f"{os.fspath(path)}: there is no such file.")
     try:
-        estimator, version = read_file(Path(path))
+        estimator, version = read_file(Path(path), classes)
     except Exception as error:  # a file can be wrong in ways that nobody has thought of
         raise ValueError(f"{os.fspath(path)}: {reason(error)}") from error
     if version.split(".")[:2] != sklearn_medimb.__version__.split(".")[:2]:

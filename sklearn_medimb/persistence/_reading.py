@@ -31,10 +31,10 @@ from sklearn_medimb.persistence._format import (
     MAX_TEXT,
     MAX_TEXTS,
     NUMBERS,
-    class_names,
     digest_of_file,
     is_fitted_attribute,
     known_classes,
+    refusal,
     safetensors_library,
 )
 from sklearn_medimb.persistence._rebuilding import rebuild
@@ -59,10 +59,16 @@ _TYPES: dict[str, Any] = {
 
 
 class Reader:
-    """Rebuild what `Writer` wrote; refuse all else by some exception."""
+    """Rebuild what `Writer` wrote; refuse all else by some exception.
 
-    def __init__(self, tensors: dict[str, np.ndarray]) -> None:
+    `trusted` are classes from outside, by name.
+    """
+
+    def __init__(
+        self, tensors: dict[str, np.ndarray], trusted: dict[str, type] | None = None
+    ) -> None:
         self.tensors = dict(tensors)
+        self.classes = {**(trusted or {}), **known_classes()}
         self.n_texts = self.n_estimators = 0
         self.is_light = True  # whether an answer of the network may be tried
         self.tags: dict[str, Callable[[Any], Any]] = {
@@ -116,12 +122,10 @@ class Reader:
         return array.reshape(shape).astype({"U": str, "S": bytes, "O": object}[kind])
 
     def known(self, name: Any) -> type:
-        """A class of the list."""
-        if not isinstance(name, str) or name not in known_classes():
-            raise ValueError(
-                f"it names the class {name!r}, which is not among those that load makes."
-            )
-        return known_classes()[name]
+        """A class of the list, or a trusted one."""
+        if not isinstance(name, str) or name not in self.classes:
+            raise ValueError(refusal(name))
+        return self.classes[name]
 
     def estimator(self, tree: Any) -> Any:
         """An estimator with what it learned."""
@@ -162,7 +166,7 @@ class Reader:
         return made
 
 
-def read_file(path: Path) -> tuple[Any, str]:
+def read_file(path: Path, trusted: dict[str, type]) -> tuple[Any, str]:
     """Estimator of a file, and the version that wrote it; any exception means that it is unfit."""
     if path.is_dir():
         raise ValueError("is a directory, not a file.")
@@ -185,13 +189,13 @@ def read_file(path: Path) -> tuple[Any, str]:
         raise ValueError("is damaged or was altered: its digest does not fit its contents.")
     if len(stamp["estimator"]) > MAX_TEXT:
         raise ValueError("its description is too long.")
-    reader = Reader(tensors)
+    reader = Reader(tensors, trusted)
     del tensors
     tree = json.loads(stamp["estimator"], object_pairs_hook=_unique)
     if not isinstance(tree, dict):
         raise ValueError("holds no estimator.")
     estimator = reader.decode(tree)
-    if type(estimator) not in class_names() or isinstance(estimator, Backbone):
+    if not isinstance(estimator, BaseEstimator) or isinstance(estimator, Backbone):
         raise ValueError("holds no estimator.")
     if reader.tensors:
         raise ValueError(f"it holds arrays that nothing refers to: {sorted(reader.tensors)[:5]}.")

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from sklearn_medimb._machine.randomness import seeded
 from sklearn_medimb._machine.runtime import resolve_device, resolve_precision
+from sklearn_medimb.persistence._format import is_outside
 
 # What is made on the way and thrown away again, such as the last stages of a shortened ResNet.
 _SPARE_PARTS, _SPARE_BYTES = 2000, 2**26
@@ -142,10 +143,14 @@ class _Cost(TorchDispatchMode):
 
 
 def _is_foreign(estimator: Any) -> bool:
-    """Whether the network is one of MONAI or timm."""
+    """Whether the network is one of MONAI or timm, or of a class from outside."""
+    foreign = is_outside(type(estimator))
     while estimator._start is not None:
         estimator = estimator._start
+        foreign |= is_outside(type(estimator))
     backbone = estimator.backbone
+    if foreign or is_outside(backbone) or is_outside(type(backbone)):
+        return True
     name = backbone if isinstance(backbone, str) else type(backbone).__name__
     return name.lower().startswith(("monai", "timm"))
 

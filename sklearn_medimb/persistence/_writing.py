@@ -17,6 +17,8 @@ from sklearn_medimb.persistence._format import (
     NUMBERS,
     class_names,
     is_fitted_attribute,
+    is_outside,
+    name_of,
 )
 
 # ---------------------------------------------------------------- estimators as trees of data
@@ -26,12 +28,20 @@ class Writer:
     """Turn an estimator into JSON values, with arrays apart.
 
     Numbers, texts and lists are themselves, all else an object with one key: what it is. `whole` is
-    the estimator that is written.
+    the estimator that is written; `outside` gathers its classes from other packages, by name.
     """
 
     def __init__(self, whole: Any = None) -> None:
         self.whole = whole
         self.tensors: dict[str, np.ndarray] = {}
+        self.outside: dict[str, type] = {}
+
+    def name(self, cls: Any) -> str | None:
+        """Name of a class, None if there is none for it."""
+        name = name_of(cls)
+        if name is not None and cls not in class_names():
+            self.outside[name] = cls
+        return name
 
     def encode(self, value: Any, place: str) -> Any:
         """One value; `place` is what errors call it."""
@@ -58,12 +68,16 @@ class Writer:
             return {"path": str(value)}
         if isinstance(value, torch.device):
             return {"device": str(value)}
-        if isclass(value) and value in class_names():
-            return {"class": class_names()[value]}
-        if isinstance(value, BaseEstimator) and type(value) in class_names():
+        if isclass(value) and (name := self.name(value)):
+            return {"class": name}
+        if isinstance(value, BaseEstimator) and self.name(type(value)):
             started = isinstance(value, BaseImageEstimator) and value._was_fitted
             return self.estimator(value, place, "architecture" if started else "none")
-        raise ValueError(f"{place}={value!r} cannot be written as data: {self.advice(place)}.")
+        local = is_outside(value) or is_outside(type(value))
+        first = "move its class to the top level of a module, or " if local else ""
+        raise ValueError(
+            f"{place}={value!r} cannot be written as data: {first}{self.advice(place)}."
+        )
 
     def advice(self, place: str) -> str:
         """What to do about a value that is no data."""
@@ -107,12 +121,16 @@ class Writer:
             state = {name: state[name] for name in ARCHITECTURE if name in state}
         inside = f"{place}__" if place else ""
         tree: dict[str, Any] = {
-            "class": class_names()[type(value)],
+            "class": self.name(type(value)),
             "params": {k: self.encode(v, f"{inside}{k}") for k, v in params.items()},
         }
         if wanted != "none":
             tree["requests"] = _requests(state.pop("_metadata_request", None))
-            odd = [name for name in state if not is_fitted_attribute(name, type(value))]
+            if odd := [name for name in state if not is_fitted_attribute(name, type(value))]:
+                made = vars(type(value)(**params))  # it may set parameters of the class it extends
+                for name in [k for k in odd if k in made and repr(made[k]) == repr(state[k])]:
+                    odd.remove(name)
+                    del state[name]
             if odd:
                 raise ValueError(
                     f"{type(value).__name__} keeps what it learned in {odd}, which cannot be "
@@ -130,7 +148,7 @@ class Writer:
 
     def fitted(self, value: Any, place: str) -> Any:
         """A fitted attribute; an estimator among them, a head, comes with what it learned."""
-        if isinstance(value, BaseEstimator) and type(value) in class_names():
+        if isinstance(value, BaseEstimator) and self.name(type(value)):
             return self.estimator(value, place, "all")
         try:
             return self.encode(value, place)

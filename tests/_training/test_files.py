@@ -16,12 +16,12 @@ import pytest
 import torch
 from joblib import Parallel, delayed
 
-from sklearn_medimb import SoftmaxClassifier, persistence
+from sklearn_medimb import SoftmaxClassifier
 from sklearn_medimb._machine.runtime import replacing
 from sklearn_medimb._training.checkpoint import Checkpoint
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.onnx import export_onnx
-from sklearn_medimb.persistence import load, save
+from sklearn_medimb.persistence import _files, load, save
 from tests.base.test_training import CrashAfter
 from tests.conftest import make_blobs
 
@@ -89,7 +89,7 @@ def hang_in_save(clf, path):
         (draft.parent / "of a library").write_bytes(b"its own draft")
         time.sleep(600)
 
-    persistence._read = hang  # what save does last
+    _files.read_file = hang  # what save does last
     save(clf, path)
 
 

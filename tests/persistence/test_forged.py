@@ -20,7 +20,6 @@ from sklearn_medimb import (
     NearestClassMean,
     SoftmaxClassifier,
     SSLEncoder,
-    persistence,
 )
 from sklearn_medimb.backbones import (
     MLP,
@@ -32,6 +31,7 @@ from sklearn_medimb.backbones import (
     ViT,
 )
 from sklearn_medimb.persistence import load, save
+from sklearn_medimb.persistence._format import safetensors_library
 from tests.conftest import make_blobs
 from tests.persistence.test_persistence import forged, set_state
 
@@ -267,7 +267,7 @@ def test_a_long_header_is_not_read(saved, tmp_path):
 def test_what_is_said_twice_is_refused(saved, tmp_path):
     path = tmp_path / "model"
     path.write_bytes((saved / "softmax").read_bytes())
-    with persistence._safetensors().safe_open(path, framework="numpy") as file:
+    with safetensors_library().safe_open(path, framework="numpy") as file:
         text = file.metadata()["estimator"]
     forged(path, lambda *_: text.replace('"lr":', '"lr":0.5,"lr":', 1))
     with pytest.raises(ValueError, match="says the same thing twice"):

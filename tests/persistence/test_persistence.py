@@ -26,6 +26,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import GaussianNB
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
 from skorch.callbacks import GradientNormClipping
 from torch import nn
 
@@ -42,7 +43,6 @@ from sklearn_medimb import (
     SPMixSampler,
     SSLEncoder,
     VirtualFeatureCalibration,
-    persistence,
 )
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet, ViT
@@ -51,6 +51,9 @@ from sklearn_medimb.base._image_estimator import BaseImageEstimator
 from sklearn_medimb.base._two_stage import head_logits, torch_head
 from sklearn_medimb.onnx import export_onnx
 from sklearn_medimb.persistence import load, save
+from sklearn_medimb.persistence._format import digest_of_file, known_classes
+from sklearn_medimb.persistence._reading import Reader
+from sklearn_medimb.persistence._writing import Writer
 from sklearn_medimb.rebalance import HEADS, resolve_head
 from tests.conftest import make_blobs
 
@@ -189,7 +192,7 @@ def test_a_file_is_hardly_larger_than_the_weights(name, tmp_path):
 
 def test_every_public_class_can_be_named_in_a_file():
     public = {c for c in PUBLIC.values() if isinstance(c, type) and issubclass(c, BaseEstimator)}
-    assert public <= set(persistence._classes().values())
+    assert public <= set(known_classes().values())
     assert len(ESTIMATORS) >= 8
 
 
@@ -253,10 +256,10 @@ def test_values_of_every_kind_come_back():
     values += [np.array(3.5), np.zeros((0, 2)), np.array(["b", "ab"]), np.array([b"x"])]
     values += [np.array(["a", 1, None], dtype=object), np.asfortranarray(np.ones((2, 3)))]
     values += [np.arange(4).astype(kind) for kind in ("u1", "i2", "u4", "f2", "f4", "f8", "?")]
-    writer = persistence._Writer()
+    writer = Writer()
     tree = json.loads(json.dumps(writer.encode(values, "value"), allow_nan=False))
     stored = safetensors.numpy.load(safetensors.numpy.save(writer.tensors))
-    found = persistence._Reader(stored).decode(tree)
+    found = Reader(stored).decode(tree)
     assert_same(found, values)
     for one, other in zip(found, values, strict=True):
         if isinstance(other, np.ndarray):
@@ -352,10 +355,6 @@ def test_a_chain_of_starts_comes_back(encoder, tmp_path):
 # -------------------------------------------------------------------- what save refuses
 
 
-class Own(SoftmaxClassifier):
-    """A class of the user."""
-
-
 def test_what_is_no_data_is_refused_by_name(tmp_path):
     def case(match, **params):
         estimator = small("MetricTwoStageClassifier", **params).fit(X, Y)
@@ -380,20 +379,17 @@ def test_what_is_no_data_is_refused_by_name(tmp_path):
     estimator.refit_head(X, Y, rebalance=RandomForestClassifier(2))
     with pytest.raises(ValueError, match=r"^head_, a RandomForestClassifier .* skops"):
         save(estimator, tmp_path / "model")
-    with pytest.raises(ValueError, match="Own is no estimator of sklearn_medimb"):
-        save(Own(**SMALL).fit(X, Y), tmp_path / "model")
+    pipeline = make_pipeline(small("SoftmaxClassifier")).fit(X, Y)
+    with pytest.raises(ValueError, match=r"Pipeline is no estimator of sklearn_medimb: .*a step"):
+        save(pipeline, tmp_path / "model")
     with pytest.raises(NotFittedError):
         save(SoftmaxClassifier(), tmp_path / "model")
     assert not names_in(tmp_path)
 
 
-class OwnAugmentation(Augmentation):
-    """Of the user."""
-
-
 NO_DATA = {
     "scoring": {"scoring": lambda estimator, X, y: 0.0, "early_stopping": True},
-    "augment": {"augment": OwnAugmentation(brightness=0.1)},
+    "augment": {"augment": type("Own", (Augmentation,), {})(brightness=0.1)},
     "callbacks": {"callbacks": [GradientNormClipping(1.0)]},
     "net_params": {"net_params": {"optimizer": type("Own", (torch.optim.Adam,), {})}},
     "random_state": {"random_state": np.random.RandomState(0)},
@@ -476,7 +472,7 @@ def forged(path, edit):
     tree = json.loads(stamp["estimator"])
     edited = edit(tree["estimator"], tensors, stamp)
     stamp["estimator"] = json.dumps(tree) if edited is None else edited
-    stamp["digest"] = persistence._digest(stamp, tensors)
+    stamp["digest"] = digest_of_file(stamp, tensors)
     safetensors.numpy.save_file(tensors, path, metadata=stamp)
 
 
