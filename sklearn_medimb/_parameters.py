@@ -182,8 +182,11 @@ class Declaring:
             inherited = {k: replace(v, positional=False) for k, v in inherited.items()}
         cls._declared = inherited | own
         cls._learned = _inherited(cls, "_learned") | attributes
-        cls._parameter_constraints = {k: list(v.allowed) for k, v in cls._declared.items()}
-        cls._search_space = {k: v.search for k, v in cls._declared.items() if v.search is not None}
+        constraints = {k: list(v.allowed) for k, v in cls._declared.items()}
+        ranges = {k: v.search for k, v in cls._declared.items() if v.search is not None}
+        # A class with a constructor of its own may have tables of its own, as scikit-learn does.
+        cls._parameter_constraints = constraints | vars(cls).get("_parameter_constraints", {})
+        cls._search_space = ranges | vars(cls).get("_search_space", {})
         if "__init__" not in vars(cls):
             cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
         cls._texts = _inherited(cls, "_texts")

@@ -523,7 +523,7 @@ def test_a_step_encodes_four_images_per_anchor(pairing, data, monkeypatch):
         assert n_views == {"n_online": 2, "n_target": 2}  # each passes alone, as in MIMV's code
         return encode(network, branches, **n_views)
 
-    monkeypatch.setattr("sklearn_medimb._training.objectives.encode", spying)
+    monkeypatch.setattr("sklearn_medimb.base._encoder.encode", spying)
     encoder = AMIMVEncoder(**{**TINY, "max_epochs": 1}, pairing=pairing).fit(data[0])
     assert shapes == [{"online": (30, 3, 12, 12), "target": (30, 3, 12, 12)}] * 4
     assert encoder.transform(data[0]).shape == (60, 8)

@@ -410,7 +410,7 @@ def test_two_views_of_each_image_go_where_the_method_wants_them(method, monkeypa
         assert n_views == {"n_online": n_online, "n_target": n_target}
         return encode(network, branches, **n_views)
 
-    monkeypatch.setattr("sklearn_medimb._training.objectives.encode", spying)
+    monkeypatch.setattr("sklearn_medimb.base._encoder.encode", spying)
     params = {**SMALL, "max_epochs": 1, "precision": "float64"}
     encoder = SSLEncoder(method, **params, augment=(Add(100), Add(1000)))
     encoder.fit(X)

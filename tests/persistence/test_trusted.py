@@ -67,7 +67,7 @@ class Powered(BaseEstimator):
     def __init__(self, power=1.5):
         self.power = power
 
-    def __call__(self, logits):
+    def __call__(self, logits, counts):
         return -logits.log_softmax(1) * self.power
 
 
@@ -91,8 +91,11 @@ class Tempered(SoftmaxClassifier):
         )
         self.cost = cost
 
-    def _label_costs(self, mass):
-        return super()._label_costs(mass) if self.cost is None else self.cost
+    def _label_loss(self, train, n_steps):
+        label_loss = super()._label_loss(train, n_steps)
+        if self.cost is not None:
+            label_loss.costs = self.cost
+        return label_loss
 
     def _make_head(self, n_features):
         return nn.Sequential(super()._make_head(n_features), Temperature())
@@ -319,7 +322,7 @@ FORGERIES = {
     "unknown parameter": set_param("lr", 0.1),
     "parameter of another kind": set_param("cost", 3),
     "method": set_state("predict", 1),
-    "method of its own": set_state("_label_costs", 1),
+    "method of its own": set_state("_label_loss", 1),
     "parameter among what was learned": set_state("lr", 1),
     "net that is data": set_state("net_", 1),
     "no classes": lambda tree, *_: tree["state"].pop("classes_") and None,
