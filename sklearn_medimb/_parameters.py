@@ -187,8 +187,13 @@ class Declaring:
         # A class with a constructor of its own may have tables of its own, as scikit-learn does.
         cls._parameter_constraints = constraints | vars(cls).get("_parameter_constraints", {})
         cls._search_space = ranges | vars(cls).get("_search_space", {})
-        if "__init__" not in vars(cls):
+        if hasattr(cls.__init__, "made") or cls.__init__ is object.__init__:
             cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
+        elif own and "__init__" not in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} declares {sorted(own)}, but the constructor that it inherits is "
+                "written by hand and takes other parameters: write one here too."
+            )
         cls._texts = _inherited(cls, "_texts")
         if vars(cls).get("__doc__"):
             cls.__doc__ = _documented(cls)
@@ -269,6 +274,7 @@ def _constructor(cls: type[Declaring]) -> Callable[..., None]:
             setattr(self, name, value)
 
     __init__.__signature__ = signature  # type: ignore[attr-defined]
+    __init__.made = True  # type: ignore[attr-defined]
     __init__.__qualname__ = f"{cls.__qualname__}.__init__"
     __init__.__module__ = cls.__module__
     return __init__
