@@ -32,6 +32,7 @@ PRINTED = {
     "token_mixup": ["tail recall", "balanced batches", "SPMix + GPaCo"],
     "spmix_gallery": ["share of the base: 0.5", "to 0.80"],
     "deployment": ["after load equal: True", "is refused", "classes as here: 100%"],
+    "own_method": ["balanced acc.", "calibration error", "LogitNorm"],
     "many_machines": ["best of 4", "balanced accuracy"],
     "patient_groups": [
         "folds that cut patients", "validation split of whole patients",

@@ -44,8 +44,8 @@ class CosineHead(nn.Module):
 class OneStageClassifier(BaseImageClassifier):
     """A network with a softmax head, trained at once by the loss that `loss` names.
 
-    A method supplies its batches (`_make_batches`); where these show classes in other shares than
-    the training rows have, also those (`_class_mass`).
+    A method supplies its loss (`_make_loss`) or its batches (`_make_batches`); where these show
+    classes in other shares than the training rows have, also those (`_class_mass`).
 
     Parameters
     ----------
@@ -83,21 +83,25 @@ class OneStageClassifier(BaseImageClassifier):
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
-        resolve_loss(self.loss)
+        self._make_loss()
+
+    def _make_loss(self) -> Loss:
+        """Loss of the logits; by default what `loss` names."""
+        return resolve_loss(self.loss)
 
     def _class_mass(self, train: TrainingSet) -> np.ndarray:
         """Weight of each class in the batches, shape (n_classes,)."""
         return train.class_mass(len(self.classes_))
 
     def _make_head(self, n_features: int) -> nn.Module:
-        head = CosineHead if resolve_loss(self.loss).on_cosines else nn.Linear
+        head = CosineHead if self._make_loss().on_cosines else nn.Linear
         return head(n_features, len(self.classes_))
 
     def _make_criterion(self, train: TrainingSet, n_steps: int) -> Criterion:
         return LabelCriterion(self._label_loss(train, n_steps))
 
     def _label_loss(self, train: TrainingSet, n_steps: int) -> LabelLoss:
-        loss, class_mass = resolve_loss(self.loss), self._class_mass(train)
+        loss, class_mass = self._make_loss(), self._class_mass(train)
         mass = torch.from_numpy(class_mass)
         in_rows = mass * torch.from_numpy(np.isin(np.arange(len(mass)), train.y))
         weight = torch.from_numpy(class_weights(self.class_weight, self.classes_, class_mass))
