@@ -74,8 +74,8 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
     if not isinstance(estimator, BaseEstimator) or name_of(type(estimator)) is None:
         if is_outside(type(estimator)):
             raise ValueError(
-                f"{type(estimator).__qualname__} is not at the top level of a module, by which a "
-                "file could name it: move it there."
+                f"{type(estimator).__qualname__} is not, or no longer, at the top level of its "
+                "module, by which a file could name it: move it there, or fit anew."
             )
         raise ValueError(
             f"{type(estimator).__name__} is no estimator of sklearn_medimb: save the one inside "

@@ -85,7 +85,7 @@ def test_threads_save_estimators_to_one_path(fitted, tmp_path):
 
 
 def hang_in_save(clf, path):
-    def hang(draft):
+    def hang(draft, trusted):
         (draft.parent / "of a library").write_bytes(b"its own draft")
         time.sleep(600)
 
