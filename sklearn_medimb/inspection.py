@@ -239,7 +239,8 @@ class SPMixDisplay:
         for row, (own, other) in enumerate([] if self.labels is None else self.labels):
             axes[row, 0].set_ylabel(str(own), fontsize=9)
             axes[row, 2].set_ylabel(str(other), fontsize=9)
-        self.axes_, self.figure_ = axes, axes[0, 0].figure
+        self.axes_ = axes
+        self.figure_ = axes[0, 0].figure
         return self
 
 

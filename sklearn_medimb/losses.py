@@ -287,10 +287,10 @@ class Loss(Declaring, BaseEstimator):
 
 
 class CrossEntropyLoss(Loss):
-    """Cross-entropy."""
+    """Cross-entropy: minus the log of the probability of the label."""
 
     def costs(self, logits: torch.Tensor, constants: torch.Tensor) -> torch.Tensor:
-        """As `cross_entropy`."""
+        """Costs of `cross_entropy`, which needs no constants."""
         return cross_entropy(logits)
 
 
@@ -306,7 +306,7 @@ class FocalLoss(Loss):
     gamma: float = parameter(at_least(0), default=2.0, search=(0.5, 5.0))
 
     def costs(self, logits: torch.Tensor, constants: torch.Tensor) -> torch.Tensor:
-        """As `focal`."""
+        """Costs of `focal` with this exponent."""
         return focal(logits, self.gamma)
 
 
@@ -340,7 +340,7 @@ class LDAMLoss(Loss):
         return self.scale * ldam_margins(class_mass, self.max_margin)
 
     def costs(self, logits: torch.Tensor, constants: torch.Tensor) -> torch.Tensor:
-        """As `ldam`."""
+        """Costs of `ldam` with these margins."""
         return ldam(logits, constants)
 
 
@@ -360,7 +360,7 @@ class LogitAdjustedLoss(Loss):
         return (class_mass / class_mass.sum()).log()
 
     def costs(self, logits: torch.Tensor, constants: torch.Tensor) -> torch.Tensor:
-        """As `logit_adjusted`."""
+        """Costs of `logit_adjusted` with this log prior."""
         return logit_adjusted(logits, constants, self.tau)
 
 

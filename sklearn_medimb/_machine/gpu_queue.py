@@ -98,7 +98,7 @@ def _is_alive(path: Path) -> bool:
 
 
 @contextmanager
-def turn(device: torch.device, n_bytes: Callable[[], int]) -> Iterator[None]:
+def waiting_for_memory(device: torch.device, n_bytes: Callable[[], int]) -> Iterator[None]:
     """Wait until a GPU has memory to spare, and hold it inside the block.
 
     Nothing happens on other devices, and for a fit inside another one. The queue is that of one

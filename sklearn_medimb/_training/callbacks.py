@@ -56,7 +56,9 @@ class ProgressBar(Callback):
 
         notebook = any(cls.__name__ == "tqdm_notebook" for cls in tqdm.__mro__)
         self.in_place_ = notebook or sys.stderr.isatty()
-        self.n_done_, self.tenth_, self.line_ = 0, -1, ""
+        self.n_done_ = 0
+        self.tenth_ = -1
+        self.line_ = ""
         self.start_ = time.monotonic()
         if self.in_place_:
             self.bar_ = tqdm(total=self.n_steps, desc=self.label, unit="step", file=sys.stderr)
@@ -358,7 +360,7 @@ class SaveCheckpoint(Callback):
         self.best = best
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
-        """Save."""
+        """Write what a resumed fit would need."""
         self.checkpoint.save(net, self.best)
 
 

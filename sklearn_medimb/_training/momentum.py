@@ -78,5 +78,5 @@ class KeyQueue(nn.Module):
         return {"n_seen": self.n_seen}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore it."""
+        """Go on counting from there."""
         self.n_seen = state["n_seen"]

@@ -250,7 +250,8 @@ class BaseImageEncoder(BaseImageEstimator):
 
             return owner._map(natural.images, forward, rows[which]).double().cpu().numpy()
 
-        self.image_shape_, params = owner.image_shape_, self._net_params()
+        self.image_shape_ = owner.image_shape_
+        params = self._net_params()
         n_epochs = self._n_epochs(n) if n_epochs is None else n_epochs
         return self._stage(
             objective,

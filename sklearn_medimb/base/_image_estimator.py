@@ -23,7 +23,7 @@ from sklearn_medimb._data.batches import Context
 from sklearn_medimb._data.images import Images, channel_statistics, check_pixel_range, read_images
 from sklearn_medimb._data.plans import n_batches
 from sklearn_medimb._machine import distributed
-from sklearn_medimb._machine.gpu_queue import ALL_MEMORY, turn
+from sklearn_medimb._machine.gpu_queue import ALL_MEMORY, waiting_for_memory
 from sklearn_medimb._machine.randomness import (
     Draws,
     drawing_from,
@@ -187,7 +187,9 @@ class BaseImageEstimator(Trains):
             self._normalise(train)
         self.net_ = self._make_net(fit.device, fit.previous)
         if distributed.world_size() == 1:  # a launcher has given the others their GPUs
-            memory.enter_context(turn(fit.device, lambda: self._training_bytes(train)))
+            memory.enter_context(
+                waiting_for_memory(fit.device, lambda: self._training_bytes(train))
+            )
         context = Context(self._preprocessor(), self._views(), fit.rng, fit.generator)
         n_epochs = 1 if fit.partial else self._n_epochs(len(train.rows))
         stages = self._pretraining(train, context) if self._begins(fit) else []
@@ -261,12 +263,14 @@ class BaseImageEstimator(Trains):
         """Set the channel statistics: of the training rows, or those of a fitted start."""
         start = self._start
         if start is None:
-            self.pixel_mean_, self.pixel_std_ = channel_statistics(
+            mean, std = channel_statistics(
                 train.images,
                 train.rows,
                 train.weight,
                 block=inference_block(train.images.image_shape, torch.device("cpu")),
             )
+            self.pixel_mean_ = mean
+            self.pixel_std_ = std
             if self.pixel_range_ is None:
                 self.pixel_range_ = train.images.peak
             return
@@ -282,7 +286,8 @@ class BaseImageEstimator(Trains):
                 f"first) and cannot read images of shape {ours}."
             )
         check_pixel_range(start, train.images, reset=False)
-        self.pixel_mean_, self.pixel_std_ = start.pixel_mean_.copy(), start.pixel_std_.copy()
+        self.pixel_mean_ = start.pixel_mean_.copy()
+        self.pixel_std_ = start.pixel_std_.copy()
         if self.pixel_range_ is None:
             self.pixel_range_ = 1.0 if start.pixel_range_ == "uint8" else start.pixel_range_
 

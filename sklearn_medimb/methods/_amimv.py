@@ -131,7 +131,7 @@ class AMIMVObjective(Objective):
         self.register_buffer("n_skipped", torch.zeros(()))
         self.register_buffer("n_steps", torch.zeros(()))
 
-    def forward(self, encoded: EncodedViews, _: torch.Tensor) -> torch.Tensor:
+    def forward(self, encoded: EncodedViews, targets: torch.Tensor) -> torch.Tensor:
         """Loss of a batch."""
         x, y = map(self.projector, encoded.features)
         x_target, y_target = map(self.project_target, encoded.target)

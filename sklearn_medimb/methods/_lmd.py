@@ -358,7 +358,7 @@ class ICCLoss(Criterion):
         return {"round": self.round, "statistics": list(self.statistics)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore them."""
+        """Go on from these rounds and statistics."""
         self.round, self.statistics = state["round"], tuple(state["statistics"])
 
 

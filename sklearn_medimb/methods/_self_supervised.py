@@ -98,11 +98,13 @@ class SimCLR(Objective):
     target_views = 0
     jointly = True
 
-    def __init__(self, network: nn.Module, d: int, dim: int, temperature: float, _: float) -> None:
+    def __init__(
+        self, network: nn.Module, d: int, dim: int, temperature: float, momentum: float
+    ) -> None:
         super().__init__(network, perceptron([d, d, dim], last_norm=False))
         self.temperature = temperature
 
-    def forward(self, encoded: EncodedViews, _: Tensor) -> Tensor:
+    def forward(self, encoded: EncodedViews, targets: Tensor) -> Tensor:
         """Loss of a batch."""
         (features,) = encoded.features
         z1, z2 = self.projector(features).chunk(2)
@@ -115,12 +117,14 @@ class MoCo(Objective):
     target_views = 1
     queue_size = 4096
 
-    def __init__(self, network: nn.Module, d: int, dim: int, temperature: float, m: float) -> None:
-        super().__init__(network, perceptron([d, d, dim], last_norm=False), m)
+    def __init__(
+        self, network: nn.Module, d: int, dim: int, temperature: float, momentum: float
+    ) -> None:
+        super().__init__(network, perceptron([d, d, dim], last_norm=False), momentum)
         self.temperature = temperature
         self.queue = KeyQueue(self.queue_size, dim)
 
-    def forward(self, encoded: EncodedViews, _: Tensor) -> Tensor:
+    def forward(self, encoded: EncodedViews, targets: Tensor) -> Tensor:
         """Loss of a batch; the negatives are the queue, and the other keys of the batch."""
         (features,), (target,) = encoded
         q = F.normalize(self.projector(features))
@@ -135,11 +139,13 @@ class BYOL(Objective):
 
     target_views = 2
 
-    def __init__(self, network: nn.Module, d: int, dim: int, _: float, m: float) -> None:
-        super().__init__(network, perceptron([d, 2 * d, dim], last_norm=False), m)
+    def __init__(
+        self, network: nn.Module, d: int, dim: int, temperature: float, momentum: float
+    ) -> None:
+        super().__init__(network, perceptron([d, 2 * d, dim], last_norm=False), momentum)
         self.predictor = perceptron([dim, 2 * d, dim], last_norm=False)
 
-    def forward(self, encoded: EncodedViews, _: Tensor) -> Tensor:
+    def forward(self, encoded: EncodedViews, targets: Tensor) -> Tensor:
         """Loss of a batch: squared distance of unit vectors, up to constants."""
         p1, p2 = (self.predictor(self.projector(features)) for features in encoded.features)
         z1, z2 = map(self.project_target, encoded.target)
@@ -151,11 +157,13 @@ class SimSiam(Objective):
 
     target_views = 0
 
-    def __init__(self, network: nn.Module, d: int, dim: int, _: float, __: float) -> None:
+    def __init__(
+        self, network: nn.Module, d: int, dim: int, temperature: float, momentum: float
+    ) -> None:
         super().__init__(network, perceptron([d, d, d, dim], last_norm=True, affine=False))
         self.predictor = perceptron([dim, max(dim // 4, 1), dim], last_norm=False)
 
-    def forward(self, encoded: EncodedViews, _: Tensor) -> Tensor:
+    def forward(self, encoded: EncodedViews, targets: Tensor) -> Tensor:
         """Loss of a batch."""
         z1, z2 = map(self.projector, encoded.features)
         p1, p2 = map(self.predictor, (z1, z2))
@@ -167,10 +175,12 @@ class BarlowTwins(Objective):
 
     target_views = 0
 
-    def __init__(self, network: nn.Module, d: int, dim: int, _: float, __: float) -> None:
+    def __init__(
+        self, network: nn.Module, d: int, dim: int, temperature: float, momentum: float
+    ) -> None:
         super().__init__(network, perceptron([d, 2 * d, 2 * d, 4 * dim], last_norm=False))
 
-    def forward(self, encoded: EncodedViews, _: Tensor) -> Tensor:
+    def forward(self, encoded: EncodedViews, targets: Tensor) -> Tensor:
         """Loss of a batch."""
         return barlow_twins(*map(self.projector, encoded.features))
 
@@ -180,10 +190,12 @@ class VICReg(Objective):
 
     target_views = 0
 
-    def __init__(self, network: nn.Module, d: int, dim: int, _: float, __: float) -> None:
+    def __init__(
+        self, network: nn.Module, d: int, dim: int, temperature: float, momentum: float
+    ) -> None:
         super().__init__(network, perceptron([d, 2 * d, 2 * d, 4 * dim], last_norm=False))
 
-    def forward(self, encoded: EncodedViews, _: Tensor) -> Tensor:
+    def forward(self, encoded: EncodedViews, targets: Tensor) -> Tensor:
         """Loss of a batch."""
         return vicreg(*map(self.projector, encoded.features))
 

@@ -151,7 +151,7 @@ def resolve_contrast(contrast: Any) -> Contrast | None:
 
 
 def kind_of_contrast(contrast: Any) -> str | None:
-    """Its name."""
+    """Which contrast it is, by name."""
     return getattr(resolve_contrast(contrast), "kind", None)
 
 

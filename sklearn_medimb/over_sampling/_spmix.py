@@ -318,8 +318,11 @@ class SPMixSampler(BaseOverSampler):
             ratio = self._mix(
                 out[n_kept:], images, bases, partners, np.flatnonzero(mixed), maps, sides
             )
-        self.sample_indices_, self.partner_indices_, self.ratio_ = bases, partners, ratio
-        self.n_samples_, self.maps_given_ = len(y), maps is not None
+        self.sample_indices_ = bases
+        self.partner_indices_ = partners
+        self.ratio_ = ratio
+        self.n_samples_ = len(y)
+        self.maps_given_ = maps is not None
         return ExtendedImages(images.data, out) if images.lazy else out, np.concatenate(
             [y, y[bases]]
         )

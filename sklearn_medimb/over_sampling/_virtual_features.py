@@ -177,7 +177,8 @@ class BalancedVirtualFeatures(BaseOverSampler):
                 stacklevel=4,
             )
         gaussians = ClassGaussians(rows, codes, covariance=self.covariance, eps=self.eps)
-        self.means_, self.shrinkage_ = gaussians.means, gaussians.shrinkage
+        self.means_ = gaussians.means
+        self.shrinkage_ = gaussians.shrinkage
 
         n_kept = 0 if self.replace else len(rows)
         targets = [

@@ -87,7 +87,7 @@ class Reader:
         }
 
     def decode(self, node: Any) -> Any:
-        """One value."""
+        """Make the value that a node of the tree describes."""
         if node is None or isinstance(node, (bool, int, float, str)):
             return node
         if isinstance(node, list):

@@ -101,7 +101,8 @@ class LearnableWeightScaling(RebalancedHead):
 
         found = minimize(loss, np.ones(rows.n_classes), jac=True, method="L-BFGS-B")
         check_convergence(found)
-        self.scale_, self.n_iter_ = found.x, self.n_iter_ + found.nit
+        self.scale_ = found.x
+        self.n_iter_ += found.nit
         return Linear(head.coef * self.scale_[:, np.newaxis], head.intercept * self.scale_)
 
 

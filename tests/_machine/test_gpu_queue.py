@@ -123,11 +123,11 @@ def test_every_fit_on_a_gpu_takes_its_turn(tmp_path, monkeypatch):
     properties = SimpleNamespace(uuid="gpu", total_memory=1000)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(gpu_queue.tempfile, "gettempdir", lambda: str(tmp_path))
-    turn, asked = gpu_queue.turn, []
+    turn, asked = gpu_queue.waiting_for_memory, []
 
     def on_gpu(device, n_bytes):
         asked.append(n_bytes())
-        return turn(torch.device("cuda"), n_bytes)
+        return waiting_for_memory(torch.device("cuda"), n_bytes)
 
     held = []
 
@@ -136,7 +136,7 @@ def test_every_fit_on_a_gpu_takes_its_turn(tmp_path, monkeypatch):
             held.append([path.name for path in tmp_path.rglob("*.held")])
             return 0.5
 
-    monkeypatch.setattr("sklearn_medimb.base._image_estimator.turn", on_gpu)
+    monkeypatch.setattr("sklearn_medimb.base._image_estimator.waiting_for_memory", on_gpu)
     X, y = make_blobs((360, 160, 80))
     params = {"max_epochs": 1, "device": "cpu", "random_state": 0}
     SoftmaxClassifier(early_stopping=True, scoring=Look(), **params).fit(X, y)
@@ -196,7 +196,7 @@ def test_the_estimate_counts_every_image_that_backbones_encode(monkeypatch, esti
         return nullcontext()
 
     monkeypatch.setattr(Net, "_within_memory", step)
-    monkeypatch.setattr("sklearn_medimb.base._image_estimator.turn", on_gpu)
+    monkeypatch.setattr("sklearn_medimb.base._image_estimator.waiting_for_memory", on_gpu)
     monkeypatch.setattr(BaseImageEncoder, "_auto_epochs", 1)
     monkeypatch.setattr(BaseImageEncoder, "_auto_steps", 1)
     X, y = make_blobs()
@@ -219,14 +219,17 @@ def test_nested_fits_do_not_wait_for_their_own_parent(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(gpu_queue.tempfile, "gettempdir", lambda: str(tmp_path))
     cuda = torch.device("cuda")
-    with gpu_queue.turn(cuda, lambda: 10), gpu_queue.turn(cuda, lambda: 10):
+    with (
+        gpu_queue.waiting_for_memory(cuda, lambda: 10),
+        gpu_queue.waiting_for_memory(cuda, lambda: 10),
+    ):
         assert len(list(tmp_path.rglob("*.held"))) == 1
     assert not list(tmp_path.rglob("*.held"))
 
 
 def test_cpu_fits_never_queue(monkeypatch):
     monkeypatch.setattr(gpu_queue, "MemoryQueue", None)
-    with gpu_queue.turn(torch.device("cpu"), lambda: 1 / 0):
+    with gpu_queue.waiting_for_memory(torch.device("cpu"), lambda: 1 / 0):
         pass
 
 
