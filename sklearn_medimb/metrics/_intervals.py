@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import (
     accuracy_score,
     check_scoring,
@@ -16,7 +17,7 @@ from sklearn.utils.validation import _num_samples, check_is_fitted
 
 from sklearn_medimb._data.rows import group_codes
 from sklearn_medimb.metrics._score_test import Interval, as_numbers, profile_interval
-from sklearn_medimb.metrics._scorers import scorer_name, scorers, with_labels
+from sklearn_medimb.metrics._scorers import StandIn, scorer_name, scorers, with_labels
 
 # ---------------------------------------------------------------- intervals
 
@@ -415,11 +416,13 @@ class _Column:
         return np.searchsorted(labels, self.values) if self.are_labels else None
 
 
-class _Answered(ClassifierMixin, BaseEstimator):
+class _Answered(StandIn, ClassifierMixin, BaseEstimator):
     """A classifier that has predicted all of X, asked again by row numbers."""
 
     def __init__(self, estimator: Any, X: Any) -> None:
         check_is_fitted(estimator)
+        while isinstance(estimator, FrozenEstimator):
+            estimator = estimator.estimator
         if not isinstance(getattr(estimator, "classes_", None), np.ndarray):
             raise TypeError(
                 f"{type(estimator).__name__} has no classes_: only fitted classifiers are scored "

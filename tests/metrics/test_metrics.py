@@ -11,9 +11,21 @@ import numpy as np
 import pandas as pd
 import pytest
 from imblearn.metrics import geometric_mean_score
+from imblearn.over_sampling import RandomOverSampler
+from imblearn.pipeline import make_pipeline as resampled
 from scipy.stats import binomtest, norm
+from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import make_classification
+from sklearn.ensemble import (
+    BaggingClassifier,
+    RandomForestClassifier,
+    StackingClassifier,
+    VotingClassifier,
+)
 from sklearn.exceptions import NotFittedError
+from sklearn.feature_selection import RFE
+from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.metrics import (
     accuracy_score,
@@ -30,9 +42,16 @@ from sklearn.metrics import (
     roc_auc_score,
     top_k_accuracy_score,
 )
-from sklearn.model_selection import GridSearchCV, cross_validate
+from sklearn.model_selection import (
+    FixedThresholdClassifier,
+    GridSearchCV,
+    TunedThresholdClassifierCV,
+    cross_validate,
+)
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.semi_supervised import SelfTrainingClassifier
 
 from benchmarks import interval_coverage
 from sklearn_medimb import CSSNClassifier, SoftmaxClassifier
@@ -125,6 +144,29 @@ def test_shot_recall_refuses_a_series_of_two_meanings_and_shares():
         shot_recall([0, 1], [0, 1], np.array([300, 5]))  # as np.bincount counts
 
 
+@pytest.mark.parametrize("count", [np.nan, -5, 2.5, np.inf, "3", None, True, pd.NA], ids=repr)
+@pytest.mark.parametrize("read", [dict, lambda counts: pd.Series(counts, name="count")])
+def test_counts_are_whole_numbers(count, read):
+    counts = read({0: count, 1: 5, 2: 3})
+    if isinstance(counts, pd.Series) and counts.dtype == object:  # it might hold labels
+        counts = counts.to_dict()
+    with pytest.raises(ValueError, match=r"train_counts must hold whole numbers >= 0, not \{0: "):
+        shot_recall([0, 1, 2], [0, 1, 2], counts)
+
+
+def test_rows_without_a_label_are_named():
+    y, masked = [0, 1, 1, 2], np.ma.array([0, 1, 1, 2], mask=[0, 0, 1, 0])
+    for lacking in (masked, [0, 1, None, 2], [0, 1, np.nan, 2], pd.Series([0, 1, pd.NA, 2])):
+        with pytest.raises(ValueError, match="y_true has no entry in row 2"):
+            shot_recall(lacking, y, y)
+        with pytest.raises(ValueError, match="y_pred has no entry in row 2"):
+            shot_recall(y, lacking, y)
+        with pytest.raises(ValueError, match="train_counts has no entry in row 2"):
+            shot_recall(y, y, lacking)
+        with pytest.raises(ValueError, match="y_true has no entry in row 2"):
+            expected_calibration_error(lacking, np.eye(3)[y])
+
+
 def test_shot_recall_refuses_unknown_classes_and_crossed_thresholds():
     with pytest.raises(ValueError, match=r"lacks the classes \[2\]"):
         shot_recall([0, 2], [0, 0], {0: 3, 1: 4})
@@ -178,6 +220,17 @@ def test_calibration_error_at_its_ends():
     assert expected_calibration_error(["b", "b"], [[0.0, 1.0]] * 2, labels=["a", "b"]) == 0
 
 
+def test_one_column_is_that_of_the_greater_label_in_whatever_order():
+    y = np.array(["pos", "neg", "pos", "pos"])
+    column = np.where(y == "pos", 0.9, 0.1)
+    for labels in (None, ["neg", "pos"], ["pos", "neg"]):
+        for class_wise in (False, True):
+            found = expected_calibration_error(y, column, labels=labels, class_wise=class_wise)
+            assert found == pytest.approx(0.1)
+    columns = np.column_stack([column, 1 - column])
+    assert expected_calibration_error(y, columns, labels=["pos", "neg"]) == pytest.approx(0.1)
+
+
 def test_class_wise_error_sees_a_rare_class_that_the_other_misses():
     y = np.repeat([0, 1], [990, 10])
     proba = np.tile([0.99, 0.01], (1000, 1))
@@ -197,6 +250,7 @@ def test_class_wise_error_sees_a_rare_class_that_the_other_misses():
         ([0, 1], [[0.5, 0.5]] * 2, {"n_bins": 0}, "n_bins=0"),
         ([0, 1], [[0.5, 0.5]] * 2, {"strategy": "log"}, "strategy='log'"),
         ([0], [[0.5, 0.5]] * 2, {"labels": [0, 1]}, "inconsistent"),
+        ([0, 1], [[0.5, 0.5, 0]] * 2, {"labels": [0, 1, 1]}, "a label twice"),
     ],
 )
 def test_calibration_error_refuses_wrong_input(y, proba, params, message):
@@ -264,9 +318,9 @@ def test_interval_of_a_scorer_predicts_once_and_equals_that_of_the_metric():
     own = scorer_interval(fitted, X[60:], y[60:], n_resamples=20, random_state=0)
     assert own.score == fitted.score(X[60:], y[60:])
     for name in ("roc_auc", "neg_calibration_error", "few_shot_recall"):
-        scorer = scorers(name)[name]
+        scorer = scorers(name, train_counts=y[:60])[name]
         found = scorer_interval(
-            fitted, X[60:], y[60:], scoring=name, n_resamples=20, random_state=0
+            fitted, X[60:], y[60:], scoring=scorer, n_resamples=20, random_state=0
         )
         assert found.score == pytest.approx(scorer(fitted, X[60:], y[60:]))
 
@@ -429,8 +483,9 @@ def rare():
 )
 def test_a_class_of_three_never_goes_missing(rare, name):
     clf, X, y = rare
-    score, low, high = scorer_interval(clf, X, y, scoring=name, groups=np.arange(len(y)) // 2)
-    assert score == pytest.approx(scorers(name)[name](clf, X, y))
+    scorer = scorers(name, train_counts=y)[name]
+    score, low, high = scorer_interval(clf, X, y, scoring=scorer, groups=np.arange(len(y)) // 2)
+    assert score == pytest.approx(scorer(clf, X, y))
     assert low < score < high
 
 
@@ -585,7 +640,7 @@ def test_scorers_by_name_in_cross_validation_and_search():
     X, y = make_classification(
         150, n_classes=3, n_informative=5, weights=[0.7, 0.2], random_state=0
     )
-    scoring = scorers("balanced_accuracy", *scorers())
+    scoring = scorers("balanced_accuracy", *scorers(), train_counts=y)
     clf = LogisticRegression(max_iter=300)
     results = cross_validate(clf, X, y, scoring=scoring, cv=3, error_score="raise")
     assert all(np.isfinite(results[f"test_{name}"]).all() for name in scoring)
@@ -614,10 +669,170 @@ def test_scorers_use_the_class_counts_of_training(tiny, blobs):
     assert np.isfinite(found)
 
 
+class Counting(LogisticRegression):
+    """A classifier that knows, as this package's do, what it was fitted on."""
+
+    def fit(self, X, y, sample_weight=None):
+        super().fit(X, y, sample_weight)
+        kept = y if sample_weight is None else y[sample_weight > 0]
+        self.class_counts_ = np.unique(kept, return_counts=True)[1]
+        return self
+
+
+SHOTS = scorers("few_shot_recall", "neg_head_tail_gap")
+
+
+@pytest.fixture(scope="module")
+def natural():
+    """Long-tailed training images, and a test set that is balanced, or tailed the other way."""
+    X, y = make_classification(
+        900, n_classes=3, n_informative=6, flip_y=0.1, class_sep=0.7, random_state=0
+    )
+    names = np.array(["mel", "bcc", "nev"])  # sorted otherwise
+    rows = [np.flatnonzero(y == k) for k in range(3)]
+    train = np.concatenate([one[:n] for one, n in zip(rows, (200, 60, 30), strict=True)])
+    test = np.concatenate([one[200 : 200 + n] for one, n in zip(rows, (10, 30, 60), strict=True)])
+    return X[train], names[y[train]], X[test], names[y[test]]
+
+
+def frozen(clf, X, y):
+    return FrozenEstimator(clf.fit(X, y))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda clf, X, y: clf,
+        lambda clf, X, y: make_pipeline(StandardScaler(), clf),
+        lambda clf, X, y: GridSearchCV(clf, {"C": [0.1, 1.0]}, cv=2),
+        lambda clf, X, y: GridSearchCV(
+            make_pipeline(StandardScaler(), clf), {"counting__C": [0.1, 1.0]}, cv=2
+        ),
+        lambda clf, X, y: CalibratedClassifierCV(clf, cv=3),
+        lambda clf, X, y: CalibratedClassifierCV(clf, cv=3, ensemble=False),
+        lambda clf, X, y: CalibratedClassifierCV(frozen(clf, X, y)),
+        frozen,
+        lambda clf, X, y: frozen(make_pipeline(StandardScaler(), clf), X, y),
+        lambda clf, X, y: VotingClassifier([("one", clf), ("other", clone(clf))]),
+        lambda clf, X, y: StackingClassifier([("one", clf)], cv=2),
+        lambda clf, X, y: RFE(clf, n_features_to_select=12),
+    ],
+)
+def test_counts_are_those_of_training_wherever_the_classifier_is(natural, make):
+    X, y, X_test, y_test = natural
+    clf = make(Counting(max_iter=500), X, y).fit(X, y)
+    for name, measure in (
+        ("few_shot_recall", lambda *args: shot_recall(*args).few),
+        ("neg_head_tail_gap", lambda *args: -head_tail_gap(*args)),
+    ):
+        wanted = measure(y_test, clf.predict(X_test), y)
+        assert wanted != measure(y_test, clf.predict(X_test), y_test)
+        assert SHOTS[name](clf, X_test, y_test) == wanted
+        assert scorer_interval(clf, X_test, y_test, scoring=name).score == wanted
+
+
+def test_counts_of_a_classifier_with_a_threshold(natural):
+    X, y, X_test, y_test = natural
+    X, y, X_test, y_test = (
+        X[y != "nev"],
+        y[y != "nev"],
+        X_test[y_test != "nev"],
+        y_test[y_test != "nev"],
+    )
+    fitted = Counting().fit(X, y)
+    for clf in (
+        FixedThresholdClassifier(clone(fitted), threshold=0.3).fit(X, y),
+        FixedThresholdClassifier(FrozenEstimator(fitted), threshold=0.3),
+        TunedThresholdClassifierCV(clone(fitted), cv=2).fit(X, y),
+        OneVsRestClassifier(clone(fitted)).fit(X, y),
+    ):
+        wanted = shot_recall(y_test, clf.predict(X_test), y).few
+        assert SHOTS["few_shot_recall"](clf, X_test, y_test) == wanted
+
+
+@pytest.mark.filterwarnings("ignore:y contains no unlabeled")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LogisticRegression(), "LogisticRegression does not tell"),
+        (lambda: make_pipeline(StandardScaler(), LogisticRegression()), "Logistic.*train_counts="),
+        (lambda: resampled(RandomOverSampler(random_state=0), Counting()), "for it resamples"),
+        (
+            lambda: BaggingClassifier(Counting(), n_estimators=3, random_state=0),
+            "Bagging.*its members",
+        ),
+        (lambda: OneVsRestClassifier(Counting()), "OneVsRest.*its members"),
+        (lambda: SelfTrainingClassifier(Counting()), "for it made labels itself"),
+        (lambda: RandomForestClassifier(3), "DecisionTreeClassifier does not tell"),
+    ],
+)
+def test_unknown_counts_of_training_are_not_those_of_the_test_set(natural, make, message):
+    X, y, X_test, y_test = natural
+    clf = make().fit(X, y.astype(object))
+    told = scorers(*SHOTS, train_counts=y)
+    for name, scorer in SHOTS.items():
+        with pytest.raises(ValueError, match=message):
+            scorer(clf, X_test, y_test)
+        with pytest.raises(ValueError, match=message):
+            scorer_interval(clf, X_test, y_test, scoring=name)
+        assert np.isfinite(told[name](clf, X_test, y_test))
+
+
+def test_further_portions_and_fits_are_counted(tiny):
+    rng = np.random.default_rng(0)
+
+    def portion(*n):
+        return rng.random((sum(n), 1, 8, 8)).astype(np.float32), np.repeat([0, 1], n)
+
+    clf = SoftmaxClassifier(**tiny)
+    clf.partial_fit(*portion(3, 20))
+    for _ in range(5):
+        clf.partial_fit(*portion(18, 2))
+    assert clf.class_counts_.tolist() == [93, 30]
+    with pytest.raises(ValueError, match="not among"):
+        clf.partial_fit(portion(2, 2)[0], [0, 1, 2, 2])
+    assert clf.class_counts_.tolist() == [93, 30]
+    clf.set_params(warm_start=True).fit(*portion(4, 12))
+    assert clf.class_counts_.tolist() == [4, 12]  # of the latest fit
+    assert clf.partial_fit(*portion(9, 1)).class_counts_.tolist() == [13, 13]
+    assert clf.set_params(warm_start=False).fit(*portion(5, 6)).class_counts_.tolist() == [5, 6]
+
+
 def test_class_missing_from_training_does_not_break_the_scorers():
     X, y = make_classification(90, n_classes=3, n_informative=5, random_state=0)
     clf = LogisticRegression(max_iter=300).fit(X[y < 2], y[y < 2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for scorer in scorers("neg_calibration_error", "few_shot_recall").values():
+        for scorer in scorers("neg_calibration_error", "few_shot_recall", train_counts=y).values():
             scorer(clf, X, y)
+
+
+def test_classes_that_training_lacked_are_confident_errors():
+    X, y = make_classification(
+        900, n_classes=3, n_informative=6, class_sep=2.0, flip_y=0, random_state=0
+    )
+    clf = LogisticRegression(max_iter=300).fit(X[y < 2], y[y < 2])
+    hits, confidence = clf.predict(X) == y, clf.predict_proba(X).max(axis=1)
+    edges = np.linspace(0, 1, 16)
+    found = scorers()["neg_calibration_error"](clf, X, y)
+    assert found == pytest.approx(-slow_calibration(hits, confidence, edges))
+    assert found < -0.2
+    padded = np.column_stack([clf.predict_proba(X), np.zeros(len(X))])
+    by_class = [slow_calibration(y == k, padded[:, k], edges) for k in range(3)]
+    found = scorers()["neg_class_wise_calibration_error"](clf, X, y)
+    assert found == pytest.approx(-np.mean(by_class))
+    seen = y < 2
+    assert scorers()["neg_calibration_error"](clf, X[seen], y[seen]) == (
+        -expected_calibration_error(y[seen], clf.predict_proba(X[seen]))
+    )
+
+
+@pytest.mark.parametrize("name", ["few_shot_recall", "neg_head_tail_gap", *list(scorers())[-2:]])
+def test_labels_of_another_kind_are_no_classes_that_training_lacked(natural, name):
+    X, y = natural[0], np.unique(natural[1], return_inverse=True)[1]
+    clf = Counting(max_iter=300).fit(X, y)
+    for score in (scorers()[name], partial(scorer_interval, scoring=name)):
+        with pytest.raises(ValueError, match=r"y holds '\d', the classifier knows \[0, 1, 2\]"):
+            score(clf, X, y.astype(str))
+    with pytest.raises(ValueError, match="y has no entry in row 3"):
+        scorers()[name](clf, X, np.where(np.arange(len(y)) == 3, np.nan, y))
