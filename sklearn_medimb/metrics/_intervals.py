@@ -85,12 +85,12 @@ def metric_interval(
 
     Notes
     -----
-    Strings and truth values are labels. Whether numbers are labels the metric decides, for it is
-    also asked about numbers that are slightly changed. They are labels where it then gives another
-    score, as an accuracy, or none; they are numbers or scores where it hardly changes, as a mean
-    absolute error of ages, or not at all, as an area under a curve, for which 0 and 1 are scores
-    like any others. True values of at most ten kinds that occur five times on average, as grades
-    do, are labels in any case.
+    Strings and truth values are labels. Whether whole numbers are labels the metric decides, for it
+    is also asked about numbers that are drawn together. They are labels where it compares them, so
+    that it jumps, as an accuracy, or fails. They are numbers or scores where it changes in
+    proportion, as a mean absolute error of ages, or not at all, as an area under a curve, for which
+    0 and 1 are scores like any others. True values of at most ten kinds that occur five times on
+    average, as grades do, are labels in any case.
 
     Of samples that were not seen the interval supposes no more than that they may be predicted as
     any label, or, where `y_pred` holds scores, as an average sample of another class is.

@@ -1,8 +1,8 @@
 """What the measures are given: labels or numbers, none of them missing.
 
 Whether numbers happen to be whole does not say what they are: ages are whole, and grades, and
-scores of 0 and 1. The metric tells: where numbers are changed a little, one that computes with them
-or ranks them changes as little, and one that compares them with labels changes much, or fails.
+scores of 0 and 1. The metric tells: where numbers are drawn together, one that computes with them
+changes in proportion, one that ranks them not at all, and one that compares them jumps, or fails.
 """
 
 from __future__ import annotations
@@ -186,10 +186,11 @@ def _of_true(metric: Metric, predictions: np.ndarray, y: np.ndarray) -> Any:
 
 
 def _minds(asked: Sequence[tuple[Callable[..., Any], np.ndarray]], values: np.ndarray) -> bool:
-    """Whether any score of numbers is another, or none, where these are changed a little.
+    """Whether any score compares numbers with labels or thresholds, and does not use them as such.
 
-    All are drawn towards a point between the least and the greatest of the values, so that order
-    and range stay. What changes in proportion is computed with the numbers.
+    All are drawn towards a point between the least and the greatest of the values, so that their
+    order stays. What changes in proportion, or not at all, computes with the numbers or ranks them;
+    what jumps, or fails, compares them.
     """
     low, high = float(values[0]), float(values[-1])
     if low == high:
@@ -203,7 +204,7 @@ def _minds(asked: Sequence[tuple[Callable[..., Any], np.ndarray]], values: np.nd
             except Exception:  # noqa: S112  # not for these numbers anyway
                 continue
             numbers, changes = numbers.astype(np.float64), []
-            for share in (1e-3, 1e-5):
+            for share in (0.9, 1e-3, 1e-5):
                 try:
                     found = np.asarray(score(numbers + share * (point - numbers)), dtype=np.float64)
                 except Exception:
@@ -211,6 +212,9 @@ def _minds(asked: Sequence[tuple[Callable[..., Any], np.ndarray]], values: np.nd
                 if found.shape != given.shape or (np.isnan(found) != np.isnan(given)).any():
                     return True
                 changes.append(np.where(found == given, 0, np.abs(found - given)))
-            if (changes[1] > changes[0] / 10 + 1e-9 * np.abs(given) + 1e-12).any():
+            much, little, least = changes
+            none = 1e-9 * np.abs(given) + 1e-12
+            jumps = (least > little / 10 + none) | ((little <= none) & (much > none))
+            if jumps.any():
                 return True
     return False

@@ -37,9 +37,12 @@ from sklearn.metrics import (
     get_scorer,
     log_loss,
     matthews_corrcoef,
+    mean_absolute_error,
     precision_score,
+    r2_score,
     recall_score,
     roc_auc_score,
+    root_mean_squared_error,
     top_k_accuracy_score,
 )
 from sklearn.model_selection import (
@@ -545,6 +548,221 @@ def test_the_own_score_is_the_estimators_own(rare, tiny, blobs):
     rows = np.concatenate([np.flatnonzero(labels == k)[:8] for k in range(3)])
     found = scorer_interval(trained, images[rows], labels[rows], scoring="few_shot_recall")
     assert found.score == scorers()["few_shot_recall"](trained, images[rows], labels[rows])
+
+
+SCALES = [
+    lambda s: s / 10,
+    lambda s: s + 0.001,
+    lambda s: 7 * s - 3,
+    lambda s: 0.9 * s + 0.05,
+    lambda s: s.astype(int) if (s == np.rint(s)).all() else s,
+]
+
+
+@pytest.fixture(scope="module")
+def binary():
+    """Two classes; whole scores, grades, scores of 0 and 1, and such that find every case."""
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], [40, 12])
+    zero_one = np.where(rng.random(52) < 0.85, y, 1 - y).astype(float)
+    return y, {
+        "whole": np.rint(3 * y + rng.normal(3, 1.5, 52)),
+        "grades": np.clip(np.rint(1.5 * y + rng.normal(2.5, 1, 52)), 1, 5),
+        "zero_one": zero_one,
+        "all_found": np.where(y == 1, 1.0, zero_one),
+        "all_right": y.astype(float),
+        "constant": np.ones(52),
+    }
+
+
+@pytest.mark.parametrize("scores", ["whole", "grades", "zero_one", "all_found", "all_right"])
+def test_scores_need_not_be_broken_numbers(binary, scores):
+    y, s = binary[0], binary[1][scores]
+    wanted = metric_interval(roc_auc_score, y, s)
+    assert 0 < wanted.low < wanted.score
+    other = np.random.default_rng(1).permutation(s)
+    difference = paired_difference(roc_auc_score, y, s, other)
+    for scale in SCALES:
+        np.testing.assert_allclose(metric_interval(roc_auc_score, y, scale(s)), wanted, atol=1e-6)
+        found = paired_difference(roc_auc_score, y, scale(s), scale(other))
+        np.testing.assert_allclose(found, difference, atol=1e-6)
+    broken = s + np.random.default_rng(2).normal(size=52) * 1e-9
+    found = metric_interval(lambda y, s: roc_auc_score(y, np.round(s, 6)), y, broken)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)  # units that no score tells apart
+
+
+@pytest.mark.parametrize("scores", ["whole", "grades", "zero_one", "all_found", "constant"])
+@pytest.mark.parametrize("dtype", [float, int])
+def test_names_of_classes_do_not_matter_to_scores(binary, scores, dtype):
+    y, s = binary[0], binary[1][scores].astype(dtype)
+    wanted = metric_interval(roc_auc_score, y, s)
+    for names in (["ben", "mal"], [False, True], [5, 7], [0.0, 0.5]):
+        if names == [0.0, 0.5]:  # no classes for scikit-learn
+            found = metric_interval(lambda y, s: roc_auc_score(y > 0, s), np.array(names)[y], s)
+        else:
+            found = metric_interval(roc_auc_score, np.array(names)[y], s)
+        np.testing.assert_allclose(found, wanted, atol=1e-9)
+    named = np.array(["ben", "mal"])[y].astype(object)
+    found = paired_difference(roc_auc_score, named, s, binary[1]["whole"])
+    np.testing.assert_allclose(
+        found, paired_difference(roc_auc_score, y, s, binary[1]["whole"]), atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("kind", ["ages", "grades", "counts"])
+@pytest.mark.parametrize("metric", [mean_absolute_error, root_mean_squared_error, r2_score])
+def test_errors_of_whole_numbers_are_those_of_shifted_ones(kind, metric):
+    rng = np.random.default_rng(0)
+    y = {
+        "ages": rng.integers(30, 80, 120),
+        "grades": rng.integers(1, 6, 120),
+        "counts": rng.poisson(1.5, 120).clip(max=6),
+    }[kind]
+    a, b = (y + rng.integers(-2, high, 120) for high in (3, 4))
+    wanted = metric_interval(metric, y, a)
+    if kind == "ages":
+        assert wanted.high - wanted.low < 0.4 * abs(wanted.score)
+    difference = paired_difference(metric, y, a, b)
+    for scale, unit in (
+        (lambda v: v.astype(float), 1),
+        (lambda v: v + 0.5, 1),
+        (lambda v: v - 17, 1),
+        (lambda v: v / 8, 8),
+    ):
+        unit = 1 if metric is r2_score else unit
+        found = np.multiply(metric_interval(metric, scale(y), scale(a)), unit)
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+        found = np.multiply(paired_difference(metric, scale(y), scale(a), scale(b)), unit)
+        np.testing.assert_allclose(found, difference, atol=1e-4)
+
+
+def share_above(y, s, threshold):
+    return (s[y == 1] >= threshold).mean()
+
+
+def test_what_compares_numbers_has_labels_whatever_the_predictions():
+    y = np.repeat([0, 1], [60, 5])
+    for metric, p in (
+        (lambda y, p: (p[y == 0] == 1).mean(), y),  # none of 60
+        (lambda y, p: (p[y == 0] == 1).mean(), 0 * y),
+        (lambda y, p: (p[y == 0] != 0).mean(), y.astype(float)),
+        (lambda y, p: np.bincount(2 * y + p, minlength=4)[1] / (y == 0).sum(), y),
+    ):
+        found = metric_interval(metric, y, p)
+        np.testing.assert_allclose(
+            found, [0, 0, binomtest(0, 60).proportion_ci(method="wilson").high], atol=2e-3
+        )
+    rare = np.repeat([1, 0], [5, 60])
+    for threshold in (0.5, 0.2, 1.0):  # which no score reaches
+        found = metric_interval(partial(share_above, threshold=threshold), rare, 0.0 * rare)
+        wilson = binomtest(0, 5).proportion_ci(method="wilson")
+        np.testing.assert_allclose(found, [0, 0, wilson.high], atol=2e-3)
+    many = np.arange(90) // 2  # of 45 classes two each, which are no ages
+    found = metric_interval(share_right, many, many)
+    np.testing.assert_allclose(found, [1, 90 / (90 + 1.96**2), 1], atol=5e-3)
+
+
+def test_the_caller_may_say_what_numbers_are():
+    rng = np.random.default_rng(0)
+    y = rng.integers(1, 6, 100)
+    s = y + rng.normal(size=100)
+    plain = metric_interval(mean_absolute_error, y, s, labels=[])
+    broken = metric_interval(mean_absolute_error, y + rng.random(100) * 1e-9, s)
+    np.testing.assert_allclose(plain, broken, atol=1e-8)
+    graded = metric_interval(mean_absolute_error, y, s)
+    assert graded.low < graded.high != plain.high
+    assert graded == metric_interval(mean_absolute_error, y, s, labels=[5, 4, 3, 2, 1])
+    few = np.array([1, 2, 3] * 2)  # too few to be grades
+    assert metric_interval(mean_absolute_error, few, few).high == 0
+    assert metric_interval(mean_absolute_error, few, few, labels=[1, 2, 3]).high > 0
+    more = metric_interval(mean_absolute_error, few, few, labels=[1, 2, 3, 30])
+    assert more.score == 0
+    for call in (metric_interval, lambda *args, **more: paired_difference(*args, args[-1], **more)):
+        with pytest.raises(ValueError, match=r"y_true holds \[3\], which are not among labels"):
+            call(accuracy_score, few, few, labels=[1, 2])
+        with pytest.raises(ValueError, match="y_true has shape"):
+            call(share_right, few.reshape(3, 2), few.reshape(3, 2), labels=[1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("y", "p", "message"),
+    [
+        (np.ma.array([0, 1, 1], mask=[0, 1, 0]), [0, 1, 1], "y_true has no entry in row 1"),
+        ([0, 1, 1], np.ma.array([0, 1, 1], mask=[0, 0, 1]), "pred.* has no entry in row 2"),
+        ([0, None, 1], [0, 1, 1], "y_true has no entry in row 1"),
+        ([0, 1, np.nan], [0, 1, 1], "y_true has no entry in row 2"),
+        ([0, 1, 1], [[0, 1], [0.5, 0.5], [np.nan, 1]], "pred.* has no entry in row 2"),
+        (np.ma.array(np.eye(3), mask=np.eye(3, k=1)), np.eye(3), "y_true has no entry in row 0"),
+        ([0, 1, 1], ["0", "1", "1"], "y_true holds a number, .*pred.* a string"),
+        (np.array([0, "1", 1], dtype=object), [0, 1, 1], "numbers or strings, not both"),
+    ],
+)
+def test_intervals_refuse_missing_entries_and_mixed_kinds(y, p, message):
+    def metric(y, p):
+        return 0.5
+
+    with pytest.raises(ValueError, match=message):
+        metric_interval(metric, y, p)
+    with pytest.raises(ValueError, match=message):
+        paired_difference(metric, y, p, p)
+
+
+class Proud(LogisticRegression):
+    """Its own score is not accuracy, though on even classes it is as great."""
+
+    def score(self, X, y, sample_weight=None):
+        return balanced_accuracy_score(y, self.predict(X))
+
+
+def own_score(estimator, X, y):
+    return estimator.score(X, y)
+
+
+@pytest.mark.parametrize("scoring", [None, own_score])
+def test_own_scores_in_all_that_wraps_a_classifier(rare, scoring):
+    clf, X, y = rare
+    weighted = partial(GridSearchCV, clf, {"C": [1.0]}, cv=2)
+    several = {"f1_macro": "f1_macro", "accuracy": "accuracy"}
+    for estimator in (
+        clf,
+        FrozenEstimator(clf),
+        weighted(scoring="f1_macro"),
+        weighted(scoring="neg_log_loss"),
+        weighted(scoring=several, refit="f1_macro"),
+        weighted(scoring=own_score),
+        weighted(),
+        make_pipeline(StandardScaler(), weighted(scoring="f1_macro")),
+        FrozenEstimator(make_pipeline(StandardScaler(), clf).fit(X, y)),
+        RFE(clf, n_features_to_select=5),
+    ):
+        estimator.fit(X, y)
+        found = scorer_interval(estimator, X, y, scoring=scoring)
+        assert found.low < found.score == pytest.approx(estimator.score(X, y))
+        same = scorer_difference(estimator, estimator, X, y, scoring=scoring)
+        assert same.low < same.score == 0 < same.high
+    even = np.concatenate([np.flatnonzero(y == k)[:3] for k in range(3)])
+    proud = Proud(max_iter=500).fit(X, y)
+    assert proud.score(X[even], y[even]) == pytest.approx((proud.predict(X) == y)[even].mean())
+    for estimator in (
+        proud,
+        FrozenEstimator(proud),
+        make_pipeline(StandardScaler(), proud).fit(X, y),
+        GridSearchCV(proud, {"C": [1.0]}, cv=2, scoring=own_score).fit(X, y),
+        GridSearchCV(proud, {"C": [1.0]}, cv=2).fit(X, y),
+    ):
+        with pytest.raises(ValueError, match="score of Proud is not its accuracy: pass scoring="):
+            scorer_interval(estimator, X[even], y[even], scoring=scoring)
+
+
+def test_a_frozen_classifier_is_scored_as_it_is(rare):
+    clf, X, y = rare
+    for scoring in ("accuracy", "roc_auc_ovr", "neg_log_loss"):
+        wanted = scorer_interval(clf, X, y, scoring=scoring)
+        assert scorer_interval(FrozenEstimator(FrozenEstimator(clf)), X, y, scoring=scoring) == (
+            wanted
+        )
+    with pytest.raises(AttributeError, match="predict_log_proba of LogisticRegression cannot"):
+        scorer_interval(clf, X, y, scoring=lambda e, X, y: e.predict_log_proba(X).mean())
 
 
 # ---------------------------------------------------------------- differences
