@@ -96,7 +96,7 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
     classes_
         Class labels.
     class_counts_
-        Images of each class given to the first ``fit``.
+        Images of each class given to the latest ``fit``, and to ``partial_fit`` since.
     best_score_
         Validation score of the epoch kept; only with early stopping.
     """
@@ -308,8 +308,7 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
                 "(classes=...)."
             )
         encoded = np.searchsorted(self.classes_, y)
-        if fresh:
-            self.class_counts_ = np.bincount(encoded, minlength=len(self.classes_))
+        self.class_counts_ = np.bincount(encoded, minlength=len(self.classes_))
         return TrainingSet(
             images,
             rows,

@@ -158,7 +158,10 @@ class SoftmaxClassifier(OneStageClassifier):
         self : estimator
             The classifier so far.
         """
-        return self._fit(X, y, sample_weight=sample_weight, classes=classes, partial=True)
+        before = self.class_counts_ if self.__sklearn_is_fitted__() else 0
+        self._fit(X, y, sample_weight=sample_weight, classes=classes, partial=True)
+        self.class_counts_ = self.class_counts_ + before
+        return self
 
     # ---------------------------------------------------------------- batches
 

@@ -8,6 +8,8 @@ import numpy as np
 from sklearn.utils import check_consistent_length, column_or_1d
 from sklearn.utils.multiclass import unique_labels
 
+from sklearn_medimb.metrics._labels import labels_of
+
 
 def expected_calibration_error(
     y_true: Any,
@@ -27,7 +29,7 @@ def expected_calibration_error(
     y_true : array-like of shape (n,)
         True labels.
     y_proba : array-like of shape (n, n_classes) or (n,)
-        Probabilities; one column is that of the greater of two labels.
+        Probabilities; one column is that of the greater of two labels, however `labels` lists them.
     labels : array-like of shape (n_classes,), default=None
         Labels of the columns; None takes those of `y_true`, sorted.
     n_bins : int, default=15
@@ -46,19 +48,22 @@ def expected_calibration_error(
     Raises
     ------
     ValueError
-        If the columns are not probabilities, or do not fit the labels.
+        If the columns are not probabilities, or do not fit the labels, or a row of `y_true` has no
+        label.
 
     References
     ----------
     C. Guo et al., "On calibration of modern neural networks", ICML 2017. Class-wise: M. Kull et
     al., "Beyond temperature scaling", NeurIPS 2019.
     """
-    y_true = column_or_1d(y_true)
+    y_true = labels_of(y_true, "y_true")
     proba = np.asarray(y_proba, dtype=np.float64)
     check_consistent_length(y_true, proba)
     labels = unique_labels(y_true) if labels is None else column_or_1d(labels)
+    if len(set(labels.tolist())) < len(labels):
+        raise ValueError(f"labels={labels.tolist()} holds a label twice.")
     if proba.ndim == 1:
-        proba = np.column_stack([1 - proba, proba])
+        proba, labels = np.column_stack([1 - proba, proba]), np.sort(labels)
     if proba.shape[1] != len(labels):
         raise ValueError(
             f"y_proba has {proba.shape[1]} columns for {len(labels)} labels: pass labels=... where "

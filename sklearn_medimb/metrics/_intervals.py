@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import (
     accuracy_score,
     check_scoring,
+    get_scorer,
 )
-from sklearn.utils import check_consistent_length, column_or_1d
+from sklearn.metrics._scorer import _PassthroughScorer
+from sklearn.pipeline import Pipeline
+from sklearn.utils import check_consistent_length
 from sklearn.utils.validation import _num_samples, check_is_fitted
 
 from sklearn_medimb._data.rows import group_codes
+from sklearn_medimb.metrics._labels import (
+    are_labels,
+    classes_in,
+    entries,
+    kind_of_entries,
+    labels_of,
+    refuse_strangers,
+)
 from sklearn_medimb.metrics._score_test import Interval, as_numbers, profile_interval
-from sklearn_medimb.metrics._scorers import scorer_name, scorers, with_labels
+from sklearn_medimb.metrics._scorers import StandIn, scorer_name, scorers, with_labels
 
 # ---------------------------------------------------------------- intervals
 
@@ -26,6 +39,7 @@ def metric_interval(
     y_true: Any,
     y_pred: Any,
     *,
+    labels: Any = None,
     groups: Any = None,
     level: float = 0.95,
     n_resamples: int = 1000,
@@ -45,6 +59,9 @@ def metric_interval(
         True labels, or numbers.
     y_pred : array-like of shape (n,) or (n, n_classes)
         What `metric` compares them with: labels or probabilities.
+    labels : array-like of shape (n_classes,), default=None
+        Labels that `y_true` and predictions may hold. An empty list says that they hold numbers,
+        as ages; None finds out, see Notes.
     groups : array-like of shape (n,), default=None
         Patient of each sample: the interval then is about further patients, with all their
         samples. Without them, correlated samples make it too narrow.
@@ -64,10 +81,17 @@ def metric_interval(
     Raises
     ------
     ValueError
-        If the metric gives no numbers, or NaN, or a patient is unknown.
+        If the metric gives no numbers, or NaN, or an entry is missing or of another kind.
 
     Notes
     -----
+    Strings and truth values are labels. Whether whole numbers are labels the metric decides, for it
+    is also asked about numbers that are drawn together. They are labels where it compares them, so
+    that it jumps, as an accuracy, or fails. They are numbers or scores where it changes in
+    proportion, as a mean absolute error of ages, or not at all, as an area under a curve, for which
+    0 and 1 are scores like any others. True values of at most ten kinds that occur five times on
+    average, as grades do, are labels in any case.
+
     Of samples that were not seen the interval supposes no more than that they may be predicted as
     any label, or, where `y_pred` holds scores, as an average sample of another class is.
 
@@ -85,16 +109,18 @@ def metric_interval(
     >>> f"{interval.score:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
     '1.00 [0.57, 1.00]'
     """
-    column = _Column(y_pred)
+    y, column = entries(y_true, "y_true"), _Column(y_pred, "y_pred")
     return _interval(
         lambda y, rows: metric(y, column[rows]),
-        y_true,
+        y,
         [column],
         groups,
         level,
         n_resamples,
         random_state,
         scorer_name(metric),
+        metric,
+        labels,
     )
 
 
@@ -104,6 +130,7 @@ def paired_difference(
     pred_a: Any,
     pred_b: Any,
     *,
+    labels: Any = None,
     groups: Any = None,
     level: float = 0.95,
     n_resamples: int = 1000,
@@ -116,7 +143,7 @@ def paired_difference(
 
     Parameters
     ----------
-    metric, y_true, groups, level, n_resamples, random_state
+    metric, y_true, labels, groups, level, n_resamples, random_state
         As in :func:`metric_interval`.
     pred_a, pred_b : array-like of shape (n,) or (n, n_classes)
         Labels or probabilities of either model.
@@ -150,16 +177,18 @@ def paired_difference(
         raise TypeError(
             "paired_difference compares predictions; scorer_difference compares models."
         )
-    a, b = _Column(pred_a), _Column(pred_b)
+    y, a, b = entries(y_true, "y_true"), _Column(pred_a, "pred_a"), _Column(pred_b, "pred_b")
     return _interval(
         lambda y, of_a, of_b: _minus(metric(y, a[of_a]), metric(y, b[of_b]), scorer_name(metric)),
-        y_true,
+        y,
         [a, b],
         groups,
         level,
         n_resamples,
         random_state,
         scorer_name(metric),
+        metric,
+        labels,
     )
 
 
@@ -186,7 +215,7 @@ def scorer_interval(
         Their labels.
     scoring : str, callable or None, default=None
         A scorer, or its name, of scikit-learn or of :func:`scorers`; None is the classifier's own
-        ``score``.
+        ``score``: a search's scorer, or accuracy.
     groups, level, n_resamples, random_state
         As in :func:`metric_interval`.
 
@@ -200,11 +229,12 @@ def scorer_interval(
     NotFittedError
         If the classifier is not fitted.
     ValueError
-        As in :func:`metric_interval`, or if the scorer needs a class that `y` lacks.
+        As in :func:`metric_interval`, if the scorer needs a class that `y` lacks, or if the
+        classifier's own score is asked for and is another one.
     """
-    y = column_or_1d(y)
-    answered = _Answered(estimator, X)
-    scorer = _scorer(answered, scoring, y)
+    y = labels_of(y, "y")
+    answered = _Answered(estimator, X, y)
+    scorer = _scorer(answered, scoring)
     return _interval(
         lambda y, rows: scorer(answered, rows, y),
         y,
@@ -250,9 +280,9 @@ def scorer_difference(
     ValueError
         As in :func:`scorer_interval`.
     """
-    y = column_or_1d(y)
-    a, b = _Answered(estimator_a, X), _Answered(estimator_b, X)
-    score_a, score_b = _scorer(a, scoring, y), _scorer(b, scoring, y)
+    y = labels_of(y, "y")
+    a, b = _Answered(estimator_a, X, y), _Answered(estimator_b, X, y)
+    score_a, score_b = _scorer(a, scoring), _scorer(b, scoring)
     return _interval(
         lambda y, of_a, of_b: _minus(
             score_a(a, of_a, y), score_b(b, of_b, y), scorer_name(scoring)
@@ -276,21 +306,22 @@ def _interval(
     n_resamples: int,
     random_state: Any,
     name: str,
+    metric: Any = None,
+    labels: Any = None,
 ) -> Interval:
     """Interval of ``score(y[rows], rows, ...)``, with the rows of each column of predictions.
 
     A column may also be asked for what it would hold of a sample that it did not see: beyond the
-    last row it has three more for each label, see `_with_unseen`.
+    last row it has three more for each label, see `_with_unseen`. Where a `metric` is asked, it
+    also tells labels from numbers; true values of a scorer are labels.
     """
-    y = np.asarray(y)
     check_consistent_length(y, *columns)
     if y.ndim == 2 and y.shape[1] == 1:
         y = y.ravel()
     n, every = len(y), np.arange(len(y))
     units = every if groups is None else group_codes(groups, np.empty(n))
-    classes = np.unique(y) if _are_labels(y) else y[:0]
     known = {label for column in columns for label in column.labels.tolist()}
-    lacking = known - set(classes.tolist())
+    lacking = known - set(y.ravel().tolist())
     hint = f" (The true labels lack {sorted(lacking)}.)" if lacking else ""
     try:
         observed = as_numbers(score(y, *[every] * len(columns)), name)
@@ -304,8 +335,16 @@ def _interval(
     donors: Any = [every[:0]]
     codes = np.zeros(n, dtype=int)
     n_labels = 1
+    if metric is None:
+        classes = np.unique(y)
+    else:
+        classes = classes_in(y, labels, metric, [column.values for column in columns])
     if len(classes):
-        labels = np.unique(np.concatenate([classes, *(column.labels for column in columns)]))
+        given = classes if labels is None else labels_of(labels, "labels")
+        for column in columns:
+            if metric is not None:
+                column.settle(metric, y, given)
+        labels = np.unique(np.concatenate([given, *(column.labels for column in columns)]))
         if len(labels) == 1:
             labels = np.unique(np.append(labels, _another(labels.tolist()[0])))
         n_labels = len(labels)
@@ -319,11 +358,10 @@ def _interval(
         if len(columns) == 2:  # one of the two is right
             pairs = 3 * n_labels * best + wrong, 3 * n_labels * wrong + best
             donors = n + np.stack(pairs, axis=2).reshape(len(own), -1)
-        seen = [column.codes(labels) for column in columns]
+        seen = [column.codes() for column in columns]
         if all(code is not None for code in seen):
-            cells = codes
-            for code in seen:
-                cells = cells * n_labels + code
+            cells = np.unique(np.column_stack([codes, *seen]), axis=0, return_inverse=True)[1]
+            cells = cells.ravel()
 
     def score_of(i: np.ndarray, j: np.ndarray) -> Any:
         if len(columns) == 1:
@@ -344,13 +382,6 @@ def _interval(
         random_state=random_state,
         name=name,
     )
-
-
-def _are_labels(values: np.ndarray) -> bool:
-    """Whether an array holds classes, not numbers."""
-    if values.ndim != 1 or values.dtype.kind == "c":
-        return False
-    return values.dtype.kind != "f" or bool((values == np.rint(values)).all())
 
 
 def _another(label: Any) -> Any:
@@ -378,7 +409,7 @@ def _with_unseen(values: np.ndarray, labels: np.ndarray, y: np.ndarray) -> np.nd
     however many guesses are allowed.
     """
     those = [values[y == label] if (y == label).any() else values for label in labels]
-    mean = np.array([rows.mean(axis=0) for rows in those])
+    mean = _tied(np.array([rows.mean(axis=0) for rows in those]), values)
     best, worst = values[np.full(len(labels), values.argmin() if values.ndim == 1 else 0)], mean
     if values.ndim == 1:  # scores of the greatest label
         best[-1] = values.max()
@@ -389,15 +420,34 @@ def _with_unseen(values: np.ndarray, labels: np.ndarray, y: np.ndarray) -> np.nd
     return np.concatenate([values, mean, best, worst])
 
 
+def _tied(means: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Means, equal to a score where they are so but for rounding: rankings count ties."""
+    near = 1e-9 * np.ptp(values)
+    for mean, scores in zip(np.atleast_2d(means.T), np.atleast_2d(values.T), strict=True):
+        scores = np.sort(scores)
+        one = scores[np.searchsorted(scores, mean - near).clip(max=len(scores) - 1)]
+        mean[:] = np.where(np.abs(one - mean) <= near, one, mean)
+    return means
+
+
+def _codes(values: np.ndarray) -> np.ndarray | None:
+    """Equal numbers for equal predictions."""
+    return np.unique(values, return_inverse=True)[1] if values.ndim == 1 else None
+
+
 class _Column:
     """Predictions of every sample."""
 
-    def __init__(self, values: Any) -> None:
-        values = np.asarray(values)
+    def __init__(self, values: Any, name: str) -> None:
+        values, self.name = entries(values, name), name
         self.values = values.ravel() if values.shape[1:] == (1,) else values
-        self.are_labels = _are_labels(self.values)
+        self.are_labels = values.dtype.kind == "U"  # what else is, the metric tells
         self.labels = np.unique(self.values) if self.are_labels else self.values[:0].ravel()
         self.extended = self.values
+
+    def settle(self, metric: Any, y: np.ndarray, classes: np.ndarray) -> None:
+        self.are_labels = are_labels(metric, y, self.values, classes, self.name)
+        self.labels = np.unique(self.values) if self.are_labels else classes[:0]
 
     def __len__(self) -> int:
         return len(self.values)
@@ -411,15 +461,17 @@ class _Column:
         else:
             self.extended = _with_unseen(self.values, labels, y)
 
-    def codes(self, labels: np.ndarray) -> np.ndarray | None:
-        return np.searchsorted(labels, self.values) if self.are_labels else None
+    def codes(self) -> np.ndarray | None:
+        return _codes(self.values)
 
 
-class _Answered(ClassifierMixin, BaseEstimator):
+class _Answered(StandIn, ClassifierMixin, BaseEstimator):
     """A classifier that has predicted all of X, asked again by row numbers."""
 
-    def __init__(self, estimator: Any, X: Any) -> None:
+    def __init__(self, estimator: Any, X: Any, y: np.ndarray) -> None:
         check_is_fitted(estimator)
+        while isinstance(estimator, FrozenEstimator):
+            estimator = estimator.estimator
         if not isinstance(getattr(estimator, "classes_", None), np.ndarray):
             raise TypeError(
                 f"{type(estimator).__name__} has no classes_: only fitted classifiers are scored "
@@ -427,9 +479,22 @@ class _Answered(ClassifierMixin, BaseEstimator):
             )
         self.estimator = estimator
         self.X = X
+        self.y = y
+        self.scored = estimator  # whose own score is asked for
         self.classes_ = self.labels = estimator.classes_
         self.answers: dict[str, np.ndarray] = {}
         self.extended: dict[str, np.ndarray] = {}
+        self.own: tuple[Any, _Answered] | None = None
+        check_consistent_length(self, y)
+        kind_of_entries(y, "y")
+        refuse_strangers(y, self.classes_)
+
+    def score(self, rows: np.ndarray, y: np.ndarray) -> float:
+        """Score as the estimator's own ``score``, which would take numbers of rows for samples."""
+        if self.own is None:
+            self.own = _own_scorer(self)
+        scorer, answered = self.own
+        return scorer(answered, rows, y)
 
     def __len__(self) -> int:
         return _num_samples(self.X)
@@ -439,8 +504,11 @@ class _Answered(ClassifierMixin, BaseEstimator):
             raise AttributeError(name)
         found = getattr(self.estimator, name)
         if name not in ("predict", "predict_proba", "decision_function"):
-            if callable(found):  # it would take numbers of rows for samples
-                raise AttributeError(name)
+            if callable(found):
+                raise AttributeError(
+                    f"{name} of {type(self.estimator).__name__} cannot be called here: it would "
+                    "take numbers of rows for samples."
+                )
             return found
 
         def answer(rows: np.ndarray) -> np.ndarray:
@@ -459,26 +527,45 @@ class _Answered(ClassifierMixin, BaseEstimator):
                 else _with_unseen(values, labels, y)
             )
 
-    def codes(self, labels: np.ndarray) -> np.ndarray | None:
-        if set(self.answers) != {"predict"}:
-            return None
-        return np.searchsorted(labels, self.answers["predict"])
+    def codes(self) -> np.ndarray | None:
+        return _codes(*self.answers.values()) if len(self.answers) == 1 else None
 
 
-def _scorer(answered: _Answered, scoring: Any, y: np.ndarray) -> Any:
+def _scorer(answered: _Answered, scoring: Any) -> Any:
     """The scorer that is meant, which knows every class of the classifier."""
-    check_consistent_length(answered, y)
-    estimator = answered.estimator
     if isinstance(scoring, (list, tuple, set, dict)):
         raise ValueError(f"scoring={scoring!r}: an interval is that of one scorer.")
-    own = type(estimator).score
-    if scoring is None and callable(getattr(estimator, "scorer_", None)):
-        scoring = estimator.scorer_  # of a search
-    elif scoring is None and own is not ClassifierMixin.score:
-        accuracy = accuracy_score(y, answered.predict(np.arange(len(y))))
-        if not np.isclose(estimator.score(answered.X, y), accuracy):
-            raise ValueError(
-                f"The score of {type(estimator).__name__} is not its accuracy: pass scoring=..."
-            )
     scorer = scorers(scoring)[scoring] if isinstance(scoring, str) else scoring
-    return with_labels(check_scoring(estimator, scorer), answered.classes_)
+    return with_labels(check_scoring(answered.estimator, scorer), answered.classes_)
+
+
+def _own_scorer(answered: _Answered) -> tuple[Any, _Answered]:
+    """Scorer that the estimator's own ``score`` is, a search's or accuracy, and whom it asks."""
+    estimator = answered.scored
+    while True:
+        scorer = getattr(estimator, "scorer_", None)
+        if isinstance(estimator, FrozenEstimator):
+            estimator = estimator.estimator
+        elif isinstance(estimator, Pipeline):
+            estimator = estimator.steps[-1][1]
+        elif isinstance(scorer, _PassthroughScorer):  # of a search without scoring=
+            estimator = estimator.best_estimator_
+        else:
+            break
+    if isinstance(scorer, dict) and hasattr(estimator, "best_estimator_"):
+        scorer = scorer[estimator.refit]
+    if callable(scorer):
+        inner = copy(answered)  # the scorer may ask for the own score in turn
+        inner.scored, inner.own = estimator.best_estimator_, None
+        return with_labels(scorer, answered.classes_), inner
+    if getattr(type(estimator), "score", None) is not ClassifierMixin.score:
+        # What equals accuracy for labels at random, most of one class, is accuracy.
+        n, n_classes = len(answered), len(answered.classes_)
+        random = (np.random.default_rng(0).random(n) ** 2 * n_classes).astype(int)
+        predicted = answered.predict(np.arange(n))
+        for y in (answered.y, answered.classes_[random]):
+            if not np.isclose(answered.scored.score(answered.X, y), accuracy_score(y, predicted)):
+                raise ValueError(
+                    f"The score of {type(estimator).__name__} is not its accuracy: pass scoring=..."
+                )
+    return get_scorer("accuracy"), answered

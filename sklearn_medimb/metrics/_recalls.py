@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.metrics import (
     recall_score,
 )
-from sklearn.utils import check_consistent_length, column_or_1d
+from sklearn.utils import check_consistent_length
+
+from sklearn_medimb.metrics._labels import labels_of
 
 Counts = Mapping[Any, int] | Any
 
@@ -51,8 +54,8 @@ def shot_recall(
     Raises
     ------
     ValueError
-        If `y_true` holds a class that `train_counts` lacks, or a Series can be read both as counts
-        and as labels.
+        If `y_true` holds a class that `train_counts` lacks, a Series can be read both as counts
+        and as labels, counts are not whole numbers >= 0, or a row has no label.
 
     References
     ----------
@@ -64,7 +67,7 @@ def shot_recall(
     >>> shot_recall([0, 0, 1, 2, 2], [0, 0, 0, 2, 1], {0: 300, 1: 50, 2: 5})
     ShotRecall(many=1.0, medium=0.0, few=0.5)
     """
-    y_true, y_pred = column_or_1d(y_true), column_or_1d(y_pred)
+    y_true, y_pred = labels_of(y_true, "y_true"), labels_of(y_pred, "y_pred")
     check_consistent_length(y_true, y_pred)
     classes = np.unique(y_true)
     counts = _class_counts(train_counts, set(classes.tolist()))
@@ -119,9 +122,17 @@ def _class_counts(train_counts: Counts, classes: set[Any]) -> dict[Any, int]:
     if all(hasattr(train_counts, name) for name in ("index", "name", "to_dict")):  # pandas.Series
         train_counts = _unambiguous(train_counts, classes)
     if isinstance(train_counts, Mapping):
-        return dict(train_counts)
-    labels, counts = np.unique(column_or_1d(train_counts), return_counts=True)
+        counted = dict(train_counts)
+        if odd := {label: n for label, n in counted.items() if not _is_count(n)}:
+            raise ValueError(f"train_counts must hold whole numbers >= 0, not {odd}.")
+        return counted
+    labels, counts = np.unique(labels_of(train_counts, "train_counts"), return_counts=True)
     return dict(zip(labels.tolist(), counts.tolist(), strict=True))
+
+
+def _is_count(value: Any) -> bool:
+    number = isinstance(value, Real) and not isinstance(value, (bool, np.bool_))
+    return number and value >= 0 and float(value).is_integer()
 
 
 def _unambiguous(series: Any, classes: set[Any]) -> Any:
@@ -142,6 +153,4 @@ def _unambiguous(series: Any, classes: set[Any]) -> Any:
         )
     if not counted:
         return series.to_numpy()
-    if not all(float(value).is_integer() and value >= 0 for value in values):
-        raise ValueError(f"train_counts must hold whole numbers >= 0, not {values}.")
     return dict(zip(index, values, strict=True))

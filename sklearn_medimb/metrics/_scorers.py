@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
 from functools import partial
 from inspect import signature
@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 from imblearn.metrics import geometric_mean_score
+from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import (
     get_scorer,
     get_scorer_names,
     make_scorer,
 )
+from sklearn.model_selection import FixedThresholdClassifier
+from sklearn.pipeline import Pipeline
 
 from sklearn_medimb.metrics._calibration import expected_calibration_error
-from sklearn_medimb.metrics._recalls import head_tail_gap, shot_recall
+from sklearn_medimb.metrics._labels import labels_of, refuse_strangers
+from sklearn_medimb.metrics._recalls import Counts, head_tail_gap, shot_recall
 
 
 def scorer_name(metric: Any) -> str:
@@ -56,16 +60,105 @@ def with_labels(scorer: Any, classes: np.ndarray) -> Any:
     return scorer
 
 
+# ---------------------------------------------------------------- counts of training
+
+
+class StandIn:
+    """What answers for a fitted classifier, `estimator`."""
+
+    estimator: Any
+
+
+def training_counts(estimator: Any) -> dict[Any, int]:
+    """Images of each class that a classifier, or the one within it, was fitted on.
+
+    Parameters
+    ----------
+    estimator : classifier
+        Fitted. A pipeline is asked for its last step, a search for its best estimator, other
+        meta-estimators for the one they fitted. Of a calibrated classifier whose members left out a
+        fold each it is the sum over them, in the order of the training images.
+
+    Returns
+    -------
+    counts : dict from label to int
+        Of every class in ``classes_``.
+
+    Raises
+    ------
+    ValueError
+        If it does not tell, or what it tells are not the training images.
+    """
+    if isinstance(estimator, (StandIn, FrozenEstimator)):
+        return training_counts(estimator.estimator)
+    if (counts := getattr(estimator, "class_counts_", None)) is not None:
+        return dict(zip(estimator.classes_.tolist(), np.asarray(counts).tolist(), strict=True))
+    if isinstance(estimator, Pipeline):
+        if any(hasattr(step, "fit_resample") for _, step in estimator.steps):
+            raise _untold(estimator, ", for it resamples them")
+        return training_counts(estimator.steps[-1][1])
+    if hasattr(estimator, "best_estimator_"):
+        return training_counts(estimator.best_estimator_)
+    if hasattr(estimator, "calibrated_classifiers_"):
+        every = _of_members(estimator, (one.estimator for one in estimator.calibrated_classifiers_))
+        labels = estimator.classes_.tolist()
+        return {label: sum(counts.get(label, 0) for counts in every) for label in labels}
+    if hasattr(estimator, "estimators_"):
+        members = estimator.estimators_
+        every = _of_members(
+            estimator, members.ravel() if isinstance(members, np.ndarray) else members
+        )
+        if set(every[0]) != set(estimator.classes_.tolist()) or any(
+            counts != every[0] for counts in every
+        ):
+            raise _untold(estimator, ", for its members were trained on other labels or images")
+        return every[0]
+    if hasattr(estimator, "estimator_"):
+        if hasattr(estimator, "labeled_iter_"):
+            raise _untold(estimator, ", for it made labels itself")
+        return training_counts(estimator.estimator_)
+    if isinstance(estimator, FixedThresholdClassifier):  # of one that was fitted before
+        return training_counts(estimator.estimator)
+    raise _untold(estimator, "")
+
+
+def _of_members(estimator: Any, members: Iterable[Any]) -> list[dict[Any, int]]:
+    """Counts of each member, by the labels of the whole: members may have been given codes."""
+    labels = estimator.classes_.tolist()
+    every = []
+    for member in members:
+        counts = training_counts(member)
+        if list(counts) == list(range(len(labels))):
+            counts = dict(zip(labels, counts.values(), strict=True))
+        every.append(counts)
+    return every
+
+
+def _untold(estimator: Any, why: str) -> ValueError:
+    return ValueError(
+        f"{type(estimator).__name__} does not tell how many images of each class it was trained "
+        f"on{why}: pass them, scorers(..., train_counts=y_train)."
+    )
+
+
 # ---------------------------------------------------------------- scorers
 
 
-def _by_shot(estimator: Any, X: Any, y: Any, *, measure: Callable[..., float]) -> float:
-    """Score by the class counts that the classifier was fitted on, if it tells; else those of y."""
-    counts = getattr(estimator, "class_counts_", None)
-    if counts is not None:
-        counts = dict(zip(estimator.classes_.tolist(), np.asarray(counts).tolist(), strict=True))
-        counts = {label: counts.get(label, 0) for label in {*counts, *np.unique(y).tolist()}}
-    return measure(y, estimator.predict(X), y if counts is None else counts)
+def _by_shot(
+    estimator: Any,
+    X: Any,
+    y: Any,
+    *,
+    measure: Callable[..., float],
+    train_counts: Counts | None = None,
+) -> float:
+    """Score by the class counts of training, never by those of y."""
+    y = labels_of(y, "y")
+    refuse_strangers(y, estimator.classes_)
+    if train_counts is None:
+        counts = training_counts(estimator)
+        train_counts = {label: counts.get(label, 0) for label in {*counts, *y.tolist()}}
+    return measure(y, estimator.predict(X), train_counts)
 
 
 def _few(*args: Any) -> float:
@@ -77,10 +170,13 @@ def _neg_gap(*args: Any) -> float:
 
 
 def _calibration(estimator: Any, X: Any, y: Any, *, class_wise: bool) -> float:
-    proba, classes = estimator.predict_proba(X), estimator.classes_
-    known = np.isin(y, classes)  # a class missing from the training fold has no column
+    y, proba = labels_of(y, "y"), np.asarray(estimator.predict_proba(X))
+    refuse_strangers(y, estimator.classes_)
+    labels = list(dict.fromkeys([*estimator.classes_.tolist(), *y.tolist()]))
+    # A class that training lacked was given no probability: confident errors.
+    proba = np.pad(proba, [(0, 0), (0, len(labels) - proba.shape[1])])
     return -expected_calibration_error(
-        np.asarray(y)[known], proba[known], labels=classes, class_wise=class_wise
+        y, proba, labels=np.array(labels, dtype=object), class_wise=class_wise
     )
 
 
@@ -93,7 +189,7 @@ _SCORERS: dict[str, Any] = {
 }
 
 
-def scorers(*names: str) -> dict[str, Any]:
+def scorers(*names: str, train_counts: Counts | None = None) -> dict[str, Any]:
     """Scorers by name, for ``scoring=`` of cross_validate and searches.
 
     Parameters
@@ -102,11 +198,16 @@ def scorers(*names: str) -> dict[str, Any]:
         Names that scikit-learn knows, such as "balanced_accuracy", and "geometric_mean",
         "few_shot_recall", "neg_head_tail_gap", "neg_calibration_error",
         "neg_class_wise_calibration_error". None given: all of the latter.
+    train_counts : dict or pandas.Series from label to int, or array-like of labels, default=None
+        For "few_shot_recall" and "neg_head_tail_gap", as in :func:`shot_recall`. None takes
+        ``class_counts_`` of the classifier, also of one within a pipeline, a search or another
+        meta-estimator; those of scikit-learn have none.
 
     Returns
     -------
     scorers : dict from name to callable
-        Greater is better.
+        Greater is better. Classes that training lacked count: as rare ones, and as errors of what
+        was predicted for them.
 
     Raises
     ------
@@ -129,5 +230,12 @@ def scorers(*names: str) -> dict[str, Any]:
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"Unknown scorers {unknown}: choose among {sorted(known)}.")
     return {
-        name: _SCORERS[name] if name in _SCORERS else get_scorer(name) for name in names or _SCORERS
+        name: _with_counts(_SCORERS[name], train_counts) if name in _SCORERS else get_scorer(name)
+        for name in names or _SCORERS
     }
+
+
+def _with_counts(scorer: Any, train_counts: Counts | None) -> Any:
+    if train_counts is None or getattr(scorer, "func", None) is not _by_shot:
+        return scorer
+    return partial(scorer, train_counts=train_counts)

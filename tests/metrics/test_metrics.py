@@ -11,9 +11,21 @@ import numpy as np
 import pandas as pd
 import pytest
 from imblearn.metrics import geometric_mean_score
+from imblearn.over_sampling import RandomOverSampler
+from imblearn.pipeline import make_pipeline as resampled
 from scipy.stats import binomtest, norm
+from sklearn.base import clone
+from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import make_classification
+from sklearn.ensemble import (
+    BaggingClassifier,
+    RandomForestClassifier,
+    StackingClassifier,
+    VotingClassifier,
+)
 from sklearn.exceptions import NotFittedError
+from sklearn.feature_selection import RFE
+from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.metrics import (
     accuracy_score,
@@ -25,14 +37,24 @@ from sklearn.metrics import (
     get_scorer,
     log_loss,
     matthews_corrcoef,
+    mean_absolute_error,
     precision_score,
+    r2_score,
     recall_score,
     roc_auc_score,
+    root_mean_squared_error,
     top_k_accuracy_score,
 )
-from sklearn.model_selection import GridSearchCV, cross_validate
+from sklearn.model_selection import (
+    FixedThresholdClassifier,
+    GridSearchCV,
+    TunedThresholdClassifierCV,
+    cross_validate,
+)
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from sklearn.semi_supervised import SelfTrainingClassifier
 
 from benchmarks import interval_coverage
 from sklearn_medimb import CSSNClassifier, SoftmaxClassifier
@@ -125,6 +147,29 @@ def test_shot_recall_refuses_a_series_of_two_meanings_and_shares():
         shot_recall([0, 1], [0, 1], np.array([300, 5]))  # as np.bincount counts
 
 
+@pytest.mark.parametrize("count", [np.nan, -5, 2.5, np.inf, "3", None, True, pd.NA], ids=repr)
+@pytest.mark.parametrize("read", [dict, lambda counts: pd.Series(counts, name="count")])
+def test_counts_are_whole_numbers(count, read):
+    counts = read({0: count, 1: 5, 2: 3})
+    if isinstance(counts, pd.Series) and counts.dtype == object:  # it might hold labels
+        counts = counts.to_dict()
+    with pytest.raises(ValueError, match=r"train_counts must hold whole numbers >= 0, not \{0: "):
+        shot_recall([0, 1, 2], [0, 1, 2], counts)
+
+
+def test_rows_without_a_label_are_named():
+    y, masked = [0, 1, 1, 2], np.ma.array([0, 1, 1, 2], mask=[0, 0, 1, 0])
+    for lacking in (masked, [0, 1, None, 2], [0, 1, np.nan, 2], pd.Series([0, 1, pd.NA, 2])):
+        with pytest.raises(ValueError, match="y_true has no entry in row 2"):
+            shot_recall(lacking, y, y)
+        with pytest.raises(ValueError, match="y_pred has no entry in row 2"):
+            shot_recall(y, lacking, y)
+        with pytest.raises(ValueError, match="train_counts has no entry in row 2"):
+            shot_recall(y, y, lacking)
+        with pytest.raises(ValueError, match="y_true has no entry in row 2"):
+            expected_calibration_error(lacking, np.eye(3)[y])
+
+
 def test_shot_recall_refuses_unknown_classes_and_crossed_thresholds():
     with pytest.raises(ValueError, match=r"lacks the classes \[2\]"):
         shot_recall([0, 2], [0, 0], {0: 3, 1: 4})
@@ -178,6 +223,17 @@ def test_calibration_error_at_its_ends():
     assert expected_calibration_error(["b", "b"], [[0.0, 1.0]] * 2, labels=["a", "b"]) == 0
 
 
+def test_one_column_is_that_of_the_greater_label_in_whatever_order():
+    y = np.array(["pos", "neg", "pos", "pos"])
+    column = np.where(y == "pos", 0.9, 0.1)
+    for labels in (None, ["neg", "pos"], ["pos", "neg"]):
+        for class_wise in (False, True):
+            found = expected_calibration_error(y, column, labels=labels, class_wise=class_wise)
+            assert found == pytest.approx(0.1)
+    columns = np.column_stack([column, 1 - column])
+    assert expected_calibration_error(y, columns, labels=["pos", "neg"]) == pytest.approx(0.1)
+
+
 def test_class_wise_error_sees_a_rare_class_that_the_other_misses():
     y = np.repeat([0, 1], [990, 10])
     proba = np.tile([0.99, 0.01], (1000, 1))
@@ -197,6 +253,7 @@ def test_class_wise_error_sees_a_rare_class_that_the_other_misses():
         ([0, 1], [[0.5, 0.5]] * 2, {"n_bins": 0}, "n_bins=0"),
         ([0, 1], [[0.5, 0.5]] * 2, {"strategy": "log"}, "strategy='log'"),
         ([0], [[0.5, 0.5]] * 2, {"labels": [0, 1]}, "inconsistent"),
+        ([0, 1], [[0.5, 0.5, 0]] * 2, {"labels": [0, 1, 1]}, "a label twice"),
     ],
 )
 def test_calibration_error_refuses_wrong_input(y, proba, params, message):
@@ -264,9 +321,9 @@ def test_interval_of_a_scorer_predicts_once_and_equals_that_of_the_metric():
     own = scorer_interval(fitted, X[60:], y[60:], n_resamples=20, random_state=0)
     assert own.score == fitted.score(X[60:], y[60:])
     for name in ("roc_auc", "neg_calibration_error", "few_shot_recall"):
-        scorer = scorers(name)[name]
+        scorer = scorers(name, train_counts=y[:60])[name]
         found = scorer_interval(
-            fitted, X[60:], y[60:], scoring=name, n_resamples=20, random_state=0
+            fitted, X[60:], y[60:], scoring=scorer, n_resamples=20, random_state=0
         )
         assert found.score == pytest.approx(scorer(fitted, X[60:], y[60:]))
 
@@ -429,8 +486,9 @@ def rare():
 )
 def test_a_class_of_three_never_goes_missing(rare, name):
     clf, X, y = rare
-    score, low, high = scorer_interval(clf, X, y, scoring=name, groups=np.arange(len(y)) // 2)
-    assert score == pytest.approx(scorers(name)[name](clf, X, y))
+    scorer = scorers(name, train_counts=y)[name]
+    score, low, high = scorer_interval(clf, X, y, scoring=scorer, groups=np.arange(len(y)) // 2)
+    assert score == pytest.approx(scorer(clf, X, y))
     assert low < score < high
 
 
@@ -490,6 +548,221 @@ def test_the_own_score_is_the_estimators_own(rare, tiny, blobs):
     rows = np.concatenate([np.flatnonzero(labels == k)[:8] for k in range(3)])
     found = scorer_interval(trained, images[rows], labels[rows], scoring="few_shot_recall")
     assert found.score == scorers()["few_shot_recall"](trained, images[rows], labels[rows])
+
+
+SCALES = [
+    lambda s: s / 10,
+    lambda s: s + 0.001,
+    lambda s: 7 * s - 3,
+    lambda s: 0.9 * s + 0.05,
+    lambda s: s.astype(int) if (s == np.rint(s)).all() else s,
+]
+
+
+@pytest.fixture(scope="module")
+def binary():
+    """Two classes; whole scores, grades, scores of 0 and 1, and such that find every case."""
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], [40, 12])
+    zero_one = np.where(rng.random(52) < 0.85, y, 1 - y).astype(float)
+    return y, {
+        "whole": np.rint(3 * y + rng.normal(3, 1.5, 52)),
+        "grades": np.clip(np.rint(1.5 * y + rng.normal(2.5, 1, 52)), 1, 5),
+        "zero_one": zero_one,
+        "all_found": np.where(y == 1, 1.0, zero_one),
+        "all_right": y.astype(float),
+        "constant": np.ones(52),
+    }
+
+
+@pytest.mark.parametrize("scores", ["whole", "grades", "zero_one", "all_found", "all_right"])
+def test_scores_need_not_be_broken_numbers(binary, scores):
+    y, s = binary[0], binary[1][scores]
+    wanted = metric_interval(roc_auc_score, y, s)
+    assert 0 < wanted.low < wanted.score
+    other = np.random.default_rng(1).permutation(s)
+    difference = paired_difference(roc_auc_score, y, s, other)
+    for scale in SCALES:
+        np.testing.assert_allclose(metric_interval(roc_auc_score, y, scale(s)), wanted, atol=1e-6)
+        found = paired_difference(roc_auc_score, y, scale(s), scale(other))
+        np.testing.assert_allclose(found, difference, atol=1e-6)
+    broken = s + np.random.default_rng(2).normal(size=52) * 1e-9
+    found = metric_interval(lambda y, s: roc_auc_score(y, np.round(s, 6)), y, broken)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)  # units that no score tells apart
+
+
+@pytest.mark.parametrize("scores", ["whole", "grades", "zero_one", "all_found", "constant"])
+@pytest.mark.parametrize("dtype", [float, int])
+def test_names_of_classes_do_not_matter_to_scores(binary, scores, dtype):
+    y, s = binary[0], binary[1][scores].astype(dtype)
+    wanted = metric_interval(roc_auc_score, y, s)
+    for names in (["ben", "mal"], [False, True], [5, 7], [0.0, 0.5]):
+        if names == [0.0, 0.5]:  # no classes for scikit-learn
+            found = metric_interval(lambda y, s: roc_auc_score(y > 0, s), np.array(names)[y], s)
+        else:
+            found = metric_interval(roc_auc_score, np.array(names)[y], s)
+        np.testing.assert_allclose(found, wanted, atol=1e-9)
+    named = np.array(["ben", "mal"])[y].astype(object)
+    found = paired_difference(roc_auc_score, named, s, binary[1]["whole"])
+    np.testing.assert_allclose(
+        found, paired_difference(roc_auc_score, y, s, binary[1]["whole"]), atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("kind", ["ages", "grades", "counts"])
+@pytest.mark.parametrize("metric", [mean_absolute_error, root_mean_squared_error, r2_score])
+def test_errors_of_whole_numbers_are_those_of_shifted_ones(kind, metric):
+    rng = np.random.default_rng(0)
+    y = {
+        "ages": rng.integers(30, 80, 120),
+        "grades": rng.integers(1, 6, 120),
+        "counts": rng.poisson(1.5, 120).clip(max=6),
+    }[kind]
+    a, b = (y + rng.integers(-2, high, 120) for high in (3, 4))
+    wanted = metric_interval(metric, y, a)
+    if kind == "ages":
+        assert wanted.high - wanted.low < 0.4 * abs(wanted.score)
+    difference = paired_difference(metric, y, a, b)
+    for scale, unit in (
+        (lambda v: v.astype(float), 1),
+        (lambda v: v + 0.5, 1),
+        (lambda v: v - 17, 1),
+        (lambda v: v / 8, 8),
+    ):
+        unit = 1 if metric is r2_score else unit
+        found = np.multiply(metric_interval(metric, scale(y), scale(a)), unit)
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+        found = np.multiply(paired_difference(metric, scale(y), scale(a), scale(b)), unit)
+        np.testing.assert_allclose(found, difference, atol=1e-4)
+
+
+def share_above(y, s, threshold):
+    return (s[y == 1] >= threshold).mean()
+
+
+def test_what_compares_numbers_has_labels_whatever_the_predictions():
+    y = np.repeat([0, 1], [60, 5])
+    for metric, p in (
+        (lambda y, p: (p[y == 0] == 1).mean(), y),  # none of 60
+        (lambda y, p: (p[y == 0] == 1).mean(), 0 * y),
+        (lambda y, p: (p[y == 0] != 0).mean(), y.astype(float)),
+        (lambda y, p: np.bincount(2 * y + p, minlength=4)[1] / (y == 0).sum(), y),
+    ):
+        found = metric_interval(metric, y, p)
+        np.testing.assert_allclose(
+            found, [0, 0, binomtest(0, 60).proportion_ci(method="wilson").high], atol=2e-3
+        )
+    rare = np.repeat([1, 0], [5, 60])
+    for threshold in (0.5, 0.2, 1.0):  # which no score reaches
+        found = metric_interval(partial(share_above, threshold=threshold), rare, 0.0 * rare)
+        wilson = binomtest(0, 5).proportion_ci(method="wilson")
+        np.testing.assert_allclose(found, [0, 0, wilson.high], atol=2e-3)
+    many = np.arange(90) // 2  # of 45 classes two each, which are no ages
+    found = metric_interval(share_right, many, many)
+    np.testing.assert_allclose(found, [1, 90 / (90 + 1.96**2), 1], atol=5e-3)
+
+
+def test_the_caller_may_say_what_numbers_are():
+    rng = np.random.default_rng(0)
+    y = rng.integers(1, 6, 100)
+    s = y + rng.normal(size=100)
+    plain = metric_interval(mean_absolute_error, y, s, labels=[])
+    broken = metric_interval(mean_absolute_error, y + rng.random(100) * 1e-9, s)
+    np.testing.assert_allclose(plain, broken, atol=1e-8)
+    graded = metric_interval(mean_absolute_error, y, s)
+    assert graded.low < graded.high != plain.high
+    assert graded == metric_interval(mean_absolute_error, y, s, labels=[5, 4, 3, 2, 1])
+    few = np.array([1, 2, 3] * 2)  # too few to be grades
+    assert metric_interval(mean_absolute_error, few, few).high == 0
+    assert metric_interval(mean_absolute_error, few, few, labels=[1, 2, 3]).high > 0
+    more = metric_interval(mean_absolute_error, few, few, labels=[1, 2, 3, 30])
+    assert more.score == 0
+    for call in (metric_interval, lambda *args, **more: paired_difference(*args, args[-1], **more)):
+        with pytest.raises(ValueError, match=r"y_true holds \[3\], which are not among labels"):
+            call(accuracy_score, few, few, labels=[1, 2])
+        with pytest.raises(ValueError, match="y_true has shape"):
+            call(share_right, few.reshape(3, 2), few.reshape(3, 2), labels=[1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("y", "p", "message"),
+    [
+        (np.ma.array([0, 1, 1], mask=[0, 1, 0]), [0, 1, 1], "y_true has no entry in row 1"),
+        ([0, 1, 1], np.ma.array([0, 1, 1], mask=[0, 0, 1]), "pred.* has no entry in row 2"),
+        ([0, None, 1], [0, 1, 1], "y_true has no entry in row 1"),
+        ([0, 1, np.nan], [0, 1, 1], "y_true has no entry in row 2"),
+        ([0, 1, 1], [[0, 1], [0.5, 0.5], [np.nan, 1]], "pred.* has no entry in row 2"),
+        (np.ma.array(np.eye(3), mask=np.eye(3, k=1)), np.eye(3), "y_true has no entry in row 0"),
+        ([0, 1, 1], ["0", "1", "1"], "y_true holds a number, .*pred.* a string"),
+        (np.array([0, "1", 1], dtype=object), [0, 1, 1], "numbers or strings, not both"),
+    ],
+)
+def test_intervals_refuse_missing_entries_and_mixed_kinds(y, p, message):
+    def metric(y, p):
+        return 0.5
+
+    with pytest.raises(ValueError, match=message):
+        metric_interval(metric, y, p)
+    with pytest.raises(ValueError, match=message):
+        paired_difference(metric, y, p, p)
+
+
+class Proud(LogisticRegression):
+    """Its own score is not accuracy, though on even classes it is as great."""
+
+    def score(self, X, y, sample_weight=None):
+        return balanced_accuracy_score(y, self.predict(X))
+
+
+def own_score(estimator, X, y):
+    return estimator.score(X, y)
+
+
+@pytest.mark.parametrize("scoring", [None, own_score])
+def test_own_scores_in_all_that_wraps_a_classifier(rare, scoring):
+    clf, X, y = rare
+    weighted = partial(GridSearchCV, clf, {"C": [1.0]}, cv=2)
+    several = {"f1_macro": "f1_macro", "accuracy": "accuracy"}
+    for estimator in (
+        clf,
+        FrozenEstimator(clf),
+        weighted(scoring="f1_macro"),
+        weighted(scoring="neg_log_loss"),
+        weighted(scoring=several, refit="f1_macro"),
+        weighted(scoring=own_score),
+        weighted(),
+        make_pipeline(StandardScaler(), weighted(scoring="f1_macro")),
+        FrozenEstimator(make_pipeline(StandardScaler(), clf).fit(X, y)),
+        RFE(clf, n_features_to_select=5),
+    ):
+        estimator.fit(X, y)
+        found = scorer_interval(estimator, X, y, scoring=scoring)
+        assert found.low < found.score == pytest.approx(estimator.score(X, y))
+        same = scorer_difference(estimator, estimator, X, y, scoring=scoring)
+        assert same.low < same.score == 0 < same.high
+    even = np.concatenate([np.flatnonzero(y == k)[:3] for k in range(3)])
+    proud = Proud(max_iter=500).fit(X, y)
+    assert proud.score(X[even], y[even]) == pytest.approx((proud.predict(X) == y)[even].mean())
+    for estimator in (
+        proud,
+        FrozenEstimator(proud),
+        make_pipeline(StandardScaler(), proud).fit(X, y),
+        GridSearchCV(proud, {"C": [1.0]}, cv=2, scoring=own_score).fit(X, y),
+        GridSearchCV(proud, {"C": [1.0]}, cv=2).fit(X, y),
+    ):
+        with pytest.raises(ValueError, match="score of Proud is not its accuracy: pass scoring="):
+            scorer_interval(estimator, X[even], y[even], scoring=scoring)
+
+
+def test_a_frozen_classifier_is_scored_as_it_is(rare):
+    clf, X, y = rare
+    for scoring in ("accuracy", "roc_auc_ovr", "neg_log_loss"):
+        wanted = scorer_interval(clf, X, y, scoring=scoring)
+        assert scorer_interval(FrozenEstimator(FrozenEstimator(clf)), X, y, scoring=scoring) == (
+            wanted
+        )
+    with pytest.raises(AttributeError, match="predict_log_proba of LogisticRegression cannot"):
+        scorer_interval(clf, X, y, scoring=lambda e, X, y: e.predict_log_proba(X).mean())
 
 
 # ---------------------------------------------------------------- differences
@@ -585,7 +858,7 @@ def test_scorers_by_name_in_cross_validation_and_search():
     X, y = make_classification(
         150, n_classes=3, n_informative=5, weights=[0.7, 0.2], random_state=0
     )
-    scoring = scorers("balanced_accuracy", *scorers())
+    scoring = scorers("balanced_accuracy", *scorers(), train_counts=y)
     clf = LogisticRegression(max_iter=300)
     results = cross_validate(clf, X, y, scoring=scoring, cv=3, error_score="raise")
     assert all(np.isfinite(results[f"test_{name}"]).all() for name in scoring)
@@ -614,10 +887,170 @@ def test_scorers_use_the_class_counts_of_training(tiny, blobs):
     assert np.isfinite(found)
 
 
+class Counting(LogisticRegression):
+    """A classifier that knows, as this package's do, what it was fitted on."""
+
+    def fit(self, X, y, sample_weight=None):
+        super().fit(X, y, sample_weight)
+        kept = y if sample_weight is None else y[sample_weight > 0]
+        self.class_counts_ = np.unique(kept, return_counts=True)[1]
+        return self
+
+
+SHOTS = scorers("few_shot_recall", "neg_head_tail_gap")
+
+
+@pytest.fixture(scope="module")
+def natural():
+    """Long-tailed training images, and a test set that is balanced, or tailed the other way."""
+    X, y = make_classification(
+        900, n_classes=3, n_informative=6, flip_y=0.1, class_sep=0.7, random_state=0
+    )
+    names = np.array(["mel", "bcc", "nev"])  # sorted otherwise
+    rows = [np.flatnonzero(y == k) for k in range(3)]
+    train = np.concatenate([one[:n] for one, n in zip(rows, (200, 60, 30), strict=True)])
+    test = np.concatenate([one[200 : 200 + n] for one, n in zip(rows, (10, 30, 60), strict=True)])
+    return X[train], names[y[train]], X[test], names[y[test]]
+
+
+def frozen(clf, X, y):
+    return FrozenEstimator(clf.fit(X, y))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda clf, X, y: clf,
+        lambda clf, X, y: make_pipeline(StandardScaler(), clf),
+        lambda clf, X, y: GridSearchCV(clf, {"C": [0.1, 1.0]}, cv=2),
+        lambda clf, X, y: GridSearchCV(
+            make_pipeline(StandardScaler(), clf), {"counting__C": [0.1, 1.0]}, cv=2
+        ),
+        lambda clf, X, y: CalibratedClassifierCV(clf, cv=3),
+        lambda clf, X, y: CalibratedClassifierCV(clf, cv=3, ensemble=False),
+        lambda clf, X, y: CalibratedClassifierCV(frozen(clf, X, y)),
+        frozen,
+        lambda clf, X, y: frozen(make_pipeline(StandardScaler(), clf), X, y),
+        lambda clf, X, y: VotingClassifier([("one", clf), ("other", clone(clf))]),
+        lambda clf, X, y: StackingClassifier([("one", clf)], cv=2),
+        lambda clf, X, y: RFE(clf, n_features_to_select=12),
+    ],
+)
+def test_counts_are_those_of_training_wherever_the_classifier_is(natural, make):
+    X, y, X_test, y_test = natural
+    clf = make(Counting(max_iter=500), X, y).fit(X, y)
+    for name, measure in (
+        ("few_shot_recall", lambda *args: shot_recall(*args).few),
+        ("neg_head_tail_gap", lambda *args: -head_tail_gap(*args)),
+    ):
+        wanted = measure(y_test, clf.predict(X_test), y)
+        assert wanted != measure(y_test, clf.predict(X_test), y_test)
+        assert SHOTS[name](clf, X_test, y_test) == wanted
+        assert scorer_interval(clf, X_test, y_test, scoring=name).score == wanted
+
+
+def test_counts_of_a_classifier_with_a_threshold(natural):
+    X, y, X_test, y_test = natural
+    X, y, X_test, y_test = (
+        X[y != "nev"],
+        y[y != "nev"],
+        X_test[y_test != "nev"],
+        y_test[y_test != "nev"],
+    )
+    fitted = Counting().fit(X, y)
+    for clf in (
+        FixedThresholdClassifier(clone(fitted), threshold=0.3).fit(X, y),
+        FixedThresholdClassifier(FrozenEstimator(fitted), threshold=0.3),
+        TunedThresholdClassifierCV(clone(fitted), cv=2).fit(X, y),
+        OneVsRestClassifier(clone(fitted)).fit(X, y),
+    ):
+        wanted = shot_recall(y_test, clf.predict(X_test), y).few
+        assert SHOTS["few_shot_recall"](clf, X_test, y_test) == wanted
+
+
+@pytest.mark.filterwarnings("ignore:y contains no unlabeled")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LogisticRegression(), "LogisticRegression does not tell"),
+        (lambda: make_pipeline(StandardScaler(), LogisticRegression()), "Logistic.*train_counts="),
+        (lambda: resampled(RandomOverSampler(random_state=0), Counting()), "for it resamples"),
+        (
+            lambda: BaggingClassifier(Counting(), n_estimators=3, random_state=0),
+            "Bagging.*its members",
+        ),
+        (lambda: OneVsRestClassifier(Counting()), "OneVsRest.*its members"),
+        (lambda: SelfTrainingClassifier(Counting()), "for it made labels itself"),
+        (lambda: RandomForestClassifier(3), "DecisionTreeClassifier does not tell"),
+    ],
+)
+def test_unknown_counts_of_training_are_not_those_of_the_test_set(natural, make, message):
+    X, y, X_test, y_test = natural
+    clf = make().fit(X, y.astype(object))
+    told = scorers(*SHOTS, train_counts=y)
+    for name, scorer in SHOTS.items():
+        with pytest.raises(ValueError, match=message):
+            scorer(clf, X_test, y_test)
+        with pytest.raises(ValueError, match=message):
+            scorer_interval(clf, X_test, y_test, scoring=name)
+        assert np.isfinite(told[name](clf, X_test, y_test))
+
+
+def test_further_portions_and_fits_are_counted(tiny):
+    rng = np.random.default_rng(0)
+
+    def portion(*n):
+        return rng.random((sum(n), 1, 8, 8)).astype(np.float32), np.repeat([0, 1], n)
+
+    clf = SoftmaxClassifier(**tiny)
+    clf.partial_fit(*portion(3, 20))
+    for _ in range(5):
+        clf.partial_fit(*portion(18, 2))
+    assert clf.class_counts_.tolist() == [93, 30]
+    with pytest.raises(ValueError, match="not among"):
+        clf.partial_fit(portion(2, 2)[0], [0, 1, 2, 2])
+    assert clf.class_counts_.tolist() == [93, 30]
+    clf.set_params(warm_start=True).fit(*portion(4, 12))
+    assert clf.class_counts_.tolist() == [4, 12]  # of the latest fit
+    assert clf.partial_fit(*portion(9, 1)).class_counts_.tolist() == [13, 13]
+    assert clf.set_params(warm_start=False).fit(*portion(5, 6)).class_counts_.tolist() == [5, 6]
+
+
 def test_class_missing_from_training_does_not_break_the_scorers():
     X, y = make_classification(90, n_classes=3, n_informative=5, random_state=0)
     clf = LogisticRegression(max_iter=300).fit(X[y < 2], y[y < 2])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for scorer in scorers("neg_calibration_error", "few_shot_recall").values():
+        for scorer in scorers("neg_calibration_error", "few_shot_recall", train_counts=y).values():
             scorer(clf, X, y)
+
+
+def test_classes_that_training_lacked_are_confident_errors():
+    X, y = make_classification(
+        900, n_classes=3, n_informative=6, class_sep=2.0, flip_y=0, random_state=0
+    )
+    clf = LogisticRegression(max_iter=300).fit(X[y < 2], y[y < 2])
+    hits, confidence = clf.predict(X) == y, clf.predict_proba(X).max(axis=1)
+    edges = np.linspace(0, 1, 16)
+    found = scorers()["neg_calibration_error"](clf, X, y)
+    assert found == pytest.approx(-slow_calibration(hits, confidence, edges))
+    assert found < -0.2
+    padded = np.column_stack([clf.predict_proba(X), np.zeros(len(X))])
+    by_class = [slow_calibration(y == k, padded[:, k], edges) for k in range(3)]
+    found = scorers()["neg_class_wise_calibration_error"](clf, X, y)
+    assert found == pytest.approx(-np.mean(by_class))
+    seen = y < 2
+    assert scorers()["neg_calibration_error"](clf, X[seen], y[seen]) == (
+        -expected_calibration_error(y[seen], clf.predict_proba(X[seen]))
+    )
+
+
+@pytest.mark.parametrize("name", ["few_shot_recall", "neg_head_tail_gap", *list(scorers())[-2:]])
+def test_labels_of_another_kind_are_no_classes_that_training_lacked(natural, name):
+    X, y = natural[0], np.unique(natural[1], return_inverse=True)[1]
+    clf = Counting(max_iter=300).fit(X, y)
+    for score in (scorers()[name], partial(scorer_interval, scoring=name)):
+        with pytest.raises(ValueError, match=r"y holds '\d', the classifier knows \[0, 1, 2\]"):
+            score(clf, X, y.astype(str))
+    with pytest.raises(ValueError, match="y has no entry in row 3"):
+        scorers()[name](clf, X, np.where(np.arange(len(y)) == 3, np.nan, y))
