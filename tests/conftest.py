@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sklearn_medimb.backbones import ConvNet
+from tests.helpers import make_blobs
 from tests.simulated_cuda import SimulatedCuda
 
 mpl.use("Agg")
@@ -35,18 +36,6 @@ def tiny() -> dict:
 def blobs() -> tuple[np.ndarray, np.ndarray]:
     """60 uint8 images of three classes, 36 : 16 : 8; the class is the place of a bright spot."""
     return make_blobs()
-
-
-def make_blobs(counts=(36, 16, 8), size=12, channels=3, seed=0):
-    """Noise images whose class is the corner that holds a bright spot."""
-    rng = np.random.default_rng(seed)
-    y = rng.permutation(np.repeat(np.arange(len(counts)), counts))
-    X = rng.integers(0, 90, (len(y), channels, size, size))
-    half = size // 2
-    for row, label in enumerate(y):
-        top, left = (label % 2) * half, (label // 2) * half
-        X[row, :, top + 1 : top + half - 1, left + 1 : left + half - 1] += 120
-    return X.astype(np.uint8), y
 
 
 def pytest_addoption(parser):

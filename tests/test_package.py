@@ -19,6 +19,7 @@ from sklearn.base import BaseEstimator
 import sklearn_medimb
 from sklearn_medimb import AMIMVClassifier, AMIMVEncoder, SPMixSampler
 from sklearn_medimb.rebalance import RebalancedHead
+from tests.estimators import public
 
 PACKAGE = "sklearn_medimb"
 ROOT = Path(__file__).parents[1]
@@ -42,7 +43,7 @@ PRINTED = {
     "virtual_features": ["tail recall", "virtual features", "own covariance", "P x K batch"],
 }  # fmt: skip
 WITHOUT_FIGURE = {"deployment": ["--folder", "FOLDER"], "many_machines": ["--dask"]}
-PUBLIC = [name for name in sklearn_medimb.__all__ if name[0].isupper()]
+PUBLIC = list(public())  # also what is no estimator
 
 
 def run_alone(command: list) -> subprocess.CompletedProcess:
@@ -197,3 +198,21 @@ def run_example(name, *arguments):
 
 def test_every_example_is_run():
     assert {path.stem for path in EXAMPLES} == set(PRINTED)
+
+
+def test_no_test_module_imports_another():
+    """What two of them share is a module of its own: each can move, or run, without the other."""
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            names = [alias.name for alias in node.names]
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path.name} imports relatively"
+                names = [f"{node.module}.{name}" for name in names]
+            for name in names:
+                own = name.split(".")[0] == "tests"
+                modules = [
+                    part for part in name.split(".") if part.startswith(("test_", "conftest"))
+                ]
+                assert not (own and modules), f"{path.name} imports {name}: see tests/helpers.py"

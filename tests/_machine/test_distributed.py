@@ -25,7 +25,7 @@ from sklearn_medimb import (
 )
 from sklearn_medimb.backbones import ViT
 from sklearn_medimb.methods import Contrast
-from tests.conftest import make_blobs
+from tests.helpers import make_blobs
 
 # Layer normalisation: the statistics of batch normalisation belong to each process's share.
 COMMON = {
@@ -132,7 +132,7 @@ def test_processes_with_different_data_are_told_and_may_train_apart(tmp_path):
 import os
 import pytest
 from sklearn_medimb import SoftmaxClassifier
-from tests.conftest import make_blobs
+from tests.helpers import make_blobs
 
 X, y = make_blobs()
 rank = int(os.environ["RANK"])
