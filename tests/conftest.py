@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two processes with two threads each starve one another: one each, before any library counts
+    # cores, and for all that they start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -18,7 +23,7 @@ if torch.cuda.is_available():  # the same fit twice is compared to the bit
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # two processes with two threads each starve one another
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
