@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Two processes with two threads each starve one another: one each, before any library counts
+    # cores, and for all that they start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
 
 from sklearn_medimb.backbones import ConvNet
+from tests.helpers import make_blobs
 from tests.simulated_cuda import SimulatedCuda
 
 mpl.use("Agg")
@@ -17,7 +23,7 @@ if torch.cuda.is_available():  # the same fit twice is compared to the bit
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # two processes with two threads each starve one another
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -35,18 +41,6 @@ def tiny() -> dict:
 def blobs() -> tuple[np.ndarray, np.ndarray]:
     """60 uint8 images of three classes, 36 : 16 : 8; the class is the place of a bright spot."""
     return make_blobs()
-
-
-def make_blobs(counts=(36, 16, 8), size=12, channels=3, seed=0):
-    """Noise images whose class is the corner that holds a bright spot."""
-    rng = np.random.default_rng(seed)
-    y = rng.permutation(np.repeat(np.arange(len(counts)), counts))
-    X = rng.integers(0, 90, (len(y), channels, size, size))
-    half = size // 2
-    for row, label in enumerate(y):
-        top, left = (label % 2) * half, (label // 2) * half
-        X[row, :, top + 1 : top + half - 1, left + 1 : left + half - 1] += 120
-    return X.astype(np.uint8), y
 
 
 def pytest_addoption(parser):

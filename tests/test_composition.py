@@ -50,8 +50,8 @@ from sklearn_medimb import (
 )
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.rebalance import RebalancedHead
-from tests.conftest import make_blobs
-from tests.test_conformance import public_estimators
+from tests.estimators import PUBLIC
+from tests.helpers import make_blobs
 
 try:
     from sklearn.callback import ScoringMonitor
@@ -135,7 +135,7 @@ class Subject:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.cls = public_estimators()[name]
+        self.cls = PUBLIC[name]
         self.case = CASES[name]
         # 36 rows of three classes, in an order that puts every class into every fold and portion.
         images, codes = make_blobs((20, 10, 6), size=8, channels=1)
@@ -695,7 +695,7 @@ EXCLUDED: dict[str, Callable[[type[BaseEstimator]], bool]] = {
 
 PAIRS = [
     (name, tool)
-    for name, cls in public_estimators().items()
+    for name, cls in PUBLIC.items()
     for tool in TOOLS
     if not (tool in EXCLUDED and EXCLUDED[tool](cls))
 ]
@@ -707,7 +707,7 @@ def test_composes(name, tool):
 
 
 def test_every_estimator_has_a_case():
-    public = set(public_estimators())
+    public = set(PUBLIC)
     missing, stale = public - set(CASES), set(CASES) - public
     assert not missing, f"{sorted(missing)} are public: give each a row in CASES of this file."
     assert not stale, f"{sorted(stale)} are no longer public: remove their rows from CASES."
@@ -718,7 +718,7 @@ def test_no_pair_is_absent():
     assert set(EXCLUDED) <= set(TOOLS)
     met = {tool: {name for name, other in PAIRS if other == tool} for tool in TOOLS}
     assert all(met.values())
-    for name, cls in public_estimators().items():
+    for name, cls in PUBLIC.items():
         if hasattr(cls, "predict") and not issubclass(cls, RebalancedHead):
             assert all(name in names for names in met.values()), name
 

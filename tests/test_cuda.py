@@ -24,9 +24,9 @@ from sklearn_medimb._training.callbacks import SaveCheckpoint
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet, ViT
 from sklearn_medimb.persistence import load, save
-from tests.conftest import make_blobs
+from tests.estimators import PUBLIC
+from tests.helpers import make_blobs
 from tests.simulated_cuda import CudaTensor, SimulatedCuda
-from tests.test_conformance import public_estimators
 
 REAL = torch.cuda.is_available()
 simulated = pytest.mark.skipif(REAL, reason="looks into the simulation")
@@ -95,7 +95,7 @@ def deterministic():
 
 
 def make(name, **params):
-    return public_estimators()[name](**{**SHORT[name], "random_state": 0, **params})
+    return PUBLIC[name](**{**SHORT[name], "random_state": 0, **params})
 
 
 def outcome(estimator, X):
@@ -104,11 +104,10 @@ def outcome(estimator, X):
 
 
 def test_every_estimator_has_a_short_configuration():
-    public = public_estimators()
-    missing, stale = set(public) - set(SHORT), set(SHORT) - set(public)
+    missing, stale = set(PUBLIC) - set(SHORT), set(SHORT) - set(PUBLIC)
     assert not missing, f"{sorted(missing)} are public: give each a row in SHORT of this file."
     assert not stale, f"{sorted(stale)} are no longer public: remove their rows from SHORT."
-    with_device = {name for name, cls in public.items() if "device" in cls().get_params()}
+    with_device = {name for name, cls in PUBLIC.items() if "device" in cls().get_params()}
     assert with_device == {name for name, params in SHORT.items() if params is not None}
 
 
@@ -162,7 +161,7 @@ def test_stateless_work_on_images_gives_the_same_on_the_device(name, cuda, image
     X, y = images
     results = []
     for device in ("cuda", "cpu"):
-        estimator = public_estimators()[name](device=device)
+        estimator = PUBLIC[name](device=device)
         if hasattr(estimator, "fit_resample"):
             estimator.set_params(random_state=0)
             results.append(estimator.fit_resample(X, y)[0].astype(float) / 255)
@@ -180,7 +179,7 @@ def test_pretraining_and_fitted_starts(name, encoder, cuda, images):
     if encoder == "given":
         start = SSLEncoder(max_epochs=1, random_state=0).fit(X)
         estimator = make(name, backbone=pickle.loads(pickle.dumps(start)))
-    elif "pretrain" not in public_estimators()[name]().get_params():
+    elif "pretrain" not in PUBLIC[name]().get_params():
         pytest.skip("an encoder has no pretrain=")
     else:
         estimator = make(name, pretrain=SSLEncoder("moco", max_epochs=1))

@@ -13,53 +13,19 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.utils.validation import check_is_fitted
 from skorch.callbacks import Callback
 
-import sklearn_medimb
 from sklearn_medimb import (
-    AMIMVClassifier,
-    AMIMVEncoder,
-    CSSNClassifier,
     LMDClassifier,
     MetricTwoStageClassifier,
     SoftmaxClassifier,
-    SPMixClassifier,
-    SSLEncoder,
 )
 from sklearn_medimb._training.callbacks import BestEpoch, SaveCheckpoint, SklearnCallbacks
 from sklearn_medimb._training.net import Net
-from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.base._image_estimator import BaseImageEstimator
-from tests.conftest import make_blobs
-
-SMALL = {
-    "backbone": ConvNet(widths=(8, 16)),
-    "max_epochs": 2,
-    "batch_size": 32,
-    "random_state": 0,
-}
-ENCODER = SSLEncoder("byol", max_epochs=2, batch_size=32)
-
-# Every estimator, with all the stages that it can have.
-ESTIMATORS = {
-    "AMIMVClassifier": lambda: AMIMVClassifier(
-        **SMALL, pretrain=AMIMVEncoder(max_epochs=2, batch_size=32), fine_tune=True
-    ),
-    "AMIMVEncoder": lambda: AMIMVEncoder(**SMALL),
-    "CSSNClassifier": lambda: CSSNClassifier(**SMALL, pretrain=ENCODER),
-    "LMDClassifier": lambda: LMDClassifier(**SMALL, pretrain=ENCODER, n_rounds=3),
-    "MetricTwoStageClassifier": lambda: MetricTwoStageClassifier(**SMALL, pretrain=ENCODER),
-    "SPMixClassifier": lambda: SPMixClassifier(**SMALL, pretrain=ENCODER),
-    "SSLEncoder": lambda: SSLEncoder(**SMALL),
-    "SoftmaxClassifier": lambda: SoftmaxClassifier(**SMALL, pretrain=ENCODER),
-}
+from tests.estimators import IMAGE_ESTIMATORS, WITH_ALL_STAGES
+from tests.helpers import make_blobs
 
 
 def test_every_estimator_is_here():
-    public = {name: getattr(sklearn_medimb, name) for name in sklearn_medimb.__all__}
-    assert set(ESTIMATORS) == {
-        name
-        for name, cls in public.items()
-        if isinstance(cls, type) and issubclass(cls, BaseImageEstimator)
-    }
+    assert set(WITH_ALL_STAGES) == set(IMAGE_ESTIMATORS)
 
 
 def press_ctrl_c():
@@ -95,15 +61,15 @@ def at_step(wanted):
         yield stages
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", WITH_ALL_STAGES)
 def test_in_the_last_batch_of_any_stage(name, blobs, tmp_path):
     with at_step(None) as stages:
-        whole = ESTIMATORS[name]().fit(*blobs)
+        whole = WITH_ALL_STAGES[name]().fit(*blobs)
     ends = [i for i, stage in enumerate(stages, 1) if [stage] != stages[i : i + 1]]
     names = [stages[end - 1] for end in ends]
     assert len(ends) == len(set(stages)) == len({row.get("stage") for row in whole.history_})
     for number, end in enumerate(ends):
-        cut = ESTIMATORS[name]().set_params(checkpoint_dir=tmp_path)
+        cut = WITH_ALL_STAGES[name]().set_params(checkpoint_dir=tmp_path)
         with at_step(end) as seen, pytest.warns(UserWarning, match="interrupted"):
             cut.fit(*blobs)
         assert len(seen) == end  # no further stage
@@ -111,7 +77,7 @@ def test_in_the_last_batch_of_any_stage(name, blobs, tmp_path):
         assert np.isfinite(cut.transform(blobs[0])).all()
         assert len(list(tmp_path.iterdir())) == 1
         with at_step(None) as seen:
-            resumed = ESTIMATORS[name]().set_params(checkpoint_dir=tmp_path).fit(*blobs)
+            resumed = WITH_ALL_STAGES[name]().set_params(checkpoint_dir=tmp_path).fit(*blobs)
         assert len(stages) - end < len(seen) <= len(stages) - end + 2  # one epoch again
         assert not list(tmp_path.iterdir())
         assert resumed.n_iter_ == whole.n_iter_

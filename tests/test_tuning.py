@@ -51,12 +51,11 @@ from sklearn_medimb.losses import FocalLoss
 from sklearn_medimb.methods import Contrast
 from sklearn_medimb.rebalance import RebalancedHead
 from sklearn_medimb.tuning import OptunaPruning, search_space, suggest
-from tests.conftest import make_blobs
-from tests.test_conformance import public_estimators
+from tests.estimators import PUBLIC
+from tests.helpers import make_blobs
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
-PUBLIC = public_estimators()
 HELD = {"MLP": MLP, "ResNet": ResNet, "ViT": ViT, "HybridViT": HybridViT, "Augment": Augmentation}
 
 # Every other constructor parameter has a range: a new one needs a decision.

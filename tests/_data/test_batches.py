@@ -10,12 +10,11 @@ from imblearn.under_sampling import NearMiss, RandomUnderSampler
 from torch.utils.data import DataLoader, TensorDataset
 
 from sklearn_medimb import BalancedBatchSampler, SoftmaxClassifier
-from sklearn_medimb._data.batches import Batches, Context, Preprocessor
-from sklearn_medimb._data.images import Images
-from sklearn_medimb._data.layout import infer_layout
+from sklearn_medimb._data.batches import Preprocessor
 from sklearn_medimb._data.plans import class_balanced, pk, shuffled
 from sklearn_medimb.augment import AUGMENTATIONS, Augmentation
 from sklearn_medimb.backbones import ConvNet
+from tests.helpers import images_of, make_batches, noise_images, numbered
 
 CPU = torch.device("cpu")
 
@@ -175,35 +174,6 @@ def test_memory_format(shape, last):
 # ---------------------------------------------------------------- Batches
 
 
-def images_of(array):
-    return Images(array, infer_layout(array.shape), array.dtype)
-
-
-def make_batches(array, *, rows=None, targets=None, plan=None, augment="none", seed=0, n_views=1):
-    rows = np.arange(len(array)) if rows is None else rows
-    images = images_of(array)
-    channels = images.image_shape[0]
-    if isinstance(augment, str):
-        augment = AUGMENTATIONS[augment]()
-    return Batches(
-        images,
-        rows,
-        torch.as_tensor(rows if targets is None else targets),
-        plan or (lambda rng: shuffled(len(rows), 4, rng)),
-        Context(
-            Preprocessor(np.zeros(channels), np.ones(channels), dtype=torch.float32, device=CPU),
-            (augment,) * n_views,
-            rng(seed),
-            torch.Generator().manual_seed(seed),
-        ),
-    )
-
-
-def numbered(n=10):
-    """Image i holds i everywhere."""
-    return np.broadcast_to(np.arange(n, dtype=np.float32)[:, None, None], (n, 8, 8)).copy()
-
-
 def test_images_and_targets_stay_together():
     rows = np.array([7, 2, 9, 4, 0, 1])
     seen = []
@@ -227,10 +197,6 @@ def test_each_epoch_has_its_own_plan():
     one, two = (torch.cat([targets for _, targets in batches]) for _ in range(2))
     assert not torch.equal(one, two)
     assert torch.equal(one.sort().values, two.sort().values)
-
-
-def noise_images(n=10, dtype=np.float32, shape=(3, 8, 8)):
-    return rng().integers(0, 256, (n, *shape)).astype(dtype)
 
 
 @pytest.mark.parametrize("n_views", [1, 2, 3])

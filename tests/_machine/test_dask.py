@@ -17,7 +17,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn_medimb import SoftmaxClassifier
 from sklearn_medimb.backbones import MLP, ConvNet
 from sklearn_medimb.datasets import MappedImages
-from tests.conftest import make_blobs
+from tests.helpers import make_blobs
 
 distributed = pytest.importorskip("distributed", reason="needs the extra: dask")
 psutil = pytest.importorskip("psutil")

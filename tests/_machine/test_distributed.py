@@ -25,7 +25,7 @@ from sklearn_medimb import (
 )
 from sklearn_medimb.backbones import ViT
 from sklearn_medimb.methods import Contrast
-from tests.conftest import make_blobs
+from tests.helpers import make_blobs
 
 # Layer normalisation: the statistics of batch normalisation belong to each process's share.
 COMMON = {
@@ -89,34 +89,58 @@ def launch(code, folder, n_processes=2):
     return process.returncode, errors
 
 
-def test_two_processes_learn_what_one_does(tmp_path):
-    """Also over pairs of images that lie in different shares, and with a momentum teacher."""
-    code, errors = launch(
-        f"""
-import json, os, pathlib
+TWO = """
+import json, os, pathlib, sys
 import torch.distributed as dist
 import sklearn_medimb._machine.distributed
+from sklearn_medimb import SoftmaxClassifier
 from tests._machine.test_distributed import train
+from tests.helpers import make_blobs
 
 sizes = []
 share_out = sklearn_medimb._machine.distributed.share_out
 sklearn_medimb._machine.distributed.share_out = lambda encode, images: share_out(
     lambda own: (sizes.append((len(own), len(images))), encode(own))[1], images
 )
-results = train(pathlib.Path({str(tmp_path)!r}))
+folder = pathlib.Path(__file__).parent
+results = train(folder)
 assert dist.get_world_size() == 2
 results["sizes"] = sorted(set(sizes))
-path = pathlib.Path({str(tmp_path)!r}) / f"{{os.environ['RANK']}}.json"
-path.write_text(json.dumps(results))
-""",
-        tmp_path,
-    )
+
+X, y = make_blobs()
+rank = int(os.environ["RANK"])
+(folder / f"{rank}.json").write_text(json.dumps(results))
+told = []
+clf = SoftmaxClassifier(max_epochs=1, device="cpu")
+for images, labels in ((X[rank::2], y[rank::2]), (255 - X if rank else X, y)):
+    try:
+        clf.fit(images, labels)
+    except ValueError as error:
+        told.append(str(error))
+os.environ["SKLEARN_MEDIMB_DISTRIBUTED"] = "0"
+if rank:
+    clf.fit(X[rank::2], y[rank::2])
+    told.append(int(clf.n_samples_fit_))
+(folder / f"{rank}-told.json").write_text(json.dumps(told))
+"""
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What two processes wrote, which is asked about twice: to start them takes long."""
+    folder = tmp_path_factory.mktemp("two")
+    code, errors = launch(TWO, folder)
     assert code == 0, errors[-3000:]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    return folder
+
+
+def test_two_processes_learn_what_one_does(two):
+    """Also over pairs of images that lie in different shares, and with a momentum teacher."""
+    first, second = (json.loads((two / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert [8, 15] in first["sizes"]
-    assert not list((tmp_path / "checkpoints").iterdir())
-    alone = train(tmp_path)
+    assert not list((two / "checkpoints").iterdir())
+    alone = train(two)
     for name, result in alone.items():
         for what, values in result.items():
             # A bias before batch normalisation has no gradient but rounding.
@@ -125,28 +149,13 @@ path.write_text(json.dumps(results))
             )
 
 
-def test_processes_with_different_data_are_told_and_may_train_apart(tmp_path):
+def test_processes_with_different_data_are_told_and_may_train_apart(two):
     """Also where only the pixels differ."""
-    code, errors = launch(
-        """
-import os
-import pytest
-from sklearn_medimb import SoftmaxClassifier
-from tests.conftest import make_blobs
-
-X, y = make_blobs()
-rank = int(os.environ["RANK"])
-clf = SoftmaxClassifier(max_epochs=1, device="cpu")
-for images, labels in ((X[rank::2], y[rank::2]), (255 - X if rank else X, y)):
-    with pytest.raises(ValueError, match="pass the whole training set in each"):
-        clf.fit(images, labels)
-os.environ["SKLEARN_MEDIMB_DISTRIBUTED"] = "0"
-if rank:
-    clf.fit(X[rank::2], y[rank::2])
-""",
-        tmp_path,
-    )
-    assert code == 0, errors[-3000:]
+    for rank, n_apart in ((0, []), (1, [30])):
+        first, second, *apart = json.loads((two / f"{rank}-told.json").read_text())
+        assert "pass the whole training set in each" in first
+        assert "pass the whole training set in each" in second
+        assert apart == n_apart
 
 
 class Hungry(torch.nn.Module):

@@ -35,7 +35,7 @@ from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.base._encoder import BaseImageEncoder
 from sklearn_medimb.methods import Contrast
-from tests.conftest import make_blobs
+from tests.helpers import make_blobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 

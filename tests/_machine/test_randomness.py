@@ -36,8 +36,8 @@ from sklearn_medimb._machine.runtime import one_thread_in_workers
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import MLP, ConvNet, ViT
 from sklearn_medimb.base._image_estimator import BaseImageEstimator
-from tests.conftest import make_blobs
-from tests.test_conformance import TINY, public_estimators
+from tests.estimators import PUBLIC, TINY
+from tests.helpers import make_blobs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),
@@ -140,7 +140,7 @@ def prepared(name):
     """An estimator that takes images or, of samplers and heads, what they take."""
     X, y = make_blobs((12, 8, 6))
     params = dict(TINY[name] or {})
-    cls = public_estimators()[name]
+    cls = PUBLIC[name]
     if issubclass(cls, BaseImageEstimator):
         params["backbone"] = ViT(**VIT, dropout=0.1, drop_path=0.2)
     known = cls().get_params()
@@ -165,7 +165,7 @@ def answer(fitted, X):
     return fitted.predict_proba(X) if hasattr(fitted, "predict_proba") else fitted.transform(X)
 
 
-@pytest.mark.parametrize("name", public_estimators())
+@pytest.mark.parametrize("name", PUBLIC)
 def test_every_estimator_does_in_threads_what_it_does_alone(name):
     estimator, X, y = prepared(name)
     alone = result(clone(estimator), X, y)
@@ -284,7 +284,7 @@ def one_thread():
 
 
 @needs_fork
-@pytest.mark.parametrize("name", public_estimators())
+@pytest.mark.parametrize("name", PUBLIC)
 def test_every_estimator_works_in_a_forked_child(name, one_thread):
     estimator, X, y = prepared(name)
     if "backbone" in estimator.get_params():

@@ -25,7 +25,7 @@ from sklearn_medimb import (
     SSLEncoder,
 )
 from sklearn_medimb.backbones import ConvNet
-from tests.conftest import make_blobs
+from tests.helpers import make_blobs
 
 
 def scalars(folder, tag):

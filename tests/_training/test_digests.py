@@ -25,8 +25,7 @@ from sklearn_medimb._training.digests import digest_of
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.datasets import DatasetImages, MappedImages
-from tests.base.test_training import CrashAfter
-from tests.conftest import make_blobs
+from tests.helpers import CrashAfter, make_blobs
 
 X, Y = make_blobs((40, 24, 16))
 SMALL = {

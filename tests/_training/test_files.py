@@ -22,8 +22,7 @@ from sklearn_medimb._training.checkpoint import Checkpoint
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.onnx import export_onnx
 from sklearn_medimb.persistence import _files, load, save
-from tests.base.test_training import CrashAfter
-from tests.conftest import make_blobs
+from tests.helpers import CrashAfter, make_blobs
 
 FORK = multiprocessing.get_context("fork")
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")

@@ -30,21 +30,31 @@ from sklearn_medimb import (
     SSLEncoder,
 )
 from sklearn_medimb._training.monitors import Monitor, effective_rank, feature_std, knn_score
-from sklearn_medimb._training.network import Trunk
 from sklearn_medimb._training.objectives import encode, perceptron
 from sklearn_medimb._training.views import ViewBatches, Views
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
-from sklearn_medimb.base import _encoder as engine
-from sklearn_medimb.base._encoder import ENCODERS, PRETRAINING, EncoderNetwork, resolve_encoder
+from sklearn_medimb.base._encoder import ENCODERS, PRETRAINING, resolve_encoder
 from sklearn_medimb.methods import Contrast
-from tests._data.test_batches import make_batches, noise_images, numbered
-from tests.base.test_training import CrashAfter
-from tests.conftest import make_blobs
-from tests.methods.test_lmd import all_equal, same_arrays, snapshot
-
-SHARED = {"backbone": ConvNet(widths=(4, 8)), "batch_size": 16, "random_state": 0}
-SMALL = {**SHARED, "max_epochs": 2}
+from tests.helpers import (
+    SMALL,
+    Add,
+    CrashAfter,
+    Files,
+    Starts,
+    all_equal,
+    backbone_state,
+    make_batches,
+    make_blobs,
+    noise_images,
+    numbered,
+    same_arrays,
+    small_network,
+    snapshot,
+    spy_on_rows,
+    stages,
+    values,
+)
 
 # One row per public image classifier: what makes it small, and train its backbone.
 CLASSIFIERS = {
@@ -67,61 +77,6 @@ def pretrainer(**params):
     return SSLEncoder(**{"max_epochs": 2, "batch_size": 16, **params})
 
 
-def backbone_state(estimator):
-    return {k: v.numpy() for k, v in estimator.backbone_.state_dict().items()}
-
-
-def stages(estimator):
-    return [row.get("stage", "") for row in estimator.history_]
-
-
-def small_network(seed=0, channels=1):
-    """Float64 backbone with batch normalisation, for 12 x 12 images."""
-    torch.manual_seed(seed)
-    shape = (channels, 12, 12)
-    trunk = Trunk(ConvNet(widths=(4, 8)).build(shape), shape, autocast=None)
-    return EncoderNetwork(trunk).double()
-
-
-class Add:
-    """An augmentation that leaves its mark: the images grow by a constant."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def draw(self, n, image_shape, generator):
-        return {}
-
-    def apply(self, images, params):
-        return images + self.value
-
-
-class Starts(Callback):
-    """Hand the net over as each stage begins."""
-
-    def __init__(self, look):
-        self.look = look
-
-    def on_train_begin(self, net, **kwargs):
-        self.look(net)
-
-
-class Files:
-    """A lazy sequence of images that lie on disk, one file each."""
-
-    def __init__(self, folder, images):
-        self.paths = np.array([folder / f"{i}.npy" for i in range(len(images))])
-        for path, image in zip(self.paths, images, strict=True):
-            np.save(path, image)
-        self.shape, self.ndim, self.dtype = images.shape, images.ndim, images.dtype
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, row):
-        return np.load(self.paths[row])
-
-
 @pytest.fixture(scope="module")
 def data():
     return make_blobs()
@@ -142,26 +97,7 @@ def seen_rows(monkeypatch):
     return spy_on_rows(monkeypatch)
 
 
-def spy_on_rows(monkeypatch):
-    """Images and training rows of each pre-training to come, as its batches hold them."""
-    seen = []
-
-    class Spy(ViewBatches):
-        def __init__(self, batches, views):
-            seen.append((batches.images, batches.rows))
-            super().__init__(batches, views)
-
-    monkeypatch.setattr(engine, "ViewBatches", Spy)
-    return seen
-
-
 # ---------------------------------------------------------------- views
-
-
-def values(branch):
-    """What images that are constant hold."""
-    assert (branch.flatten(1) == branch.flatten(1)[:, :1]).all()
-    return branch[:, 0, 0, 0]
 
 
 def test_views_come_stacked_with_those_of_one_image_in_its_place():

@@ -15,8 +15,8 @@ from torch import nn
 from sklearn_medimb import LMDClassifier, SoftmaxClassifier, SSLEncoder
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet, classifier_head
-from tests.conftest import make_blobs
-from tests.test_interrupts import ESTIMATORS
+from tests.estimators import WITH_ALL_STAGES
+from tests.helpers import make_blobs
 
 
 def given_module(*, freeze=0, momentum=0.5, seed=0):
@@ -44,7 +44,7 @@ def small(name, module):
     params = {"backbone": module, "max_epochs": 3, "weight_decay": 0.1}
     if name == "SPMixClassifier":
         params["level"] = "image"
-    return ESTIMATORS[name]().set_params(**params)
+    return WITH_ALL_STAGES[name]().set_params(**params)
 
 
 def assert_kept(estimator, module, n_frozen):
@@ -57,7 +57,7 @@ def assert_kept(estimator, module, n_frozen):
     assert all(p.requires_grad == (int(k[0]) >= n_frozen) for k, p in flags.items())
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", WITH_ALL_STAGES)
 def test_a_frozen_part_stays_to_the_bit(name, blobs):
     X, y = blobs
     module = given_module(freeze=3)
@@ -76,7 +76,7 @@ def test_a_frozen_part_stays_to_the_bit(name, blobs):
     assert all(torch.equal(value, before[k]) for k, value in module.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", WITH_ALL_STAGES)
 def test_a_frozen_backbone_makes_a_linear_probe(name, blobs):
     module = given_module(freeze=4)
     if name.endswith("Encoder"):

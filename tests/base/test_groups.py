@@ -30,16 +30,12 @@ from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.base._classifier import BaseImageClassifier
 from sklearn_medimb.inspection import SPMixDisplay
 from sklearn_medimb.metrics import metric_interval, scorer_interval
-from tests.test_conformance import public_estimators
+from tests.estimators import CLASSIFIERS, PUBLIC
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The features have all but collapsed"),
     pytest.mark.filterwarnings("ignore:In .* steps the thresholds"),
 ]
-
-CLASSIFIERS = sorted(
-    name for name, cls in public_estimators().items() if issubclass(cls, BaseImageClassifier)
-)
 
 # 24 patients with two or three images each, in no order. Each image is of one grey, which is its
 # row number: whoever has seen an image has told us which. One patient in four has both classes.
@@ -152,7 +148,7 @@ def make(name: str, **params: Any) -> Any:
     if name == "AMIMVClassifier":
         encoder = AMIMVEncoder(max_epochs=1, batch_size=16, augment="none")
         common |= {"pretrain": encoder, "fine_tune": True}
-    return clone(public_estimators()[name](**{**common, **params}))
+    return clone(PUBLIC[name](**{**common, **params}))
 
 
 def assert_whole(fit: Fit) -> None:

@@ -27,34 +27,13 @@ from sklearn_medimb._training.net import SCHEDULES, learning_rate_factor
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
-from tests.conftest import make_blobs
+from tests.helpers import CrashAfter, make_blobs
 
 EACH = pytest.mark.parametrize(
     "Classifier",
     [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, LMDClassifier],
 )
 CPU = torch.device("cpu")
-
-
-class CrashAfter(Callback):
-    """Raise at the end of an epoch, like a machine that goes down."""
-
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_epoch_begin(self, net, **kwargs):
-        if len(net.history) == self.epoch + 1:
-            raise RuntimeError("power cut")
-
-
-class EpochsRun(Callback):
-    """Which epochs ran in this process."""
-
-    def __init__(self):
-        self.epochs = []
-
-    def on_epoch_end(self, net, **kwargs):
-        self.epochs.append(len(net.history))
 
 
 class TestPrecision:

@@ -29,20 +29,26 @@ from sklearn_medimb.methods._amimv import (
     thresholded_contrastive,
 )
 from sklearn_medimb.rebalance import HEADS, ClassifierRetraining, NearestClassMean
-from tests._data.test_batches import make_batches, noise_images, numbered
-from tests.base.test_encoder import (
+from tests.helpers import (
     SMALL,
     Add,
+    CrashAfter,
+    EpochsRun,
     Files,
     Starts,
+    Watch,
+    all_equal,
     backbone_state,
+    make_batches,
+    make_blobs,
+    noise_images,
+    numbered,
+    same_arrays,
     small_network,
+    snapshot,
     spy_on_rows,
     stages,
 )
-from tests.base.test_training import CrashAfter, EpochsRun
-from tests.conftest import make_blobs
-from tests.methods.test_lmd import Watch, all_equal, same_arrays, snapshot
 
 BAND = (0.1, 0.9)
 TINY = {**SMALL, "projection_dim": 16}

@@ -21,7 +21,7 @@ from sklearn_medimb.methods._cssn import (
     class_cosines,
     soft_log_target,
 )
-from tests.conftest import make_blobs
+from tests.helpers import make_blobs
 
 
 def make_head(n_tokens=16, width=32, **params):

@@ -17,7 +17,7 @@ from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.datasets import MappedImages, make_lesions
 from sklearn_medimb.methods._evidence import Places
 from sklearn_medimb.persistence import load, save
-from tests.conftest import make_blobs
+from tests.helpers import make_blobs
 
 
 def round_or_starry(n, seed):

@@ -36,10 +36,20 @@ from sklearn_medimb.methods._lmd import (
     probability_consistency_loss,
 )
 from sklearn_medimb.over_sampling._virtual_features import ClassGaussians
-from tests._data.test_batches import make_batches, noise_images, numbered
-from tests.base.test_training import CrashAfter, EpochsRun
-from tests.conftest import make_blobs
-from tests.over_sampling.test_virtual_features import KINDS, moments, problem
+from tests.gaussians import KINDS, moments, problem
+from tests.helpers import (
+    CrashAfter,
+    EpochsRun,
+    Watch,
+    all_equal,
+    make_batches,
+    make_blobs,
+    noise_images,
+    numbered,
+    same_arrays,
+    snapshot,
+    two_views,
+)
 
 # (B, d): fewer samples than channels and more, one sample, one channel.
 SHAPES = pytest.mark.parametrize("shape", [(5, 3), (3, 7), (6, 6), (1, 4), (4, 1)])
@@ -52,12 +62,6 @@ NO_RELATIONS = {
 }
 
 
-def two_views(shape, seed=0, scale=1.0):
-    """Float64 features of a strong and of a weak view."""
-    generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(2, *shape, generator=generator, dtype=torch.float64)
-
-
 def faint_blobs(counts, seed):
     """Blobs under noise: a tail class that is hard to learn."""
     X, y = make_blobs(counts, channels=1, seed=seed)
@@ -65,29 +69,9 @@ def faint_blobs(counts, seed):
     return (X / 2 + noise).clip(0, 255).astype(np.uint8), y
 
 
-def same_arrays(one, two):
-    return one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
-
-
 def network(clf):
     """State of the network: weights and buffers."""
     return {k: v.cpu().numpy().copy() for k, v in clf.net_.module_.state_dict().items()}
-
-
-class Watch(Callback):
-    """A user's callback that hands the net over after each step, or after each epoch."""
-
-    def __init__(self, step=None, epoch=None):
-        self.step = step
-        self.epoch = epoch
-
-    def on_batch_end(self, net, **kwargs):
-        if self.step is not None:
-            self.step(net)
-
-    def on_epoch_end(self, net, **kwargs):
-        if self.epoch is not None:
-            self.epoch(net)
 
 
 # ---------------------------------------------------------------- relations
@@ -274,14 +258,6 @@ def move(student, seed):
         for tensor in (*student.parameters(), *student.buffers()):
             if tensor.is_floating_point():
                 tensor += torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
-
-
-def snapshot(tensors):
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def all_equal(one, two):
-    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def running_stats(module):

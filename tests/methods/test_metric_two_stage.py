@@ -44,8 +44,7 @@ from sklearn_medimb.metric_losses import (
     triplet,
 )
 from sklearn_medimb.rebalance import HEADS
-from tests.base.test_training import CrashAfter
-from tests.conftest import make_blobs
+from tests.helpers import CrashAfter, make_blobs
 
 PAIR_LOSSES = {
     "triplet hard": triplet,

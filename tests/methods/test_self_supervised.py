@@ -26,10 +26,21 @@ from sklearn_medimb.methods._self_supervised import (
     nt_xent,
     vicreg,
 )
-from tests.base.test_encoder import SMALL, Add, Starts, backbone_state, small_network, values
-from tests.base.test_training import CrashAfter, EpochsRun
-from tests.conftest import make_blobs
-from tests.methods.test_lmd import all_equal, same_arrays, snapshot, two_views
+from tests.helpers import (
+    SMALL,
+    Add,
+    CrashAfter,
+    EpochsRun,
+    Starts,
+    all_equal,
+    backbone_state,
+    make_blobs,
+    same_arrays,
+    small_network,
+    snapshot,
+    two_views,
+    values,
+)
 
 EACH = pytest.mark.parametrize("method", sorted(METHODS))
 SHAPES = pytest.mark.parametrize("shape", [(2, 3), (5, 3), (4, 7)])

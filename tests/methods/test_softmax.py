@@ -12,7 +12,7 @@ from sklearn.metrics import balanced_accuracy_score, recall_score
 from sklearn_medimb import SoftmaxClassifier
 from sklearn_medimb.backbones import MLP, ConvNet
 from sklearn_medimb.losses import LOSSES, CrossEntropyLoss, LogitAdjustedLoss
-from tests.conftest import make_blobs
+from tests.helpers import make_blobs
 
 
 def overlapping(n_head=300, n_tail=20, seed=0):

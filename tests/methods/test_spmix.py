@@ -37,9 +37,7 @@ from sklearn_medimb.methods._tailboost import ContrastLoss, gpaco_loss, supcon_w
 from sklearn_medimb.metric_losses import supcon
 from sklearn_medimb.mixing import spmix_ratio
 from sklearn_medimb.saliency import SaliencyMap, fine_grained
-from tests._data.test_batches import make_batches
-from tests.base.test_training import CrashAfter
-from tests.conftest import make_blobs
+from tests.helpers import CrashAfter, make_batches, make_blobs
 
 TINY_VIT = ViT(patch_size=4, width=12, depth=1, n_heads=2, drop_path=0)
 TINY_HYBRID = HybridViT(

@@ -32,8 +32,8 @@ from sklearn_medimb.backbones import (
 )
 from sklearn_medimb.persistence import load, save
 from sklearn_medimb.persistence._format import safetensors_library
-from tests.conftest import make_blobs
-from tests.persistence.test_persistence import forged, set_state
+from tests.forgery import forged, set_state
+from tests.helpers import make_blobs
 
 pytest.importorskip("safetensors")
 X, Y = make_blobs((12, 8, 4))

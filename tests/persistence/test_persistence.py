@@ -46,16 +46,16 @@ from sklearn_medimb import (
 )
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet, ViT
-from sklearn_medimb.base._classifier import BaseImageClassifier
-from sklearn_medimb.base._image_estimator import BaseImageEstimator
 from sklearn_medimb.base._two_stage import head_logits, torch_head
 from sklearn_medimb.onnx import export_onnx
 from sklearn_medimb.persistence import load, save
-from sklearn_medimb.persistence._format import digest_of_file, known_classes
+from sklearn_medimb.persistence._format import known_classes
 from sklearn_medimb.persistence._reading import Reader
 from sklearn_medimb.persistence._writing import Writer
 from sklearn_medimb.rebalance import HEADS, resolve_head
-from tests.conftest import make_blobs
+from tests.estimators import CLASSIFIERS, IMAGE_ESTIMATORS, PUBLIC
+from tests.forgery import forged, set_class, set_param, set_state
+from tests.helpers import make_blobs
 
 safetensors = pytest.importorskip("safetensors")
 pytestmark = [
@@ -76,18 +76,11 @@ OTHERS = {
     "LMDClassifier": {"n_rounds": 2},
 }
 TRANSFORMER = ViT(width=16, depth=1, n_heads=2)
-PUBLIC = {name: getattr(sklearn_medimb, name) for name in sklearn_medimb.__all__}
-ESTIMATORS = [
-    name
-    for name, cls in PUBLIC.items()
-    if isinstance(cls, type) and issubclass(cls, BaseImageEstimator)
-]
-CLASSIFIERS = [name for name in ESTIMATORS if issubclass(PUBLIC[name], BaseImageClassifier)]
 X, Y = make_blobs((12, 8, 4))
 
 
 def small(name, **params):
-    return PUBLIC[name](**{**SMALL, **OTHERS.get(name, {}), **params})
+    return IMAGE_ESTIMATORS[name](**{**SMALL, **OTHERS.get(name, {}), **params})
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +136,7 @@ def assert_same(found, expected):
 # -------------------------------------------------------------------- what comes back
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", IMAGE_ESTIMATORS)
 def test_the_same_estimator_comes_back(name, fitted, tmp_path):
     saved = fitted(name)
     loaded = through(saved, tmp_path)
@@ -163,9 +156,9 @@ def test_the_same_estimator_comes_back(name, fitted, tmp_path):
     ("name", "how"),
     [
         (name, how)
-        for name in ESTIMATORS
+        for name in IMAGE_ESTIMATORS
         for how in ("fit", "warm_start", "partial_fit")
-        if how == "warm_start" or hasattr(PUBLIC[name], how)
+        if how == "warm_start" or hasattr(IMAGE_ESTIMATORS[name], how)
     ],
 )
 def test_training_goes_on_as_after_unpickling(name, how, fitted, tmp_path):
@@ -179,7 +172,7 @@ def test_training_goes_on_as_after_unpickling(name, how, fitted, tmp_path):
     assert not np.array_equal(answer(copies[0]), answer(fitted(name))) or how == "fit"
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", IMAGE_ESTIMATORS)
 def test_a_file_is_hardly_larger_than_the_weights(name, tmp_path):
     estimator = small(name, backbone=ConvNet(widths=(32, 64, 128))).fit(X, Y)
     save(estimator, tmp_path / "model")
@@ -191,9 +184,9 @@ def test_a_file_is_hardly_larger_than_the_weights(name, tmp_path):
 
 
 def test_every_public_class_can_be_named_in_a_file():
-    public = {c for c in PUBLIC.values() if isinstance(c, type) and issubclass(c, BaseEstimator)}
+    public = set(PUBLIC.values())
     assert public <= set(known_classes().values())
-    assert len(ESTIMATORS) >= 8
+    assert len(IMAGE_ESTIMATORS) >= 8
 
 
 @pytest.mark.parametrize(
@@ -464,18 +457,6 @@ def test_packages_that_are_missing_are_named(fitted, tmp_path, monkeypatch):
 # -------------------------------------------------------------------- versions
 
 
-def forged(path, edit):
-    """Change a file and recompute its digest, as someone with our source could."""
-    with safetensors.safe_open(path, framework="numpy") as file:
-        stamp = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    tree = json.loads(stamp["estimator"])
-    edited = edit(tree["estimator"], tensors, stamp)
-    stamp["estimator"] = json.dumps(tree) if edited is None else edited
-    stamp["digest"] = digest_of_file(stamp, tensors)
-    safetensors.numpy.save_file(tensors, path, metadata=stamp)
-
-
 @pytest.fixture
 def path(fitted, tmp_path):
     save(fitted("SoftmaxClassifier"), tmp_path / "model.safetensors")
@@ -584,18 +565,6 @@ def test_damaged_and_foreign_files_are_refused(damage, path, monkeypatch):
 
 def nested(depth):
     return lambda tree, *_: "[" * depth + "]" * depth
-
-
-def set_class(name):
-    return lambda tree, *_: tree.update({"class": name})
-
-
-def set_param(name, value):
-    return lambda tree, *_: tree["params"].update({name: value})
-
-
-def set_state(name, value):
-    return lambda tree, *_: tree["state"].update({name: value})
 
 
 def set_tensor(name, change):

@@ -21,8 +21,8 @@ from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.onnx import export_onnx
 from sklearn_medimb.persistence import load, save
-from tests.conftest import make_blobs
-from tests.persistence.test_persistence import forged, set_class, set_param, set_state
+from tests.forgery import forged, set_class, set_param, set_state
+from tests.helpers import make_blobs
 
 pytest.importorskip("safetensors")
 X, Y = make_blobs((12, 8, 4))

@@ -32,7 +32,7 @@ from sklearn_medimb.over_sampling._virtual_features import ClassGaussians
 from sklearn_medimb.rebalance import HEADS, resolve_head
 from sklearn_medimb.rebalance._base import Rows, softmax_regression
 from sklearn_medimb.rebalance._virtual import expected_cross_entropy_bound
-from tests.over_sampling.test_virtual_features import KINDS, long_tailed_gaussians
+from tests.gaussians import KINDS, long_tailed_gaussians
 
 ALL = pytest.mark.parametrize("name", HEADS)
 WEIGHABLE = [name for name in HEADS if name != "virtual"]

@@ -1,0 +1,91 @@
+"""The public estimators by kind, derived from what the package exports, and small ones of each."""
+
+from __future__ import annotations
+
+from imblearn.base import BaseSampler
+from sklearn.base import BaseEstimator
+
+import sklearn_medimb
+from sklearn_medimb import (
+    AMIMVClassifier,
+    AMIMVEncoder,
+    CSSNClassifier,
+    LMDClassifier,
+    MetricTwoStageClassifier,
+    SoftmaxClassifier,
+    SPMixClassifier,
+    SSLEncoder,
+)
+from sklearn_medimb.backbones import ConvNet
+from sklearn_medimb.base._classifier import BaseImageClassifier
+from sklearn_medimb.base._image_estimator import BaseImageEstimator
+from sklearn_medimb.rebalance import RebalancedHead
+
+
+def public(base: type = object) -> dict[str, type]:
+    """Public classes below a base class, by name."""
+    exported = {name: getattr(sklearn_medimb, name) for name in sklearn_medimb.__all__}
+    return {
+        name: cls
+        for name, cls in exported.items()
+        if isinstance(cls, type) and issubclass(cls, base)
+    }
+
+
+PUBLIC = public(BaseEstimator)
+IMAGE_ESTIMATORS = public(BaseImageEstimator)
+CLASSIFIERS = public(BaseImageClassifier)
+ENCODERS = {name: cls for name, cls in IMAGE_ESTIMATORS.items() if name not in CLASSIFIERS}
+SAMPLERS = public(BaseSampler)
+HEADS = public(RebalancedHead)
+
+SHARED = {"backbone": ConvNet(widths=(4, 8)), "max_epochs": 3, "batch_size": 8}
+
+# One row per public estimator: what makes it small and fast on images. None is for those that do
+# not take images.
+TINY: dict[str, dict | None] = {
+    "AMIMVClassifier": {
+        **SHARED,
+        "pretrain": AMIMVEncoder(max_epochs=2, batch_size=8),
+        "fine_tune": True,
+    },
+    "AMIMVEncoder": SHARED,
+    "BalancedSoftmax": None,
+    "BalancedVirtualFeatures": None,
+    "CSSNClassifier": SHARED,
+    "ClassifierRetraining": None,
+    "LMDClassifier": {**SHARED, "n_rounds": 3},
+    "LearnableWeightScaling": None,
+    "LogitAdjustment": None,
+    "MetricTwoStageClassifier": SHARED,
+    "NearestClassMean": None,
+    "SPMixClassifier": SHARED,
+    "SPMixSampler": {},
+    "SSLEncoder": SHARED,
+    "SaliencyMap": {},
+    "SoftmaxClassifier": SHARED,
+    "TauNormalization": None,
+    "VirtualFeatureCalibration": None,
+}
+
+SMALL = {
+    "backbone": ConvNet(widths=(8, 16)),
+    "max_epochs": 2,
+    "batch_size": 32,
+    "random_state": 0,
+}
+ENCODER = SSLEncoder("byol", max_epochs=2, batch_size=32)
+
+# Every image estimator, with all the stages that it can have.
+WITH_ALL_STAGES = {
+    "AMIMVClassifier": lambda: AMIMVClassifier(
+        **SMALL, pretrain=AMIMVEncoder(max_epochs=2, batch_size=32), fine_tune=True
+    ),
+    "AMIMVEncoder": lambda: AMIMVEncoder(**SMALL),
+    "CSSNClassifier": lambda: CSSNClassifier(**SMALL, pretrain=ENCODER),
+    "LMDClassifier": lambda: LMDClassifier(**SMALL, pretrain=ENCODER, n_rounds=3),
+    "MetricTwoStageClassifier": lambda: MetricTwoStageClassifier(**SMALL, pretrain=ENCODER),
+    "SPMixClassifier": lambda: SPMixClassifier(**SMALL, pretrain=ENCODER),
+    "SSLEncoder": lambda: SSLEncoder(**SMALL),
+    "SoftmaxClassifier": lambda: SoftmaxClassifier(**SMALL, pretrain=ENCODER),
+}
