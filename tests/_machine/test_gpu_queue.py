@@ -127,7 +127,7 @@ def test_every_fit_on_a_gpu_takes_its_turn(tmp_path, monkeypatch):
 
     def on_gpu(device, n_bytes):
         asked.append(n_bytes())
-        return waiting_for_memory(torch.device("cuda"), n_bytes)
+        return turn(torch.device("cuda"), n_bytes)
 
     held = []
 
