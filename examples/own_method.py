@@ -71,7 +71,7 @@ def main() -> None:
     data = (
         load_npz(args.npz)
         if args.npz
-        else make_lesions((120, 40, 20), image_size=24, difficulty=0.2, random_state=0)
+        else make_lesions((120, 60), image_size=16, difficulty=0.0, random_state=0)
     )
     X, y = data.images, data.target
     groups = data.get("groups")
