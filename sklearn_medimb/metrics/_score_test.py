@@ -154,7 +154,7 @@ def profile_interval(
         slopes = (np.array(added) - score) * ((n_units + near.n) / near.n)[:, np.newaxis]
         near.left = 3 * n_resamples
         ends = np.tile(score, (2, 1))
-        for k in np.flatnonzero(np.isfinite(score)):
+        for k in np.flatnonzero(np.isfinite(score)).tolist():
             for end, sign in enumerate((-1, 1)):
                 furthest = sign * near.furthest(k, sign, slopes[:, k])
                 ends[end, k] = near.within(furthest, k, sign * slopes[:, k])
