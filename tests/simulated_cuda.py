@@ -7,11 +7,14 @@ numbers from the device's own generator, counts the memory and the synchronisati
 What it does not show: rounding, speed and determinism of CUDA's kernels, what they refuse where the
 CPU's do not, asynchronous errors, several streams or devices, and ``torch.compile``. Autocast
 rounds what it rounds on the CPU. C++ code that asks a tensor for its device itself is told "cpu".
+Threads that start inside the context see the device too, one operation at a time; those that are
+older do not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -237,6 +240,17 @@ class CudaGenerator(torch.Generator, metaclass=_AnyGenerator):
     device = property(lambda self: torch.device("cuda", 0))
 
 
+class _OfThread(TorchDispatchMode):
+    """Shows a device to a further thread: modes are known to the one that entered them."""
+
+    def __init__(self, simulated: SimulatedCuda) -> None:
+        super().__init__()
+        self.simulated = simulated
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.simulated.run(func, args, kwargs or {})
+
+
 class SimulatedCuda(TorchDispatchMode):
     """Context in which torch has one CUDA device.
 
@@ -258,12 +272,31 @@ class SimulatedCuda(TorchDispatchMode):
         self.memory = memory
         self.used = self.most_used = 0
         self.waits: list[str] = []
-        self.saving = self.moving = False
+        self.flags = threading.local()
+        self.lock = threading.RLock()  # random numbers come from a generator that all share
         self.blocks: Any = weakref.WeakValueDictionary()
         self.default_generator = CudaGenerator("cuda")
         self.default_generator.manual_seed(0)
 
     # ---------------------------------------------------------------- the device
+
+    @property
+    def moving(self) -> bool:
+        """Whether this thread moves a tensor."""
+        return getattr(self.flags, "moving", False)
+
+    @moving.setter
+    def moving(self, value: bool) -> None:
+        self.flags.moving = value
+
+    @property
+    def saving(self) -> bool:
+        """Whether this thread writes tensors to a file."""
+        return getattr(self.flags, "saving", False)
+
+    @saving.setter
+    def saving(self, value: bool) -> None:
+        self.flags.saving = value
 
     def block(self, content: torch.Tensor) -> _Block:
         storage = content.untyped_storage()
@@ -281,10 +314,11 @@ class SimulatedCuda(TorchDispatchMode):
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Do what a kernel of the device would do."""
-        if torch.is_inference_mode_enabled():  # wrappers are views of tensors from outside too
-            with torch.inference_mode(False), torch.no_grad():
-                return self._run(func, args, kwargs)
-        return self._run(func, args, kwargs)
+        with self.lock:
+            if torch.is_inference_mode_enabled():  # wrappers are views of tensors from outside too
+                with torch.inference_mode(False), torch.no_grad():
+                    return self._run(func, args, kwargs)
+            return self._run(func, args, kwargs)
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         flat, spec = tree_flatten((args, kwargs))
@@ -448,6 +482,14 @@ class SimulatedCuda(TorchDispatchMode):
         self.patches.callback(torch._C._set_only_lift_cpu_tensors, lifted)
         self.patches.callback(self._leave, current)
         current = self
+        run, device = threading.Thread.run, self
+
+        def run_with_device(thread: threading.Thread) -> None:
+            torch._C._set_only_lift_cpu_tensors(True)
+            with _Moves(), _OfThread(device):
+                run(thread)
+
+        self.patches.enter_context(mock.patch.object(threading.Thread, "run", run_with_device))
         self.patches.enter_context(_Moves())
         super().__enter__()
         return self

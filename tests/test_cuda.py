@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from joblib import Parallel, delayed
 
 from sklearn_medimb import AMIMVEncoder, CSSNClassifier, SoftmaxClassifier, SSLEncoder
 from sklearn_medimb._data.batches import Batches
@@ -413,3 +414,16 @@ def test_outside_nothing_is_simulated():
         assert not torch.cuda.is_available()
         with pytest.raises(RuntimeError, match="deserialize object on a CUDA device"):
             pickle.loads(pickled)
+
+
+@simulated
+def test_fits_in_threads_use_the_device(blobs):
+    X, y = blobs
+    params = {"backbone": ConvNet(widths=(4, 8)), "max_epochs": 1, "batch_size": 16}
+    with SimulatedCuda():
+        fitted = Parallel(n_jobs=2, backend="threading")(
+            delayed(SoftmaxClassifier(**params, random_state=seed).fit)(X, y) for seed in (0, 1)
+        )
+        assert all(clf.net_.device.startswith("cuda") for clf in fitted)
+        alone = SoftmaxClassifier(**params, random_state=1).fit(X, y)
+        np.testing.assert_allclose(fitted[1].predict_proba(X), alone.predict_proba(X), atol=1e-6)

@@ -316,6 +316,30 @@ def as_list(X: Any) -> Any:
     return list(X) if is_array and X.ndim != 2 and X.dtype.kind == "O" else X
 
 
+def one_column(X: Any) -> Any:
+    """Take the column of a table that holds images; leave every other object.
+
+    Raises
+    ------
+    ValueError
+        If the table has further columns.
+    """
+    is_array = isinstance(X, np.ndarray) and X.dtype.kind == "O"
+    if getattr(X, "ndim", 0) != 2 or not len(X) or not (is_array or hasattr(X, "iloc")):
+        return X
+    first = X[0] if is_array else [X.iloc[0, k] for k in range(X.shape[1])]
+    holding = [k for k, entry in enumerate(first) if is_image(entry) or isinstance(entry, list)]
+    if not holding:
+        return X
+    if X.shape[1] == 1:
+        return X[:, 0] if is_array else X.iloc[:, 0]
+    name = holding[0] if is_array else X.columns[holding[0]]
+    raise ValueError(
+        f"X is a table of {X.shape[1]} columns, of which column {name!r} holds images: pass that "
+        "column alone."
+    )
+
+
 def is_image(image: Any) -> bool:
     """Whether an entry of a list is an array, a tensor or a PIL image."""
     if isinstance(image, np.generic):  # a number
@@ -357,10 +381,11 @@ def _from_pillow(image: Any) -> np.ndarray:
     The numbers of a palette, and of inks or hues, are no intensities.
     """
     mode = image.mode
-    if mode in ("1", "L", "LA", "RGB", "RGBA", "I", "F") or mode.startswith("I;16"):
+    if mode in ("1", "L", "RGB", "RGBA", "I", "F") or mode.startswith("I;16"):
         return np.asarray(image)
-    clear = mode in ("PA", "RGBa") or "transparency" in image.info
+    clear = mode in ("LA", "La", "PA", "RGBa") or "transparency" in image.info
     try:
+        image = image.convert("LA") if mode == "La" else image
         return np.asarray(image.convert("RGBA" if clear else "RGB"))
     except ValueError as error:
         raise ValueError(f"a PIL image of mode {mode} cannot be read as RGB: {error}") from error

@@ -20,6 +20,7 @@ from sklearn_medimb._data.containers import (
     is_image,
     is_lazy,
     is_picture,
+    one_column,
     one_image,
     wrap_dataset,
 )
@@ -27,6 +28,7 @@ from sklearn_medimb._data.layout import Layout, infer_layout
 from sklearn_medimb._data.pixel_scale import (
     FOLD,
     UNIT_MAX,
+    OneScale,
     PixelScale,
     kind_of,
     on_one_scale,
@@ -67,6 +69,7 @@ class Images:
         self.dtype = dtype
         self.peak = peak
         self.scale = scale
+        self.one_scale = OneScale()
         self.lazy = not isinstance(data, np.ndarray)
         self.in_blocks = isinstance(data, (np.ndarray, MappedImages))
         self._first: tuple[int, np.dtype] | None = None  # row and dtype read first
@@ -91,13 +94,24 @@ class Images:
         if self.lazy:
             block, peak = _cast(block, self.dtype, names=rows)
             self.peak = max(self.peak, peak)
+            self.check_one_scale(block, rows, peak)
             if self.scale is not None:
                 self.scale.check(block, rows, peak)
         return self.layout.canonical(torch.from_numpy(block))
 
     def holding(self, data: Any, layout: Layout) -> Images:
         """Give other rows of the same images, or mixes of them, the same bounds."""
-        return Images(data, layout, self.dtype, peak=self.peak, scale=self.scale)
+        other = Images(data, layout, self.dtype, peak=self.peak, scale=self.scale)
+        other.one_scale = self.one_scale
+        return other
+
+    def check_one_scale(self, block: np.ndarray, rows: np.ndarray, peak: float) -> None:
+        """Refuse rows on different scales; of vectors every entry has its own."""
+        if len(self.image_shape) == 1 or self.dtype == np.uint8:
+            return
+        block = block.reshape(len(block), *self.layout.view)
+        for images in (block[:, 0], block[:, 1]) if self.layout.paired else (block,):
+            self.one_scale.check(images, rows, peak, self.lazy)
 
     def conclude(self) -> None:
         """Refuse lazy images, all of them read by now, that are on a darker scale throughout."""
@@ -163,6 +177,7 @@ def read_images(
     TypeError
         If `X` is sparse, not numeric, or a data set that can only be iterated.
     """
+    X = one_column(X)
     _refuse_mixed_columns(X, image_shape)
     X = as_array(wrap_dataset(X), float_dtype)
     if not is_lazy(X) and getattr(X, "ndim", 2) <= 2:
@@ -203,7 +218,10 @@ def read_images(
     peak = 0.0
     if not is_lazy(X):
         X, peak = _cast(X, dtype)
-    return Images(X, layout, dtype, peak=peak)
+    images = Images(X, layout, dtype, peak=peak)
+    if not images.lazy:
+        images.check_one_scale(X, np.arange(len(X)), peak)
+    return images
 
 
 def warn_of_flat_images(estimator: Any, images: Images) -> None:
@@ -231,7 +249,7 @@ def as_array(X: Any, float_dtype: type[np.floating] | None = None) -> Any:
     X : ndarray or the object given
         See :func:`on_one_scale`.
     """
-    given = from_torch(X)
+    given = from_torch(one_column(X))
     X = as_list(given)
     if not (isinstance(X, (list, tuple)) and len(X)):
         return given

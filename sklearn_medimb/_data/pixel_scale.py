@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 UNIT_MAX = 1.5  # floats up to here may be pixels scaled to [0, 1], with some overshoot
+ABSURD = 1e30  # of this size is no pixel, whatever the others are: files mark missing ones so
+BRIGHT = 64.0  # floats from here are on no scale on which uint8 counts as [0, 1]
 FOLD = 16.0  # a change of scale: nearer to 255 than to 1, on a log scale
 
 
@@ -160,6 +162,101 @@ class PixelScale:
                 f"X holds floats up to {high:g} (see row {row}), but {self.name} was fitted on "
                 f"floats up to {self.peak:g}: bring X to their scale."
             )
+
+
+@dataclass
+class OneScale:
+    """What only the rows of one call together show: that some were divided by 255, others not.
+
+    A row counts as divided where all its values are multiples of 1/255 between 0 and 1, more than
+    `LEVELS` of them. Where pixels were interpolated since, it must be many rows: a quarter within
+    [0, 1] with fractions, a quarter far above, nothing below 0, and 255 or so between their root
+    mean squares. All else is let pass: images may be black, standardised or in Hounsfield units.
+
+    Attributes
+    ----------
+    bright : tuple of int and float, or None
+        A row that was not divided, and its largest value.
+    divided : int or None
+        A row that was.
+    """
+
+    bright: tuple[int, float] | None = None
+    divided: int | None = None
+
+    def check(self, images: np.ndarray, rows: np.ndarray, peak: float, more: bool) -> None:
+        """Check floats (n, ...) up to `peak`; `rows` are their names, `more` rows may follow."""
+        if peak >= ABSURD:
+            row = next(k for k, image in enumerate(images) if np.abs(image).max() >= ABSURD)
+            raise ValueError(
+                f"X holds a value of size {peak:g} in row {rows[row]}: replace the pixels that "
+                "mark missing values."
+            )
+        if peak < BRIGHT and self.bright is None:
+            if more and self.divided is None:
+                self.divided = self._first_divided(images, rows, *_glance(images))
+            return
+        some, low, high = _glance(images)
+        if peak >= BRIGHT and self.bright is None:
+            k = int(high.argmax())
+            self.bright = int(rows[k]), float(images[k].max())
+        if self.divided is None:
+            self.divided = self._first_divided(images, rows, some, low, high)
+        if self.divided is None:
+            self.divided = _many_divided(some, low, high, rows)
+        if self.divided is not None and self.bright is not None:
+            row, high_value = self.bright
+            raise ValueError(
+                f"X mixes images whose scales may differ: row {self.divided} holds floats in "
+                f"[0, 1], as if divided by 255, row {row} floats up to {high_value:g}. Bring X to "
+                "one scale."
+            )
+
+    @staticmethod
+    def _first_divided(
+        images: np.ndarray, rows: np.ndarray, some: np.ndarray, low: np.ndarray, high: np.ndarray
+    ) -> int | None:
+        for k in np.flatnonzero((low >= 0) & (high > 0) & (high <= _ONE)):
+            if _of_255(some[k]) and _of_255(images[k]):
+                image = images[k]
+                levels = np.unique(np.rint(image * 255))
+                if image.min() >= 0 and image.max() <= _ONE and len(levels) > LEVELS:
+                    return int(rows[k])
+        return None
+
+
+_ONE = 1 + 1e-5
+LEVELS = 20  # fewer are found in means of few pixels of 0 and 1 too
+
+
+def _glance(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Some pixels of each image, not copied, their least and their largest value."""
+    some = images[(slice(None), *(slice(None, None, max(1, n // 16)) for n in images.shape[1:]))]
+    axes = tuple(range(1, some.ndim))
+    return some, some.min(axis=axes), some.max(axis=axes)
+
+
+def _of_255(image: np.ndarray) -> bool:
+    """Whether all values are multiples of 1/255, as far as half precision tells."""
+    levels = image * 255
+    return bool((np.abs(levels - np.rint(levels)) < 0.1).all())
+
+
+def _many_divided(
+    some: np.ndarray, low: np.ndarray, high: np.ndarray, rows: np.ndarray
+) -> int | None:
+    """First of many rows that differ 255-fold from many others; None where there are none."""
+    dim, bright = (high > 0.5) & (high <= _ONE), high >= BRIGHT
+    if low.min() < 0 or 4 * min(dim.sum(), bright.sum()) < len(rows):
+        return None
+    axes = tuple(range(1, some.ndim))
+    level = np.sqrt(np.square(some, dtype=np.float64).mean(axis=axes))
+    dim &= (some != np.rint(some)).any(axis=axes)
+    some_dim = some[dim][:8]
+    if 4 * dim.sum() < len(rows) or min(len(np.unique(image)) for image in some_dim) <= LEVELS:
+        return None
+    fold = np.median(level[bright]) / np.median(level[dim])
+    return int(rows[dim.argmax()]) if 255 / 3 < fold < 255 * 3 else None
 
 
 def to_unit_scale(batch: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

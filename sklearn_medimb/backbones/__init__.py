@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -139,23 +140,52 @@ def check_described(backbone: Any) -> None:
 
 
 def classifier_head(module: nn.Module) -> str | None:
-    """Name of the layer by which a module is a whole classifier; None where none is recognised.
+    """Layer by which a module is a whole classifier; None where none is recognised.
 
-    It is a linear layer that comes last, called so, and is known by the number of its outputs: that
-    of the module's ``num_classes``, or of ImageNet's classes.
+    It is a linear layer, or a convolution of one pixel, that comes last but for an activation or
+    pooling. It is known by a name that libraries give to classifiers and to nothing else, or by
+    the number of its outputs: that of the module's ``num_classes`` whatever its name, or of
+    ImageNet's classes under a name such as ``fc``. A layer of one's own that tells neither, as in
+    ``nn.Sequential(..., nn.Linear(8, 1000))``, may as well be an embedding: it is not recognised.
 
     Parameters
     ----------
     module : torch.nn.Module
         A backbone of one's own.
+
+    Returns
+    -------
+    layer : str or None
+        As it is written after ``module.``, such as ``"classifier[1]"``.
     """
     leaves = [(name, layer) for name, layer in module.named_modules() if not any(layer.children())]
-    name, last = leaves[-1]
-    parts = set(name.split("."))
-    if not isinstance(last, nn.Linear) or not parts & {"fc", "classifier", "head", "heads"}:
+    if not leaves or isinstance(leaves[-1][1], nn.Identity):  # it was taken off
         return None
-    known = {1000, getattr(module, "num_classes", None)}
-    return name if last.out_features in known or parts & {"classifier", "heads"} else None
+    weighty = (k for k, (_, one) in enumerate(leaves) if any(True for _ in one.parameters()))
+    place = max(weighty, default=-1)
+    name, last = leaves[place]
+    parts = set(name.split("."))
+    if isinstance(last, nn.Linear):
+        n_outputs = last.out_features
+    elif isinstance(last, (nn.Conv2d, nn.Conv3d)) and set(last.kernel_size) == {1}:
+        n_outputs = last.out_channels
+    else:
+        return None
+    own = getattr(module, "num_classes", None)
+    is_one = isinstance(own, int) and n_outputs == own
+    is_one |= bool(parts & _HEADS) and n_outputs in _IMAGENET
+    # What is left of such a head where its last layer was cut off ends in ReLU or dropout.
+    ends = all(isinstance(one, _SQUASHING) for _, one in leaves[place + 1 :])
+    is_one |= bool(parts & _SURELY_HEADS) and ends and isinstance(last, nn.Linear)
+    return re.sub(r"\.(\d+)", r"[\1]", name) if is_one else None
+
+
+_SURELY_HEADS = {
+    "classifier", "heads", "class_layers", "last_linear", "classification_head",
+}  # fmt: skip
+_HEADS = {*_SURELY_HEADS, "fc", "_fc", "head", "logits", "head_fc"}
+_IMAGENET = {1000, 1001, 21841, 21843}
+_SQUASHING = (nn.Softmax, nn.LogSoftmax, nn.Sigmoid, nn.Tanh)
 
 
 def _auto(shape: tuple[int, ...], n_samples: int | None) -> str:

@@ -22,7 +22,8 @@ from sklearn_medimb._training.callbacks import (
 )
 from sklearn_medimb._training.checkpoint import Checkpoint, plain
 from sklearn_medimb._training.network import Trunk
-from sklearn_medimb._training.stage import Stage
+from sklearn_medimb._training.settled import MISFIT, misfit
+from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb.base._weights import KeepsWeights
 
 
@@ -115,24 +116,21 @@ class Trains(KeepsWeights):
         )
 
     @contextmanager
-    def _settling(self, stages: list[Stage]) -> Iterator[None]:
-        """Warn where a given backbone's weights have left its running statistics behind."""
+    def _settling(self, stages: list[Stage], train: TrainingSet) -> Iterator[None]:
+        """Warn where the running statistics of a given backbone do not fit the training images."""
         trunk: Trunk = self.net_.module_.trunk
         n_steps = sum(stage.n_epochs * stage.steps_per_epoch for stage in stages)
         left = trunk.statistics_left(n_steps) if self._brings_weights else 0.0
-        if left < 0.05:
-            yield
-            return
-        before = [parameter.detach().clone() for parameter in trunk.parameters()]
         yield
-        after = [parameter.detach() for parameter in trunk.parameters()]
-        moved = sum(float((b - a).square().sum()) for b, a in zip(before, after, strict=True))
-        if moved > 0.01**2 * sum(float(b.square().sum()) for b in before):
+        if left < 0.05:
+            return
+        layer, size = misfit(trunk, train.images, train.rows, self._preprocessor())
+        if size > MISFIT:
             warnings.warn(
-                f"backbone={type(self.backbone).__name__}: its weights have moved, but after "
-                f"{n_steps} steps {left:.0%} of its running statistics are still those that it "
-                "came with, and predictions rest on them. Raise the momentum of its batch "
-                "normalisation, train longer (max_epochs), or freeze these layers "
-                "(requires_grad_(False)).",
+                f"backbone={type(self.backbone).__name__}: after {n_steps} steps {left:.0%} of its "
+                "running statistics are still those that it came with, and predictions rest on "
+                f"them: those of its layer {layer!r} are {size:.1f} standard deviations off those "
+                "of the training images. Raise the momentum of its batch normalisation, train "
+                "longer (max_epochs), or freeze these layers (requires_grad_(False)).",
                 stacklevel=6,
             )

@@ -218,7 +218,7 @@ class BaseImageEstimator(Trains):
             reporter = SklearnCallbacks(self, fit.X, fit.y, lambda: self._inference_state(train))
         if fit.partial and fit.previous is not None:
             optimizer = fit.previous.optimizer_state("constant")
-        with self._settling(stages) if self._begins(fit) else nullcontext():
+        with self._settling(stages, train) if self._begins(fit) else nullcontext():
             self._train(stages, best, fit.checkpoint, reporter, optimizer)
         train.images.conclude()
         self._set_fitted(self._inference_state(train))

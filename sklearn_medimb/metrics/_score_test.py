@@ -14,6 +14,8 @@ units are right or wrong this is Wilson's interval to the digit; of the differen
 that agree everywhere it is Tango's. Each class may also hold units that were not seen: of that
 class, but predicted as another one. The score is followed along its least favourable direction,
 found by its change when one further unit of each kind is added, so that no class is ever lacking.
+Where the score bends, as a minimum or a product of recalls does, directions at the ends found so
+far follow.
 
 References
 ----------
@@ -26,6 +28,7 @@ proportions for the paired-sample design", Statistics in Medicine 1998.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,10 +41,15 @@ from sklearn.utils import check_random_state
 
 UNSEEN = 1e-5  # share of units that were not seen: none, but a number to divide by
 FEWEST_BLOCKS = 50  # of a class, where there are too many samples to look at each
+FEWEST_ROWS = 2000  # of which slopes are taken
+MOST_STEPS, FEWEST_STEPS, PATIENCE = 12, 4, 2  # of the search where a score bends
+FEWEST_LOOKS = 30  # at every kind of unit: where there are more, a straight line will do
+TOLERANCE = 1e-3
 
 # Score of predictions `j` beside the true labels of rows `i`; beyond the last row `j` names
 # predictions that nobody got, one for each label.
 ScoreOf = Callable[[np.ndarray, np.ndarray], Any]
+Rows = list[np.ndarray]
 
 
 class Interval(NamedTuple):
@@ -131,7 +139,7 @@ def profile_interval(
             )
         return value.ravel()
 
-    score, z = observed.ravel(), stats.norm.ppf((1 + level) / 2)
+    score, z = observed.ravel(), float(stats.norm.ppf((1 + level) / 2))
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")  # the score of all samples has warned already
         added = [changed([every, one.rows], [every, one.predictions]) for one in support]
@@ -139,31 +147,17 @@ def profile_interval(
         finite = [not np.isinf(one).any() for one in added]
         kept = [one.share > UNSEEN or ok for one, ok in zip(support, finite, strict=True)]
         support, added = list(compress(support, kept)), list(compress(added, kept))
-        share, cost, stratum, n = (
-            np.array([getattr(one, key) for one in support])
-            for key in ("share", "cost", "stratum", "n")
-        )
-        influence = (np.array(added) - score) * ((n_units + n) / n)[:, np.newaxis]
-        # Copies of the units, in proportion to their shares: a score need not take weights.
-        n_rows = np.clip(50 * len(units), 20_000, max(200_000, 4 * len(units)))
-        n_copies = n_rows // len(units) * n_units
-        many = [np.tile(every, n_rows // len(units))]
-        of_copies = changed(many, many)
-        if (np.abs(of_copies - score) > 0.5 * np.abs(score) + 0.5).any():
+        near = _Neighbourhood(changed, support, sizes, every, score, z)
+        if (np.abs(near.of_copies - score) > 0.5 * np.abs(score) + 0.5).any():
             raise ValueError(f"{name} grows with the number of samples: divide by it.")
+        near.attained += added
+        slopes = (np.array(added) - score) * ((n_units + near.n) / near.n)[:, np.newaxis]
+        near.left = 3 * n_resamples
         ends = np.tile(score, (2, 1))
-        for k in np.flatnonzero(np.isfinite(score)):
+        for k in np.flatnonzero(np.isfinite(score)).tolist():
             for end, sign in enumerate((-1, 1)):
-                wanted = _extreme(sign * influence[:, k], share, cost, stratum, sizes, z)
-                copies = np.rint(n_copies * wanted / n).astype(int)
-                copies = np.maximum(copies, share > UNSEEN)  # no class is to go missing
-                i, j = (
-                    [np.tile(getattr(one, key), m) for one, m in zip(support, copies, strict=True)]
-                    for key in ("rows", "predictions")
-                )
-                rest = wanted - copies * n / (copies * n).sum()
-                change = (changed(i, j) - of_copies)[k] + rest @ influence[:, k]
-                ends[end, k] = score[k] + change
+                furthest = sign * near.furthest(k, sign, slopes[:, k])
+                ends[end, k] = near.within(furthest, k, sign * slopes[:, k])
     low, high = np.minimum(ends[0], score), np.maximum(ends[1], score)
     if observed.ndim == 0:
         return Interval(float(observed), float(low[0]), float(high[0]))
@@ -232,6 +226,157 @@ def _support(
                 support.append(Units(rows, predictions, s, UNSEEN, cost=n_strata[s]))
     support.sort(key=lambda one: one.stratum)
     return support, n_strata
+
+
+class _Neighbourhood:
+    """The distributions of units that Pearson's test does not reject, and their scores.
+
+    Parameters
+    ----------
+    score_of : callable
+        Scores, as a flat array, of lists of rows and of predictions.
+    support : list of Units
+        What may be drawn.
+    sizes : ndarray of int of shape (n_strata,)
+        Units that were seen in each stratum.
+    every : ndarray of int of shape (n,)
+        Rows that were seen.
+    score : ndarray of shape (n_scores,)
+        Their scores.
+    z : float
+        Root of what Pearson's sum may be at most.
+    """
+
+    def __init__(
+        self,
+        score_of: Callable[[Rows, Rows], np.ndarray],
+        support: list[Units],
+        sizes: np.ndarray,
+        every: np.ndarray,
+        score: np.ndarray,
+        z: float,
+    ) -> None:
+        self.score_of, self.support, self.sizes, self.z = score_of, support, sizes, z
+        self.share, self.cost, self.stratum, self.n = (
+            np.array([getattr(one, key) for one in support])
+            for key in ("share", "cost", "stratum", "n")
+        )
+        self.seen = self.share * (sizes / sizes.sum())[self.stratum]
+        self.score = score
+        self.n_units = int(sizes.sum())
+        # Copies of the units, in proportion to their shares: a score need not take weights.
+        n_rows = int(np.clip(50 * len(every), 20_000, max(200_000, 4 * len(every))))
+        self.n_copies = n_rows // len(every) * self.n_units
+        self.n_fewer = max(FEWEST_ROWS // len(every), 1) * self.n_units
+        many = [np.tile(every, n_rows // len(every))]
+        self.of_copies = score_of(many, many)
+        self.attained = [score]  # scores that some samples have
+        self.left = 0  # how often the metric may yet be computed
+        self.inner: tuple[np.ndarray, np.ndarray] | None = None
+
+    def furthest(self, k: int, sign: int, slopes: np.ndarray) -> float:
+        """Greatest value of `sign` times score `k`, looked for from its `slopes` at what was seen.
+
+        Where the score is no straight line the search goes on along the slopes that it has at the
+        end, and along the mean of all slopes met: at a minimum of several numbers one of them
+        changes the score at a time. A product of two zeros has no slope, so that a second search
+        begins inside, where nothing is 0.
+        """
+        first = self._extreme(sign * slopes)
+        best, hoped = sign * self._at(first, k, slopes), sign * (first - self.seen) @ slopes
+        flat = hoped <= TOLERANCE
+        if self.inner is None and (flat or FEWEST_LOOKS * len(self.support) <= self.left):
+            self.inner = self._slopes(self._inside())
+        if self.inner is None:
+            return best
+        inside, inner_slopes = sign * self.inner[0][k], self.inner[1][:, k]
+        # It is the top that is flat where the score is less inside.
+        rises = flat and inside >= best and np.abs(inner_slopes).max() > TOLERANCE
+        if flat and not rises:
+            return best
+        inner = self._extreme(sign * inner_slopes)
+        value = sign * self._at(inner, k)
+        gain = best - sign * self.score[k]
+        straight = value <= best + TOLERANCE and abs(gain - hoped) <= 0.05 * hoped + TOLERANCE
+        if straight and not rises:
+            return best
+        found, mean = first, slopes
+        if rises or value > best + TOLERANCE:
+            found, mean, best = inner, inner_slopes, max(best, value)
+        mean = mean / max(np.abs(mean).max(), 1e-300)
+        stale = 0
+        for step in range(MOST_STEPS):
+            if self.left < len(self.support) and not (rises and step < FEWEST_STEPS):
+                break
+            slopes = self._slopes(found)[1][:, k]
+            slopes = slopes / max(np.abs(slopes).max(), 1e-300)
+            mean = mean + (slopes - mean) / (step + 2)
+            reached = [self._extreme(sign * one) for one in (slopes, mean)]
+            values = [sign * self._at(one, k) for one in reached]
+            found = reached[int(np.argmax(values))]
+            stale += 1
+            if max(values) > best + TOLERANCE:  # what is less is the rounding of copies
+                best, stale = max(values), 0
+            if stale >= PATIENCE and best > sign * self.score[k] + TOLERANCE:
+                break
+        return best
+
+    def within(self, value: float, k: int, slopes: np.ndarray) -> float:
+        """`value` of score `k`, no further than any samples have it.
+
+        What mends the rounding of copies is a straight line, which may pass the best that data can
+        give: where it is beyond all scores met, samples of the best unit of each stratum are asked.
+        """
+        if not np.min(self.attained, axis=0)[k] <= value <= np.max(self.attained, axis=0)[k]:
+            strata = range(len(self.sizes))
+            best = [int(np.argmax(np.where(self.stratum == s, slopes, -np.inf))) for s in strata]
+            i, j = (
+                [
+                    np.tile(getattr(self.support[one], key), n)
+                    for one, n in zip(best, self.sizes, strict=True)
+                ]
+                for key in ("rows", "predictions")
+            )
+            with contextlib.suppress(ValueError):  # a class may be lacking now
+                self.attained.append(self.score_of(i, j))
+        return float(np.clip(value, *(f(self.attained, axis=0)[k] for f in (np.min, np.max))))
+
+    def _drawn(self, shares: np.ndarray, total: int) -> tuple[np.ndarray, Rows, Rows]:
+        """About `total` units in these shares: how many of each, their rows and predictions."""
+        copies = np.rint(total * shares / self.n).astype(int)
+        copies = np.maximum(copies, self.share > UNSEEN)  # no class is to go missing
+        i, j = (
+            [np.tile(getattr(one, key), m) for one, m in zip(self.support, copies, strict=True)]
+            for key in ("rows", "predictions")
+        )
+        return copies, i, j
+
+    def _at(self, shares: np.ndarray, k: int, slopes: np.ndarray | None = None) -> float:
+        """Score `k` where units have these shares; its slopes mend the rounding of copies."""
+        copies, i, j = self._drawn(shares, self.n_copies)
+        scores = self.score_of(i, j)
+        self.attained.append(scores)
+        change = (scores - self.of_copies)[k]
+        if slopes is not None:
+            change += (shares - copies * self.n / (copies * self.n).sum()) @ slopes
+        return float(self.score[k] + change)
+
+    def _slopes(self, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Scores where units have these shares, and their change with each further unit."""
+        self.left -= len(self.support)
+        copies, i, j = self._drawn(shares, self.n_fewer)
+        scores, size = self.score_of(i, j), (copies * self.n).sum()
+        more = [self.score_of([*i, one.rows], [*j, one.predictions]) for one in self.support]
+        change = np.nan_to_num(np.array(more) - scores, posinf=0.0, neginf=0.0)
+        return scores, change * ((size + self.n) / self.n)[:, np.newaxis]
+
+    def _inside(self) -> np.ndarray:
+        """What was seen and, in each stratum, one unit more that is a little of every kind."""
+        n, n_kinds = self.sizes[self.stratum], np.bincount(self.stratum)[self.stratum]
+        return (self.share * n + 1 / n_kinds) / (n + 1) * n / self.n_units
+
+    def _extreme(self, value: np.ndarray) -> np.ndarray:
+        return _extreme(value, self.share, self.cost, self.stratum, self.sizes, self.z)
 
 
 def _extreme(

@@ -375,6 +375,28 @@ def test_pictures_are_read_as_intensities(mode, container):
     )
 
 
+@pytest.mark.parametrize("mode", ["LA", "La", "PA", "RGBa"])
+def test_modes_with_transparency_are_rgba(mode):
+    given = {"La": "LA", "RGBa": "RGBA"}.get(mode, mode)
+    images = [picture(given, image) for image in COLOURED]
+    expected = np.stack([np.asarray(image.convert("RGBA")) for image in images]) / 255
+    found = pixels([image.convert(mode) for image in images])
+    np.testing.assert_array_equal(found, np.moveaxis(expected, -1, 1))
+
+
+@pytest.mark.parametrize("of", [list, lambda images: [image.tolist() for image in images]])
+def test_table_of_one_column_of_images(of):
+    images = of(X)
+    table = pd.DataFrame({"im": images})
+    given = np.stack([np.asarray(image) for image in images]) / (1 if of is not list else 255)
+    np.testing.assert_array_equal(pixels(table)[:, 0], given)
+    clf = make().fit(table, Y)
+    expected = make().fit(table["im"], Y).predict_proba(table["im"])
+    np.testing.assert_array_equal(clf.predict_proba(table), expected)
+    with pytest.raises(ValueError, match="table of 2 columns, of which column 'im' holds images"):
+        clf.predict(table.assign(age=1))
+
+
 def test_palette_with_transparency():
     images = [picture("P", image) for image in COLOURED]
     for image in images:
@@ -552,7 +574,7 @@ FAITHFUL = {
     "one black image": (UNIT, np.zeros((1, 8, 9))),
     "one black image after uint8": (X, np.zeros((1, 8, 9))),
     "black images of 0 to 255": (FLOAT, np.zeros((4, 8, 9))),
-    "one dark image among others": (FLOAT, np.concatenate([UNIT[:1], FLOAT[1:]])),
+    "one dark image among others": (FLOAT, np.concatenate([X[:1] % 4, FLOAT[1:]])),
     "overshoot": (X, UNIT * 1.3 - 0.1),
     "brighter than all": (np.where(np.arange(9) == 0, UNIT, 0), np.ones((2, 8, 9))),
     "standardised": ((UNIT - UNIT.mean()) / UNIT.std(), (UNIT[:2] - UNIT.mean()) / UNIT.std()),
@@ -569,6 +591,71 @@ def test_no_false_alarm(case, container):
     known, images = FAITHFUL[case]
     clf = make().fit(CONTAINERS[container](known), Y)
     assert np.isfinite(clf.predict_proba(CONTAINERS[container](images))).all()
+
+
+def divided(images, rows=slice(1, None, 2)):
+    """Some of the images divided by 255, in one call."""
+    images = np.array(images, dtype=float)
+    images[rows] /= 255
+    return images
+
+
+@pytest.mark.parametrize(
+    ("call", "container"),
+    [
+        *((call, "array") for call in CALLS),
+        *(
+            (call, container)
+            for call in ("fit", "predict", "sampler", "pairs of either")
+            for container in ("list", "lazy", "mapped", "column", "data set")
+        ),
+    ],
+)
+def test_some_rows_divided_by_255_are_named(call, container):
+    images, ask = divided(FLOAT), CALLS.get(call)
+    if ask is None:
+        images = np.stack([images, FLOAT], axis=1)
+        ask = lambda pairs: make(CSSNClassifier, reference="paired").fit(pairs, Y)  # noqa: E731
+    images = CONTAINERS[container](list(images))
+    with pytest.raises(ValueError, match=r"(?i)\brow [1-9]|image 0 .*uint8|uint8.* image 0"):
+        ask(images)
+
+
+@pytest.mark.parametrize("where", ["all at once", "batch by batch"])
+def test_a_row_divided_by_255_is_no_dark_image_beside_bright_ones(where):
+    clf, images = fitted_on("to 255", "array"), divided(FLOAT, [4])
+    images = images if where == "all at once" else Lazy(images)
+    with pytest.raises(ValueError, match=r"row 4 holds floats in \[0, 1\].*row \d+ floats up to 2"):
+        clf.predict(images)
+
+
+def test_interpolated_rows_divided_by_255_are_told_where_they_are_many():
+    smooth = (FLOAT + 0.37 * np.roll(FLOAT, 1, axis=1)) / 1.37
+    with pytest.raises(ValueError, match="row 1 holds floats in"):
+        pixels(divided(smooth))
+    pixels(divided(smooth, [1]))  # a dark one, for all that is known
+
+
+HONEST = {
+    "standardised": (RNG.normal(size=(12, 8, 9)) * 100).astype(np.float32),
+    "positive, standardised": np.abs(RNG.normal(size=(12, 8, 9))) * np.arange(1, 13)[:, None, None],
+    "nearly blank slices": np.where(
+        np.arange(12)[:, None, None] % 2, VOXELS, RNG.random((12, 8, 9)) * 0.9 - 0.1
+    ),
+    "blank slices": VOXELS * (np.arange(12) % 2)[:, None, None],
+    "dark frames": np.where(np.arange(12)[:, None, None] % 2, X % 4, FLOAT),
+    "darker frames": np.where(np.arange(12)[:, None, None] % 2, X % 2, FLOAT),
+    "dark means of colours": np.where(np.arange(12)[:, None, None] % 4, FLOAT, X % 4 / 3),
+    "faint noise": np.where(np.arange(12)[:, None, None] % 2, RNG.random((12, 8, 9)) / 9, FLOAT),
+    "masks": np.where(np.arange(12)[:, None, None] % 2, MASKS, FLOAT),
+}
+
+
+@pytest.mark.parametrize("container", ["array", "lazy"])
+@pytest.mark.parametrize("case", HONEST)
+def test_honest_images_are_on_one_scale(case, container):
+    images = HONEST[case]
+    np.testing.assert_array_equal(pixels(CONTAINERS[container](images))[:, 0], images)
 
 
 def test_vectors_have_no_common_scale_but_that_of_uint8():
@@ -617,7 +704,10 @@ def test_absurd_pixel_is_named(cls, container):
 
 def test_absurd_pixel_in_a_map_is_named():
     images = UNIT.astype(np.float32)
-    images[7, 2, 3] = images[7, 2, 4] = 3e38
+    images[7, 2, 3] = 3e38
+    for lazy in (Lazy(images), mapped(images)):
+        with pytest.raises(ValueError, match="row 7"):
+            resampled(lazy)
     with pytest.raises(ValueError, match="row 7"):
         SaliencyMap(device="cpu").fit_transform(images)
     with pytest.raises(ValueError, match="row 7"):

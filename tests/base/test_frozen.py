@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -145,8 +146,31 @@ class TestStatistics:
         clf = self.fit(given_module(**params))
         clf.set_params(warm_start=True, max_epochs=1).fit(*make_blobs())
 
-    def test_of_weights_that_hardly_move_are_not(self):
-        self.fit(given_module(momentum=0.01), lr=1e-7)
+    @pytest.mark.parametrize("lr", [1e-7, 3e-5])
+    def test_of_other_images_are_told_even_if_weights_hardly_move(self, lr):
+        """Predictions rest on them, however little is learned."""
+        with pytest.warns(UserWarning, match=r"'3.2' are 1\.\d standard deviations off"):
+            self.fit(given_module(momentum=0.01), lr=lr)
+
+    @pytest.mark.parametrize("lr", [1e-7, 3e-5])
+    def test_of_the_same_images_are_not(self, lr):
+        module, (X, _) = given_module(momentum=0.3), make_blobs()
+        images = torch.tensor(X, dtype=torch.float32).reshape(len(X), *X.shape[1:])
+        images = images if images.shape[1] == 3 else images.movedim(-1, 1)
+        images = (images - images.mean((0, 2, 3), True)) / images.std((0, 2, 3), keepdim=True)
+        for _ in range(20):
+            module(images)
+        for layer in module.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = 0.01
+        before = copy.deepcopy(module.state_dict())
+        clf = self.fit(module, lr=lr)
+        after = backbone_of(clf)
+        for name in before:  # 16 steps at 0.01, and nothing of the comparison
+            if name.endswith("running_mean"):
+                np.testing.assert_allclose(after[name], before[name], atol=0.1)
+            if name.endswith("tracked"):
+                assert after[name] == before[name] + 16
 
     def test_of_a_new_network_are_not(self):
         self.fit(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=0.01)))
@@ -157,7 +181,9 @@ class TestStatistics:
         module(torch.randn(16, 3, 12, 12))
         torch.save(module.state_dict(), tmp_path / "start.pt")
         recipe.set_params(weights=tmp_path / "start.pt")
-        with pytest.warns(UserWarning, match="backbone=ConvNet: its weights have moved"):
+        with pytest.warns(
+            UserWarning, match="backbone=ConvNet: after 16 steps 19% of its running statistics"
+        ):
             self.fit(recipe)
 
 
@@ -182,6 +208,10 @@ class Whole(nn.Module):
         (Whole("classifier", 7), True),
         (Whole("fc", 64), False),  # an embedding
         (Whole("projection", 1000), False),
+        (Whole("projection", 7, num_classes=7), True),
+        (Whole("last_linear", 7), True),
+        (Whole("_fc", 1000), True),
+        (Whole("logits", 21841), True),
         (nn.Sequential(nn.Flatten(), nn.Linear(432, 1000)), False),
         (ConvNet().build((3, 12, 12)), False),
     ],
@@ -200,3 +230,45 @@ def test_a_whole_classifier_is_told(module, is_one, tiny, blobs):
         setattr(module, module.name, nn.Identity())
         clf.fit(*blobs)
         assert np.isfinite(clf.transform(blobs[0])).all()
+
+
+def squeezed(n_outputs=1000, *tail):
+    """The end of a SqueezeNet."""
+    tail = tail or (nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    module = nn.Sequential()
+    module.add_module("features", nn.Conv2d(3, 8, 3))
+    module.add_module("classifier", nn.Sequential(nn.Dropout(), nn.Conv2d(8, n_outputs, 1), *tail))
+    return module
+
+
+def ending(**layers):
+    module = nn.Sequential()
+    module.add_module("features", nn.Flatten())
+    for name, layer in layers.items():
+        module.add_module(name, layer)
+    return module
+
+
+VGG = (nn.Linear(4, 4096), nn.ReLU(), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout())
+
+
+@pytest.mark.parametrize(
+    ("module", "head"),
+    [
+        (squeezed(), "classifier[1]"),
+        (squeezed(64), None),  # a map of features
+        (squeezed(1000, nn.Identity()), None),
+        (ending(classifier=nn.Sequential(*VGG, nn.Linear(4096, 1000))), "classifier[6]"),
+        (ending(classifier=nn.Sequential(*VGG, nn.Identity())), None),
+        (ending(classifier=nn.Sequential(*VGG)), None),  # cut off
+        (ending(class_layers=nn.Sequential(OrderedDict(out=nn.Linear(4, 7)))), "class_layers.out"),
+        (
+            ending(classification_head=nn.Sequential(nn.Linear(4, 7), nn.Tanh())),
+            "classification_head[0]",
+        ),
+        (ending(fc=nn.Identity()), None),
+        (nn.Sequential(), None),
+    ],
+)
+def test_layers_by_which_libraries_classify(module, head):
+    assert classifier_head(module) == head

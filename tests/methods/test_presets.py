@@ -15,7 +15,18 @@ from sklearn_medimb.augment import resolve_augmentation
 
 
 class Differs(str):
-    """Words by which the preset's docstring names a setting that is not the published one."""
+    """Words by which the preset's docstring names a setting that is not the published one.
+
+    `settings` are the parameters that the words are about, where there are any: what they say
+    holds as long as these have these values.
+    """
+
+    settings: dict[str, Any]
+
+    def __new__(cls, text, **settings):
+        self = super().__new__(cls, text)
+        self.settings = settings
+        return self
 
 
 SGD = {"optimizer": torch.optim.SGD, "optimizer__momentum": 0.9}
@@ -32,7 +43,7 @@ PUBLISHED: dict[tuple[type, str], dict[str, Any]] = {
         "backbone__dropout": 0.0,
         "backbone__drop_path": 0.0,
         "form of the ResNet": Differs("ResNet-50-D"),
-        "start of the ResNet": Differs("ImageNet weights"),
+        "start of the ResNet": Differs("ImageNet weights", backbone__weights=None),
         "level": "token",
         "mix_layer": "auto",  # the patch embedding: before positions and class token
         "pairing": "code",
@@ -59,22 +70,22 @@ PUBLISHED: dict[tuple[type, str], dict[str, Any]] = {
         "lr": 5e-6,
         "weight_decay": 0.1,
         "lr_schedule": "cosine",
-        "warm-up": Differs("warm-up of ten epochs is left out"),
+        "warm-up": Differs("warm-up of ten epochs is left out", lr_schedule="cosine"),
         "max_epochs": 500,
         "batch_size": 16,
         "sampler": None,
         "class_weight": None,
-        "arithmetic": Differs("not float16"),
-        "views": Differs("RandAugment"),
+        "arithmetic": Differs("not float16", precision="auto"),
+        "views": Differs("RandAugment", augment="strong"),
         "mean and deviation": Differs("statistics of ISIC2018"),
         "crop at predict": Differs("centre crop"),
-        "choice of the epoch": Differs("best on the test images"),
+        "choice of the epoch": Differs("best on the test images", early_stopping=False),
         "early_stopping": False,
     },
     (LMDClassifier, "published"): {
         "backbone": "resnet18",
         "stages": "both",
-        "start of the ResNet": Differs("presumes pre-trained weights"),
+        "start of the ResNet": Differs("presumes pre-trained weights", pretrain=None),
         "batch_relation_weight": 2.5,
         "channel_relation_weight": 2.5,
         "consistency_weight": 5.0,
@@ -90,11 +101,11 @@ PUBLISHED: dict[tuple[type, str], dict[str, Any]] = {
         "sampler": None,
         "class_weight": None,
         "incomplete batches": Differs("incomplete batches are not dropped"),
-        "strong view": Differs("strong view is ours"),
+        "strong view": Differs("strong view is ours", augment="strong"),
         "mean and deviation": Differs("statistics of ImageNet"),
         "n_rounds": 200,
         "order of the steps": Differs("ends on an M-step"),
-        "draws of the statistics": Differs("class-balanced draws with replacement"),
+        "draws of the statistics": Differs("class-balanced draws with replacement", sampler=None),
         "m_step": "sampled",
         "n_per_class": 50_000,
         "covariance": "full",
@@ -106,10 +117,14 @@ PUBLISHED: dict[tuple[type, str], dict[str, Any]] = {
         "gradient of the label term": Differs("the gradient and the sign"),
         "fdc": "paper",
         "fdc_weight": 1e-4 * 512,
-        "weight of the distribution term": Differs("512 features of a ResNet-18"),
+        "weight of the distribution term": Differs(
+            "512 features of a ResNet-18", fdc_weight=1e-4 * 512, backbone="resnet18"
+        ),
         "e_step_lr": 1e-6,
-        "batches of the E-step": Differs("512 images a step, theirs 128"),
-        "weight decay of the E-step": Differs("no weight decay, theirs 1e-4"),
+        "batches of the E-step": Differs(
+            "512 images a step, theirs 128", batch_size=512, e_step_lr=1e-6
+        ),
+        "weight decay of the E-step": Differs("no weight decay, theirs 1e-4", weight_decay=0.0),
         "early_stopping": False,
     },
     (AMIMVEncoder, "published"): {
@@ -120,21 +135,21 @@ PUBLISHED: dict[tuple[type, str], dict[str, Any]] = {
         "temperature": 0.3,
         "thresholds": (0.1, 0.9),
         "exact_mimv_loss": False,
-        "loss": Differs("exact_mimv_loss"),
+        "loss": Differs("exact_mimv_loss", exact_mimv_loss=False),
         "momentum": 0.9,
         "lr": 3.0,
         "weight_decay": 1e-4,
         "net_params": SGD,
         "batch_size": 1024,
         "lr_schedule": "one_cycle",
-        "warm-up": Differs("three tenths of the steps, theirs one"),
+        "warm-up": Differs("three tenths of the steps, theirs one", lr_schedule="one_cycle"),
         "max_epochs": 400,
-        "epochs": Differs("MIMV has 2,000"),
+        "epochs": Differs("MIMV has 2,000", max_epochs=400),
         "incomplete batches": Differs("incomplete batches are not dropped"),
-        "crops": Differs("crops keep the aspect of the image, and their sides"),
-        "brightness": Differs("brightness shifts"),
-        "probability of colours": Differs("not in four of five"),
-        "blur": Differs("deviation of 1 pixel, theirs 2"),
+        "crops": Differs("crops keep the aspect of the image, and their sides", augment="mimv"),
+        "brightness": Differs("brightness shifts", augment="mimv"),
+        "probability of colours": Differs("not in four of five", augment="mimv"),
+        "blur": Differs("deviation of 1 pixel, theirs 2", augment="mimv"),
     },
     (CSSNClassifier, "published"): {
         "backbone__patch_size": 16,
@@ -144,7 +159,7 @@ PUBLISHED: dict[tuple[type, str], dict[str, Any]] = {
         "backbone__mlp_ratio": 4,
         "backbone__qkv_bias": True,
         "backbone__drop_path": 0.5,
-        "start of the backbone": Differs("presumes pre-trained weights"),
+        "start of the backbone": Differs("presumes pre-trained weights", pretrain=None),
         "n_tokens": 196,
         "lam": 3.0,
         "dropout": 0.1,
@@ -153,7 +168,9 @@ PUBLISHED: dict[tuple[type, str], dict[str, Any]] = {
         "batch_size": 8,
         "pair_view": "pair",
         "pair_weighting": None,
-        "draws of a batch": Differs("theirs on average (weighted draws with replacement)"),
+        "draws of a batch": Differs(
+            "theirs on average (weighted draws with replacement)", sampler=None
+        ),
         "incomplete batches": Differs("theirs drop an incomplete last one"),
         "soft_ratio": 0.7,
         "class_loss_weight": 0.01,
@@ -167,23 +184,37 @@ PUBLISHED: dict[tuple[type, str], dict[str, Any]] = {
         "weight_decay": 1e-3,
         "max_epochs": 70,
         "lr_schedule": "cosine",
-        "end of the schedule": Differs("Cosine annealing ends at 0, theirs at a fifth"),
+        "end of the schedule": Differs(
+            "Cosine annealing ends at 0, theirs at a fifth", lr_schedule="cosine"
+        ),
         "precision": "float32",
         "augment__horizontal_flip": 0.5,
         "augment__vertical_flip": 0.5,
         "augment__rotation": 10.0,
-        "probability of a rotation": Differs("Rotation acts on every image, theirs on 7 of 10"),
-        "tone": Differs("contrast, saturation and brightness vary evenly"),
-        "brightness": Differs("brightness shifts, theirs multiplies"),
+        "probability of a rotation": Differs(
+            "Rotation acts on every image, theirs on 7 of 10", augment__rotation=10.0
+        ),
+        "tone": Differs(
+            "contrast, saturation and brightness vary evenly",
+            augment__contrast=0.3,
+            augment__saturation=0.3,
+        ),
+        "brightness": Differs("brightness shifts, theirs multiplies", augment__brightness=0.15),
         "mean and deviation": Differs("theirs by mean 0.46 and deviation 0.1582"),
         "grey images": Differs("grey images keep their one channel"),
         "n_support": 10,
         "support_strategy": "random",
         "n_support_draws": 1,
-        "seed of the supports": Differs("Supports are drawn from the seed"),
-        "five draws": Differs("their test values are means over five such draws"),
+        "seed of the supports": Differs(
+            "Supports are drawn from the seed", support_strategy="random", random_state=None
+        ),
+        "five draws": Differs(
+            "their test values are means over five such draws", n_support_draws=1
+        ),
         "sum over supports": Differs("mean over a class's supports, theirs the sum"),
-        "choice of the epoch": Differs("theirs the best on the data that is tested on"),
+        "choice of the epoch": Differs(
+            "theirs the best on the data that is tested on", early_stopping=False
+        ),
         "early_stopping": False,
         "sampler": None,
     },
@@ -197,6 +228,8 @@ def test_a_setting_is_the_published_one_or_the_docstring_says_that_it_is_not(cls
     if isinstance(expected, Differs):
         text = re.sub(r"\s+", " ", make.__doc__)
         assert expected in text
+        params = make().get_params()
+        assert {key: params[key] for key in expected.settings} == expected.settings
         return
     found = make().get_params()[name]
     assert type(found) is type(expected)

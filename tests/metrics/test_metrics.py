@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pickle
 import warnings
@@ -13,10 +14,11 @@ import pytest
 from imblearn.metrics import geometric_mean_score
 from imblearn.over_sampling import RandomOverSampler
 from imblearn.pipeline import make_pipeline as resampled
-from scipy.stats import binomtest, norm
+from scipy.stats import binom, binomtest, norm
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.datasets import make_classification
+from sklearn.dummy import DummyClassifier
 from sklearn.ensemble import (
     BaggingClassifier,
     RandomForestClassifier,
@@ -377,18 +379,79 @@ def test_scores_that_part_the_classes_are_not_certain_to():
     assert 0.6 < low < 0.9
 
 
-def test_intervals_of_recalls_in_simulated_studies():
-    """A short run of the benchmark, of patients; single samples are Wilson's exactly."""
-    covered = []
-    for icc in (0.3, 0.6):
-        rng = np.random.default_rng(0)
-        for n in (10, 20):
-            for p in (0.5, 0.7, 0.8, 0.9, 0.95, 0.99):
-                for _ in range(12):
-                    interval, truth = interval_coverage.recalls(rng, n, p, icc)
-                    covered.append(interval.low - 1e-4 <= truth <= interval.high + 1e-4)
-    error = math.sqrt(0.95 * 0.05 / len(covered))
-    assert abs(np.mean(covered) - 0.95) < 3 * error
+def enumerated(metric, sizes, rates, truth):
+    """Exact probability that the interval lies below the truth, covers it, lies above it.
+
+    Of each class `sizes` samples are predicted rightly at `rates`; others are called another class.
+    """
+    chances = np.zeros(3)
+    y = np.repeat(np.arange(len(sizes)), sizes)
+    for hits in itertools.product(*(range(n + 1) for n in sizes)):
+        chance = math.prod(binom.pmf(hits, sizes, rates))
+        if chance < 5e-3:
+            continue
+        wrong = np.where(y == 0, 1, 0)
+        place = np.arange(len(y)) - np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
+        _, low, high = metric_interval(metric, y, np.where(place < np.take(hits, y), y, wrong))
+        chances[int(truth > high + 1e-4) - int(truth < low - 1e-4) + 1] += chance
+    return chances / chances.sum()
+
+
+@pytest.mark.parametrize("n", [5, 10])
+@pytest.mark.parametrize("p", [0.5, 0.8, 0.95])
+def test_coverage_of_a_recall_is_that_of_wilson(n, p):
+    def recall(y, predicted):
+        return (predicted[y == 1] == 1).mean()
+
+    below, covered, above = enumerated(recall, (1, n), (1.0, p), p)
+    hits = np.arange(n + 1)
+    ends = [binomtest(int(k), n).proportion_ci(method="wilson") for k in hits]
+    inside = np.array([one.low - 1e-4 <= p <= one.high + 1e-4 for one in ends])
+    assert covered == pytest.approx(binom.pmf(hits, n, p)[inside].sum(), abs=0.01)
+    assert below < 0.1
+    assert above < 0.25  # five of five, or none of them, say little
+
+
+def recalls_of(y, p):
+    return np.array([(p[y == k] == k).mean() for k in np.unique(y)])
+
+
+def geometric_mean(y, p):
+    return float(np.prod(recalls_of(y, p)) ** (1 / len(np.unique(y))))
+
+
+def least_recall(y, p):
+    return float(recalls_of(y, p).min())
+
+
+@pytest.mark.parametrize(
+    ("metric", "sizes", "rates", "least"),
+    [
+        (geometric_mean, (30, 10, 3), (1.0, 0.1, 0.2), 0.95),
+        (geometric_mean, (5, 5), (0.9, 0.2), 0.93),
+        (least_recall, (5, 10), (0.9, 0.2), 0.93),
+        (least_recall, (5, 5, 5), (0.8, 0.2, 0.2), 0.8),  # the docstring says so
+    ],
+)
+def test_coverage_near_the_least_value(metric, sizes, rates, least):
+    product = math.prod(rates) ** (1 / len(rates))
+    truth = product if metric is geometric_mean else min(rates)
+    below, covered, above = enumerated(metric, sizes, rates, truth)
+    assert covered >= least
+    assert max(below, above) < 1 - least + 0.01
+
+
+@pytest.mark.parametrize("n", [5, 10])
+@pytest.mark.parametrize("p", interval_coverage.RATES)
+def test_intervals_of_recalls_in_simulated_studies(n, p):
+    """A short run of the benchmark, of patients, cell by cell."""
+    rng = np.random.default_rng(n)
+    drawn = [interval_coverage.recalls(rng, n, p, 0.6) for _ in range(60)]
+    below = sum(truth < one.low - 1e-4 for one, truth in drawn)
+    above = sum(truth > one.high + 1e-4 for one, truth in drawn)
+    # Few patients, often all right: Wilson's own coverage goes down to .90.
+    assert below + above <= binom.ppf(0.999, 60, 0.1)
+    assert below <= binom.ppf(0.999, 60, 0.025)
 
 
 def test_interval_of_an_array_is_that_of_each_entry():
@@ -800,7 +863,7 @@ def test_a_pair_knows_more_than_two_intervals():
 
 
 def test_differences_in_simulated_studies():
-    covered = []
+    missed = {"below": 0, "above": 0}
     rng = np.random.default_rng(0)
     for _ in range(100):
         groups = np.arange(180) // 3
@@ -811,8 +874,73 @@ def test_differences_in_simulated_studies():
             for share in (0.85, 0.75)
         )
         found = paired_difference(share_right, y, a, b, groups=groups)
-        covered.append(found.low <= 0.1 <= found.high)
-    assert abs(np.mean(covered) - 0.95) < 3 * math.sqrt(0.95 * 0.05 / len(covered))
+        missed["below"] += found.low > 0.1
+        missed["above"] += found.high < 0.1
+    assert abs(sum(missed.values()) / 100 - 0.05) < 3 * math.sqrt(0.95 * 0.05 / 100)
+    assert max(missed.values()) <= binom.ppf(0.999, 100, 0.025)
+
+
+@pytest.mark.parametrize(("n", "p"), [(5, 0.5), (5, 0.9), (10, 0.95), (20, 0.7)])
+def test_small_differences_in_simulated_studies(n, p):
+    rng = np.random.default_rng(n)
+    drawn = [interval_coverage.differences(rng, n, p, 0.0) for _ in range(25)]
+    for side in (
+        sum(truth < one.low - 1e-4 for one, truth in drawn),
+        sum(truth > one.high + 1e-4 for one, truth in drawn),
+    ):
+        assert side <= binom.ppf(0.999, 25, 0.025)
+
+
+@pytest.mark.parametrize("metric", [geometric_mean_score, geometric_mean, least_recall])
+def test_where_every_rare_class_is_missed_the_score_may_yet_be_above_0(metric):
+    y = np.repeat([0, 1, 2], [30, 10, 3])
+    score, low, high = metric_interval(metric, y, 0 * y)
+    assert score == low == 0
+    # The best that Pearson's test does not reject, by its own optimum: .3996 and .2281.
+    assert high == pytest.approx(0.228 if metric is least_recall else 0.3996, abs=0.012)
+    score, low, high = paired_difference(metric, y, 0 * y, 0 * y)
+    assert low < score == 0 < high
+    two = np.repeat([0, 1], [40, 8])
+    _, low, high = metric_interval(metric, two, 0 * two)
+    alone = binomtest(0, 8).proportion_ci(method="wilson").high
+    assert low == 0
+    assert high == pytest.approx(alone if metric is least_recall else alone**0.5, abs=6e-3)
+
+
+def test_a_scorer_whose_recalls_are_all_0_but_one_is_not_certain():
+    X, y = np.zeros((48, 1)), np.repeat([0, 1], [40, 8])
+    scored = scorer_interval(DummyClassifier().fit(X, y), X, y, scoring="geometric_mean")
+    assert scored.low == scored.score == 0
+    assert 0.5 < scored.high < 0.6
+
+
+def test_a_slope_that_vanishes_in_a_part_of_a_score_is_seen():
+    y = np.repeat([0, 1, 2], [30, 10, 3])
+    alone = metric_interval(accuracy_score, y, 0 * y)
+    both = metric_interval(lambda y, p: (y == p).mean() + geometric_mean(y, p), y, 0 * y)
+    assert both.high > alone.high + 0.3
+
+
+BOUNDED = [
+    precision_score,
+    recall_score,
+    f1_score,
+    balanced_accuracy_score,
+    geometric_mean_score,
+    matthews_corrcoef,
+]
+
+
+@pytest.mark.parametrize("metric", BOUNDED)
+def test_no_bound_is_beyond_what_data_can_give(metric):
+    rng = np.random.default_rng(0)
+    least = -1 if metric is matthews_corrcoef else 0
+    for n in (3, 17):
+        for share in (0.0, 0.9, 1.0):
+            y = np.repeat([1, 0], [n, 60])
+            p = np.where(rng.random(len(y)) < share, y, 1 - y)
+            score, low, high = metric_interval(metric, y, p)
+            assert least <= low <= score <= high <= 1
 
 
 def test_difference_of_models_predicts_once_each_and_equals_that_of_predictions(rare):
