@@ -1,0 +1,55 @@
+"""What the samplers share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from imblearn.over_sampling.base import BaseOverSampler
+
+from sklearn_medimb._machine.fitted import all_or_nothing
+
+
+class CheckedOverSampler(BaseOverSampler):
+    """A sampler that a refused call leaves as it was."""
+
+    def fit(self, X: Any, y: Any, **params: Any) -> Any:
+        """Check the input and how many samples of each class it asks for.
+
+        Parameters
+        ----------
+        X : array-like of n samples
+            As for ``fit_resample``, which does all the work.
+        y : array-like of shape (n,)
+            Class labels.
+        **params
+            Not used.
+
+        Returns
+        -------
+        self : sampler
+            With `sampling_strategy_`.
+        """
+        with all_or_nothing(self):
+            return super().fit(X, y, **params)
+
+    def fit_resample(self, X: Any, y: Any, **params: Any) -> Any:
+        """Append new samples until the classes have the wanted sizes.
+
+        Parameters
+        ----------
+        X : {array-like, DataFrame, sparse matrix} of shape (n, n_features)
+            Samples.
+        y : array-like of shape (n,)
+            Class labels.
+        **params
+            Of the method.
+
+        Returns
+        -------
+        X_resampled : of the type of X, of shape (n_resampled, n_features)
+            The resampled data.
+        y_resampled : array-like of shape (n_resampled,)
+            Their labels.
+        """
+        with all_or_nothing(self):
+            return super().fit_resample(X, y, **params)
