@@ -9,7 +9,9 @@ import numpy as np
 from sklearn.metrics import (
     recall_score,
 )
-from sklearn.utils import check_consistent_length, column_or_1d
+from sklearn.utils import check_consistent_length
+
+from sklearn_medimb._data.labels import read_labels
 
 Counts = Mapping[Any, int] | Any
 
@@ -64,7 +66,7 @@ def shot_recall(
     >>> shot_recall([0, 0, 1, 2, 2], [0, 0, 0, 2, 1], {0: 300, 1: 50, 2: 5})
     ShotRecall(many=1.0, medium=0.0, few=0.5)
     """
-    y_true, y_pred = column_or_1d(y_true), column_or_1d(y_pred)
+    y_true, y_pred = read_labels(y_true, name="y_true"), read_labels(y_pred, name="y_pred")
     check_consistent_length(y_true, y_pred)
     classes = np.unique(y_true)
     counts = _class_counts(train_counts, set(classes.tolist()))
@@ -120,7 +122,7 @@ def _class_counts(train_counts: Counts, classes: set[Any]) -> dict[Any, int]:
         train_counts = _unambiguous(train_counts, classes)
     if isinstance(train_counts, Mapping):
         return dict(train_counts)
-    labels, counts = np.unique(column_or_1d(train_counts), return_counts=True)
+    labels, counts = np.unique(read_labels(train_counts, name="train_counts"), return_counts=True)
     return dict(zip(labels.tolist(), counts.tolist(), strict=True))
 
 

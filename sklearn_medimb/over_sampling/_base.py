@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from imblearn.over_sampling.base import BaseOverSampler
 
+from sklearn_medimb._data.labels import read_labels, warn_of_marks
 from sklearn_medimb._machine.fitted import all_or_nothing
 
 
@@ -29,6 +31,7 @@ class CheckedOverSampler(BaseOverSampler):
         self : sampler
             With `sampling_strategy_`.
         """
+        self._check_labels(y)
         with all_or_nothing(self):
             return super().fit(X, y, **params)
 
@@ -51,5 +54,12 @@ class CheckedOverSampler(BaseOverSampler):
         y_resampled : array-like of shape (n_resampled,)
             Their labels.
         """
+        self._check_labels(y)
         with all_or_nothing(self):
             return super().fit_resample(X, y, **params)
+
+    def _check_labels(self, y: Any) -> None:
+        """Refuse missing labels; the labels themselves stay in the caller's container."""
+        shape = np.shape(y)
+        if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1):  # else one-hot, or an error
+            warn_of_marks(type(self).__name__, read_labels(y))

@@ -17,6 +17,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from sklearn_medimb._data.labels import read_labels, warn_of_marks
 from sklearn_medimb._machine.fitted import all_or_nothing
 from sklearn_medimb._machine.runtime import one_thread_in_workers
 from sklearn_medimb.losses import class_weights
@@ -185,6 +186,8 @@ class RebalancedHead(ClassifierMixin, BaseEstimator):
         prior_init: Any = None,
     ) -> RebalancedHead:
         with all_or_nothing(self), one_thread_in_workers():
+            if y is not None:
+                y = read_labels(y, warn=True)
             X, y = validate_data(self, X, y, dtype=np.float64)
             check_classification_targets(y)
             weight = _check_sample_weight(
@@ -192,6 +195,7 @@ class RebalancedHead(ClassifierMixin, BaseEstimator):
             )
             kept = weight > 0  # rows of weight 0 are as if absent
             X, y, weight = X[kept], y[kept], weight[kept]
+            warn_of_marks(type(self).__name__, y)
             classes, codes = np.unique(y, return_inverse=True)
             if len(classes) < 2:
                 raise ValueError(
