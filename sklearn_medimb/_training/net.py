@@ -118,6 +118,7 @@ class Net(NeuralNet):
     from_outside = False  # whether a step may ask torch's default generators for numbers
     callbacks_: list[tuple[str, Callback]]
     user_callbacks: list[Callback]
+    made_from: dict[str, Any]  # parameters of the estimator that the network was made from
     dtype: torch.dtype
 
     @property
