@@ -10,6 +10,7 @@ from sklearn_medimb._data.batches import Batches, Context, Preprocessor
 from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.layout import infer_layout
 from sklearn_medimb._data.plans import shuffled
+from sklearn_medimb._training.callback_state import WATCHERS
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb._training.views import ViewBatches
 from sklearn_medimb.augment import AUGMENTATIONS
@@ -92,6 +93,10 @@ class EpochsRun(Callback):
 
     def on_epoch_end(self, net, **kwargs):
         self.epochs.append(len(net.history))
+
+
+# A fit may end without those that it began with.
+WATCHERS.update((CrashAfter, EpochsRun))
 
 
 class Watch(Callback):

@@ -14,9 +14,12 @@ import numpy as np
 from imblearn.over_sampling import RandomOverSampler
 from imblearn.under_sampling import RandomUnderSampler
 from sklearn.base import clone
-from sklearn.utils import check_random_state, column_or_1d
+from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from torch.utils.data import Sampler
+
+from sklearn_medimb._data.labels import read_labels, warn_of_marks
+from sklearn_medimb._data.rows import known_labels
 
 Plan = Callable[[np.random.Generator], list[np.ndarray]]
 
@@ -209,10 +212,11 @@ class BalancedBatchSampler(Sampler[list[int]]):
             raise ValueError(
                 f"batch_size={batch_size} holds no class of n_per_class={n_per_class} rows."
             )
-        y = column_or_1d(y)
+        y = read_labels(y)
         if not len(y):
             raise ValueError("y is empty: there is nothing to draw batches from.")
         check_classification_targets(y)
+        warn_of_marks(type(self).__name__, y)
         self.labels, self.y = np.unique(y, return_inverse=True)
         self.sampler = sampler
         self.X = X
@@ -271,7 +275,8 @@ class BalancedBatchSampler(Sampler[list[int]]):
         if "random_state" in sampler.get_params(deep=False):
             sampler.set_params(random_state=seed)
         X = np.zeros((len(self.y), 1)) if self.X is None else self.X
-        _, labels = sampler.fit_resample(X, self.labels[self.y])
+        with known_labels():
+            _, labels = sampler.fit_resample(X, self.labels[self.y])
         rows = getattr(sampler, "sample_indices_", None)
         if rows is None or len(rows) != len(labels):
             raise ValueError(

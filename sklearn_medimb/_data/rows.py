@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import date
 from inspect import signature
 from numbers import Number
@@ -16,6 +19,24 @@ from sklearn.base import clone
 from sklearn_medimb._data.containers import ExtendedImages
 from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.layout import Layout
+from sklearn_medimb._data.pixel_scale import FOLD
+
+_KNOWN: ContextVar[bool] = ContextVar("labels that have passed the gate", default=False)
+
+
+@contextmanager
+def known_labels() -> Iterator[None]:
+    """Labels that are handed on within the block were warned of before."""
+    token = _KNOWN.set(True)
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
+def are_known() -> bool:
+    """Whether labels come from such a block."""
+    return _KNOWN.get()
 
 
 def group_codes(groups: Any, y: np.ndarray) -> np.ndarray:
@@ -41,7 +62,7 @@ def group_codes(groups: Any, y: np.ndarray) -> np.ndarray:
         unknown patients are not one patient, or if kinds are mixed.
     """
     missing = missing_entries(groups, texts=True)
-    groups = _as_entries(groups)
+    groups = as_entries(groups)
     if groups.ndim == 2 and groups.shape[1] == 1:
         groups = groups.ravel()
     if groups.shape != y.shape:
@@ -87,7 +108,7 @@ def missing_entries(values: Any, *, texts: bool = False) -> np.ndarray:
     missing : ndarray of bool of shape (n,)
         For each entry.
     """
-    entries = _as_entries(values).ravel()
+    entries = as_entries(values).ravel()
     if entries.dtype.kind in "mM":
         missing = np.isnat(entries)
     elif entries.dtype.kind in "biu":
@@ -100,7 +121,7 @@ def missing_entries(values: Any, *, texts: bool = False) -> np.ndarray:
     return missing
 
 
-def _as_entries(values: Any) -> np.ndarray:
+def as_entries(values: Any) -> np.ndarray:
     """An array, by way of objects for lists: beside strings NumPy would write NaN as text."""
     return np.asarray(values, dtype=None if hasattr(values, "__array__") else object)
 
@@ -280,7 +301,8 @@ def resample(
     Raises
     ------
     ValueError
-        If the sampler makes new rows and weights were given, or the images are lazy.
+        If the sampler makes new rows and weights were given, or the images are lazy; if it returns
+        other classes, rows of another shape or scale, or values that are not finite.
     """
     sampler = clone(sampler)
     params = sampler.get_params()
@@ -291,7 +313,7 @@ def resample(
     if isinstance(sampler, (RandomOverSampler, RandomUnderSampler)) and (
         getattr(sampler, "shrinkage", None) is None
     ):
-        picks, _ = sampler.fit_resample(np.arange(len(rows)).reshape(-1, 1), labels)
+        picks, _ = _resampled(sampler, np.arange(len(rows)).reshape(-1, 1), labels)
         picks = picks.ravel()
         kept = None if weight is None else weight[picks]
         return images, rows[picks], y[picks], kept, rows[picks]
@@ -304,6 +326,7 @@ def resample(
             f"sampler={name} holds a sampler of images among its steps, where only flattened ones "
             "arrive: pass that sampler alone."
         )
+    given = labels
     if "data_format" in params:
         metadata = {} if groups is None or not takes_groups(sampler) else {"groups": groups}
         images, labels = _resample_images(sampler, images, rows, labels, metadata)
@@ -314,15 +337,77 @@ def resample(
         )
     else:
         block = images.data.take(rows, axis=0).reshape(len(rows), -1)
-        if images.dtype == np.uint8:  # differences of uint8 would wrap around
-            block, labels = sampler.fit_resample(block.astype(np.float32), labels)
-            block = np.rint(block).clip(0, 255)
-        else:
-            block, labels = sampler.fit_resample(block, labels)
+        whole = images.dtype == np.uint8  # differences of uint8 would wrap around
+        before = block.astype(np.float32) if whole else block
+        block, labels = _resampled(sampler, before, labels)
+        block = _checked_pixels(name, before, block)
+        block = np.rint(block).clip(0, 255) if whole else block
         block = np.ascontiguousarray(block, dtype=images.dtype)
         images = images.holding(block, images.layout)
+    if len(labels) != len(images):
+        raise ValueError(f"sampler={name} returned {len(images)} rows and {len(labels)} labels.")
+    origin = _origin(sampler, rows, len(labels))
+    known = np.flatnonzero(origin >= 0)
+    order = np.argsort(rows)
+    changed = labels[known] != given[order[np.searchsorted(rows, origin[known], sorter=order)]]
+    if changed.any():
+        row = known[changed.argmax()]
+        raise ValueError(
+            f"sampler={name} changes labels: row {origin[row]} of X comes back as {labels[row]!r}."
+        )
     y = labels if classes is None else np.searchsorted(classes, labels)
-    return images, np.arange(len(y)), y, None, _origin(sampler, rows, len(y))
+    return images, np.arange(len(y)), y, None, origin
+
+
+def _resampled(sampler: Any, X: Any, labels: np.ndarray, **metadata: Any) -> tuple[Any, np.ndarray]:
+    """Apply a sampler; refuse labels that add a class or lose one, which no fit would notice."""
+    name = type(sampler).__name__
+    with known_labels():
+        made = sampler.fit_resample(X, labels, **metadata)
+    if not isinstance(made, (tuple, list)) or len(made) != 2:
+        raise ValueError(f"sampler={name} returned {type(made).__name__}, not X and y.")
+    drawn, y = made[0], np.asarray(made[1])
+    if y.ndim != 1:
+        raise ValueError(f"sampler={name} returned labels of shape {y.shape}.")
+    known, found = set(labels.tolist()), set(y.tolist())
+    if odd := sorted(map(repr, found - known)):
+        raise ValueError(
+            f"sampler={name} returned labels that it did not get: {', '.join(odd[:5])}."
+        )
+    if lost := sorted(known - found):
+        raise ValueError(
+            f"sampler={name} leaves no row of the classes {lost}, which then cannot be learned: "
+            "choose another sampling_strategy."
+        )
+    return drawn, y
+
+
+def _checked_pixels(name: str, before: np.ndarray, after: Any) -> np.ndarray:
+    """Refuse rows of a sampler that are no images like those it got."""
+    after = np.asarray(after.toarray() if hasattr(after, "toarray") else after)
+    if after.dtype.kind not in "buif" or after.shape[1:] != before.shape[1:]:
+        raise ValueError(
+            f"sampler={name} got rows of shape {before.shape[1:]}, and returned {after.dtype} of "
+            f"shape {after.shape[1:]}."
+        )
+    finite = np.isfinite(after.reshape(len(after), -1)).all(axis=1)
+    if not finite.all():
+        raise ValueError(f"sampler={name} returned NaN or infinity: see its row {finite.argmin()}.")
+    heights = [(np.abs(part).max(initial=0), _level(part)) for part in (before, after)]
+    peaks, levels = zip(*heights, strict=True)
+    if all(max(pair) > FOLD * min(pair) for pair in (peaks, levels)):
+        raise ValueError(
+            f"sampler={name} changes the scale of X: it got values up to {peaks[0]:g} and returned "
+            f"values up to {peaks[1]:g}, but predictions do without it."
+        )
+    return after
+
+
+def _level(images: np.ndarray) -> float:
+    """Root mean square of all values."""
+    if not images.size:
+        return 0.0
+    return float(np.sqrt(np.mean([np.square(i, dtype=np.float64).mean() for i in images])))
 
 
 def _origin(sampler: Any, rows: np.ndarray, n: int) -> np.ndarray:
@@ -362,5 +447,8 @@ def _resample_images(
             data_format="channels_last" if layout.channels_last else "channels_first",
             spatial_dims=len(shape) - 1,
         )
-    X, labels = sampler.fit_resample(X, labels, **metadata)
-    return images.holding(X, layout), labels
+    drawn, labels = _resampled(sampler, X, labels, **metadata)
+    if not images.lazy:
+        name = type(sampler).__name__
+        drawn = np.ascontiguousarray(_checked_pixels(name, X, drawn), dtype=images.dtype)
+    return images.holding(drawn, layout), labels

@@ -351,17 +351,33 @@ class BestEpoch(Callback):
 
 
 class SaveCheckpoint(Callback):
-    """Write the checkpoint after each epoch."""
+    """Write the checkpoint after each epoch, when the user's callbacks are done with it.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Of the fit.
+    best : BestEpoch or None
+        Its keeper of the best epoch.
+    writes : bool
+        Whether this process writes; all of them go on from what was read.
+    """
 
     may_stop = False
 
-    def __init__(self, checkpoint: Checkpoint, best: BestEpoch | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, best: BestEpoch | None, writes: bool) -> None:
         self.checkpoint = checkpoint
         self.best = best
+        self.writes = writes
+
+    def on_train_begin(self, net: Any, **kwargs: Any) -> None:
+        """Let the user's callbacks go on."""
+        self.checkpoint.begin_callbacks(net)
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
         """Write what a resumed fit would need."""
-        self.checkpoint.save(net, self.best)
+        if self.writes:
+            self.checkpoint.save(net, self.best)
 
 
 class StopWhenAsked(Callback):

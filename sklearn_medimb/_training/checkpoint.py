@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,10 @@ from sklearn_medimb._data.images import Images
 from sklearn_medimb._machine.distributed import by_main
 from sklearn_medimb._machine.randomness import Draws
 from sklearn_medimb._machine.runtime import replacing, resolve_precision
-from sklearn_medimb._training.digests import digest_of, is_installed, only_watches
+from sklearn_medimb._training.callback_state import CallbackState, counts
+from sklearn_medimb._training.digests import digest_of
 
-FORMAT = 3
+FORMAT = 4
 
 
 def fingerprint(
@@ -32,8 +32,9 @@ def fingerprint(
 ) -> str:
     """Digest of what a fit depends on: class, parameters, machine, start weights, training data.
 
-    Parameters that do not change the result (`verbose`, `checkpoint_dir`, callbacks that only
-    watch) are left out; so is the seed where it is unset: the checkpoint itself carries it.
+    Parameters that do not change the result (`verbose`, `checkpoint_dir`, loggers and progress
+    bars among the callbacks) are left out; so is the seed where it is unset: the checkpoint itself
+    carries it.
 
     Parameters
     ----------
@@ -54,7 +55,7 @@ def fingerprint(
     params = estimator.get_params(deep=False)
     del params["verbose"], params["checkpoint_dir"]
     given = params["callbacks"] or ()
-    params["callbacks"] = [callback for callback in given if _may_change_training(callback)]
+    params["callbacks"] = [callback for callback in given if counts(callback)]
     machine = (
         *(torch.__version__, device.type),
         *resolve_precision(estimator.precision, device, len(estimator.image_shape_)),
@@ -65,22 +66,6 @@ def fingerprint(
     for name, value in sorted(params.items()):
         digest.update(name.encode() + digest_of(value, name))
     return digest.hexdigest()
-
-
-def _may_change_training(callback: Any) -> bool:
-    """Whether a callback could: loggers, and those that only read the history, do not."""
-    if isinstance(callback, str):  # the name of a logger
-        return False
-    for cls in type(callback).__mro__:
-        if cls in (Callback, object) or cls.__module__ == "skorch.callbacks.logging":
-            continue
-        if is_installed(cls.__module__) or not all(
-            isinstance(hook, FunctionType) and only_watches(hook)
-            for name, hook in vars(cls).items()
-            if name.startswith("on_")
-        ):
-            return True
-    return False
 
 
 def data_digest(images: Images, *labels: np.ndarray | None) -> str:
@@ -124,6 +109,8 @@ class Checkpoint(Callback):
         self.token = token
         self.path = self.directory / f"{token}.checkpoint"
         self.state: dict[str, Any] | None = None
+        self.users: dict[str, Any] | None = None  # what is for the user's callbacks to go on from
+        self.user_states: list[CallbackState] = []
 
     def open(self) -> Checkpoint:
         """Make the directory, and read what an interrupted fit left there.
@@ -246,8 +233,32 @@ class Checkpoint(Callback):
             self.generator.set_state(state["generator"])
             self.draws.set_state(state["draws"])
         self.epochs_before = len(net.history) - state["n_epochs"]
+        self.users = {name: state[name] for name in ("callbacks", "trained")}
         self.state = None
         return state["n_epochs"]
+
+    def begin_callbacks(self, net: Any) -> None:
+        """Put the user's callbacks, and what they froze, where the interrupted fit was.
+
+        Training has begun for them: what they forget then is forgotten.
+
+        Raises
+        ------
+        ValueError
+            If what the file holds was not written by such callbacks.
+        """
+        self.user_states = [CallbackState(user) for user in net.user_callbacks if counts(user)]
+        if self.users is None:
+            return
+        found, trained = self.users["callbacks"], self.users["trained"]
+        with self._expecting("a state of this fit"):
+            for own, state in zip(self.user_states, found, strict=True):
+                own.check(state)
+            for own, state in zip(self.user_states, found, strict=True):
+                own.set(state)
+        for name, parameter in net.module_.named_parameters():
+            parameter.requires_grad_(bool(trained[name]))
+        self.users = None
 
     def _check(self, state: dict[str, Any], net: Any, best: Any | None) -> None:
         """Compare a state with the one that would be written now; what grows is told apart."""
@@ -261,6 +272,9 @@ class Checkpoint(Callback):
         moments = _moments(net.optimizer_)
         # Weights that are not trained have none.
         own["optimizer"]["state"] = {n: moments[n] for n in found} if moments else found
+        if not isinstance(state["callbacks"], list):  # each looks at its own
+            raise ValueError("callbacks is no list")
+        own["callbacks"] = state["callbacks"]
         if best is not None and state["best"]["weights"]:
             own["best"]["weights"] = own["module"]
         _check_form(state, own)
@@ -278,6 +292,8 @@ class Checkpoint(Callback):
             "scheduler": net.scheduler.state_dict(),
             "history": [plain(row) | {"batches": []} for row in net.history],
             "best": {} if best is None else best.state(),
+            "callbacks": [user.get() for user in self.user_states],
+            "trained": _trained(net),
             "numpy": self.rng.bit_generator.state,
             "generator": self.generator.get_state(),
             "draws": self.draws.get_state(),
@@ -329,6 +345,11 @@ def _check_form(found: Any, own: Any, place: str = "it") -> None:
     if isinstance(own, (dict, list, tuple)):
         for key in own if isinstance(own, dict) else range(len(own)):
             _check_form(found[key], own[key], str(key))
+
+
+def _trained(net: Any) -> dict[str, int]:
+    """Which weights are trained: callbacks may freeze some, and thaw them."""
+    return {name: int(p.requires_grad) for name, p in net.module_.named_parameters()}
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> dict[int, Any]:

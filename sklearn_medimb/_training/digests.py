@@ -257,20 +257,3 @@ def _globals(code: CodeType) -> set[str]:
         for step in dis.get_instructions(part)
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
     }
-
-
-def only_watches(function: FunctionType) -> bool:
-    """Whether a callback's method makes no use of its arguments but to read ``net.history``."""
-    code = function.__code__
-    variadic = bool(code.co_flags & 4) + bool(code.co_flags & 8)  # *args, **kwargs
-    given = set(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount + variadic])
-    steps = list(dis.get_instructions(code))
-    for step, following in zip(steps, [*steps[1:], None], strict=True):
-        read = step.argval if isinstance(step.argval, tuple) else (step.argval,)
-        if given.isdisjoint(name for name in read if isinstance(name, str)):
-            continue
-        if following is None or not step.opname.startswith("LOAD_FAST") or len(read) > 1:
-            return False
-        if following.opname not in ("LOAD_ATTR", "LOAD_METHOD") or following.argval != "history":
-            return False
-    return True

@@ -117,6 +117,8 @@ class Net(NeuralNet):
     began = False
     from_outside = False  # whether a step may ask torch's default generators for numbers
     callbacks_: list[tuple[str, Callback]]
+    user_callbacks: list[Callback]
+    made_from: dict[str, Any]  # parameters of the estimator that the network was made from
     dtype: torch.dtype
 
     @property
@@ -236,7 +238,7 @@ class Net(NeuralNet):
         batches: Iterable[Any],
         n_epochs: int,
         callbacks: list[Callback],
-        last: Callback,
+        last: list[Callback],
         *,
         validated: bool = True,
     ) -> None:
@@ -254,8 +256,9 @@ class Net(NeuralNet):
             for _, user in users:
                 check_patterns(user, names)
             self.began = True
-        extra = [(type(cb).__name__, cb) for cb in (*callbacks, last)]
-        self.callbacks_ = [timer, *extra[:-1], *users, extra[-1]]
+        first, final = ([(type(cb).__name__, cb) for cb in part] for part in (callbacks, last))
+        self.user_callbacks = [callback for _, callback in own[1:]]
+        self.callbacks_ = [timer, *first, *users, *final]
         self.max_epochs, self.stopped_by_callback, self.complete = n_epochs, False, False
         self.from_outside = may_draw(self.module_, self.criterion_) or not type(
             self.optimizer_

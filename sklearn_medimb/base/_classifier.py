@@ -13,7 +13,7 @@ import torch
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context
 from sklearn.metrics import check_scoring, get_scorer_names
-from sklearn.utils import _safe_indexing, check_consistent_length, column_or_1d
+from sklearn.utils import _safe_indexing, check_consistent_length
 from sklearn.utils._param_validation import HasMethods, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, assert_all_finite, check_is_fitted
@@ -22,11 +22,11 @@ from torch import nn
 from sklearn_medimb._data.batches import Batches, Context
 from sklearn_medimb._data.containers import wrap_dataset
 from sklearn_medimb._data.images import Images
+from sklearn_medimb._data.labels import read_labels, warn_of_marks
 from sklearn_medimb._data.plans import Plan, shuffled
 from sklearn_medimb._data.rows import (
     carries_groups,
     group_codes,
-    missing_entries,
     resample,
     takes_groups,
     validation_split,
@@ -243,22 +243,14 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
                 f"This {type(self).__name__} estimator requires y to be passed, but the target y "
                 "is None."
             )
-        missing = missing_entries(y)
-        y = column_or_1d(y, warn=True)
+        y = read_labels(y, advice=self._unlabelled_advice, mixed=self._takes_unlabelled, warn=True)
         check_consistent_length(images.data, y)
-        if missing.any():
-            raise ValueError(
-                f"y has no label in row {missing.argmax()} ({missing.sum()} rows in all): "
-                f"{self._unlabelled_advice}."
-            )
+        if classes is not None:
+            classes = read_labels(classes, name="classes")
         unlabelled = self._unlabelled(y)
         labelled = np.ones(len(y), dtype=bool) if unlabelled is None else ~unlabelled
-        if unlabelled is None and y.dtype.kind == "i" and -1 in y and len(np.unique(y)) > 2:
-            warnings.warn(
-                f"{type(self).__name__} takes y = -1 for a class. Where it means that an image has "
-                "no label, use AMIMVClassifier, or leave these rows out.",
-                stacklevel=2,
-            )
+        if unlabelled is None:
+            warn_of_marks(type(self).__name__, y)
         try:
             if y.dtype.kind in "fO":
                 assert_all_finite(y[labelled], input_name="y")
@@ -317,6 +309,9 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
             unlabelled=unlabelled,
             unlabelled_groups=unlabelled_groups,
         ), groups
+
+    # Whether -1 says that an image has no label, beside labels of any kind.
+    _takes_unlabelled = False
 
     # What to do with images that have no label.
     _unlabelled_advice = (

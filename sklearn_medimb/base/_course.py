@@ -101,9 +101,11 @@ class Trains(KeepsWeights):
         callbacks: list[Callback | None] = [
             scorer,
             *stage.callbacks,
-            SaveCheckpoint(checkpoint, scorer) if checkpoint is not None and main else None,
             reporter,
         ]
+        last: list[Callback] = [stop]
+        if checkpoint is not None:
+            last.insert(0, SaveCheckpoint(checkpoint, scorer, main))
         if self.verbose and main:
             label = f"{type(self).__name__} {stage.name}".rstrip()
             callbacks.append(ProgressBar(label, n_left * stage.steps_per_epoch))
@@ -111,7 +113,7 @@ class Trains(KeepsWeights):
             stage.batches,
             n_left,
             [cb for cb in callbacks if cb is not None],
-            stop,
+            last,
             validated=scorer is not None,
         )
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from sklearn.base import _fit_context, clone
-from sklearn.utils import check_consistent_length, column_or_1d
+from sklearn.utils import check_consistent_length
 from sklearn.utils._param_validation import HasMethods
 from sklearn.utils.multiclass import type_of_target
 from torch import nn
 
 from sklearn_medimb._data.batches import Batches, Context
+from sklearn_medimb._data.labels import is_mark, label_column
 from sklearn_medimb._data.plans import n_batches, shuffled
 from sklearn_medimb._data.rows import missing_entries
 from sklearn_medimb._parameters import integers, learned, one_of, parameter
@@ -272,10 +273,10 @@ def _codes(y: Any, images: Any) -> np.ndarray:
     if y is None:
         return unknown
     missing = missing_entries(y)
-    y = column_or_1d(y, warn=True)
+    y = label_column(y, warn=True)
     check_consistent_length(images.data, y)
     known = ~missing
-    known[known] = y[known] != -1
+    known[known] = ~is_mark(y[known])
     labels = np.asarray(y[known].tolist()) if y.dtype == object else y[known]
     codes = unknown.copy()
     try:  # labels that are no classes are left alone: they would not be used anyway

@@ -5,16 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.base import (
-    BaseEstimator,
-)
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
@@ -23,6 +20,7 @@ from sklearn_medimb._data.batches import Context
 from sklearn_medimb._data.images import Images, channel_statistics, check_pixel_range, read_images
 from sklearn_medimb._data.plans import n_batches
 from sklearn_medimb._machine import distributed
+from sklearn_medimb._machine.fitted import all_or_nothing
 from sklearn_medimb._machine.gpu_queue import ALL_MEMORY, waiting_for_memory
 from sklearn_medimb._machine.randomness import (
     Draws,
@@ -133,7 +131,7 @@ class BaseImageEstimator(Trains):
 
     def _fit(self, X: Any, y: Any = None, *, partial: bool = False, **given: Any) -> Any:
         """Validate, split, resample, build, train, and keep what inference needs."""
-        with _all_or_nothing(self), one_thread_in_workers():
+        with all_or_nothing(self), one_thread_in_workers():
             fit = self._prepare(X, y, partial, given)
             with drawing_from(fit.draws), ExitStack() as memory:
                 with redirected():  # initial weights, of networks from outside too
@@ -390,24 +388,6 @@ class BaseImageEstimator(Trains):
         tags.input_tags.three_d_array = True
         tags.transformer_tags.preserves_dtype = []
         return tags
-
-
-@contextmanager
-def _all_or_nothing(estimator: BaseEstimator) -> Iterator[None]:
-    """Give an estimator its fitted attributes back if the block fails."""
-
-    def fitted() -> dict[str, Any]:
-        names = [k for k in vars(estimator) if k.endswith("_") and not k.startswith("_")]
-        return {name: vars(estimator)[name] for name in names}
-
-    before = fitted()
-    try:
-        yield
-    except BaseException:
-        for name in fitted():
-            delattr(estimator, name)
-        vars(estimator).update(before)
-        raise
 
 
 def _mixed(seed: int, n_epochs: int) -> int:

@@ -14,6 +14,7 @@ from sklearn.frozen import FrozenEstimator
 from torch import nn
 
 from sklearn_medimb._data.batches import Preprocessor
+from sklearn_medimb._machine.randomness import seeded
 from sklearn_medimb._machine.runtime import (
     resolve_precision,
 )
@@ -31,6 +32,29 @@ _RESERVED = {
     "dataset", "iterator_train", "iterator_valid", "warm_start", "verbose", "batch_size",
     "predict_nonlinearity", "optimizer__lr",
 }  # fmt: skip
+
+
+def described(module: nn.Module) -> Any:
+    """What makes a network: layers with their settings, names and shapes of weights."""
+
+    def settings(part: nn.Module) -> dict[str, str]:
+        plain = (int, float, str, tuple, type(None))
+        return {k: repr(v) for k, v in sorted(vars(part).items()) if isinstance(v, plain)}
+
+    layers = [(name, type(part), settings(part)) for name, part in module.named_modules()]
+    return layers, {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+def _in_short(value: Any) -> str:
+    return f"{type(value).__name__}(...)" if isinstance(value, nn.Module) else repr(value)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether a parameter has kept its value, as far as that is easily told."""
+    if isinstance(one, Backbone):
+        return type(one) is type(other) and repr(one.get_params()) == repr(other.get_params())
+    plain = (int, float, str, tuple, type(None))
+    return one is other or (isinstance(one, plain) and type(one) is type(other) and one == other)
 
 
 class MakesNetworks(SharedParameters):
@@ -80,6 +104,7 @@ class MakesNetworks(SharedParameters):
         pretrained = pretrained and module is None
         callbacks = resolve_callbacks(self.callbacks, self) if pretrained else []
         if previous is not None:
+            self._refuse_another_network(previous)
             module = copy.deepcopy(previous.module_).to(device, dtype)
         elif module is None:
             module = self._network(device, dtype, pretrained)
@@ -96,12 +121,74 @@ class MakesNetworks(SharedParameters):
             **self._net_params(),
         )
         net.dtype = dtype
+        net.made_from = self._present_parameters() if previous is None else previous.made_from
         net.initialize()
         if previous is not None:
             net.history_ = copy.deepcopy(previous.history_)
             if hasattr(previous, "criterion_"):
                 net.last_criterion = previous.criterion_.state_dict()
         return net
+
+    def _present_parameters(self) -> dict[str, Any]:
+        """Parameters as they are now; of a recipe a copy, since `set_params` reaches into it."""
+        params = self.get_params(deep=False)
+        return {k: clone(v) if isinstance(v, Backbone) else v for k, v in params.items()}
+
+    def _described_with(self, params: dict[str, Any]) -> Any:
+        """What the network would be with these parameters; it is made as shapes alone."""
+        present = {name: getattr(self, name) for name in params}
+        self.__dict__.update(params)
+        try:
+            try:
+                with torch.device("meta") as meta:
+                    return described(self._network(meta, torch.float32, pretrained=False))
+            except Exception:  # some that others wrote need numbers to be made from
+                cpu = torch.device("cpu")
+                with seeded(0, cpu):
+                    return described(self._network(cpu, torch.float32, pretrained=False))
+        finally:
+            self.__dict__.update(present)
+
+    def _parameters_of(self, net: Net) -> dict[str, Any]:
+        """Parameters that a net was made from, where the present ones would make another."""
+        now = self.get_params(deep=False)
+        then = {k: v for k, v in net.made_from.items() if k in now and not _is_same(v, now[k])}
+        if not then:
+            return {}
+        own = self._described_with(then)
+
+        def matters(names: set[str]) -> bool:
+            try:
+                return self._described_with({k: v for k, v in then.items() if k in names}) != own
+            except Exception:  # there is no such network
+                return True
+
+        if not matters(set()):
+            return {}
+        return {k: v for k, v in then.items() if matters(then.keys() - {k})} or then
+
+    def _refuse_another_network(self, previous: Net) -> None:
+        """Refuse further training with parameters that describe another network, or its weights."""
+        for name in ("backbone", "pretrain"):
+            now, then = getattr(self, name, None), previous.made_from.get(name)
+            brings = isinstance(now, nn.Module) or getattr(now, "weights", None) is not None
+            brings |= isinstance(now, SharedParameters) and now._was_fitted
+            if brings and not _is_same(then, now):
+                raise ValueError(
+                    f"{name}={type(now).__name__} brings weights of its own, but further training "
+                    f"goes on from the trained ones: set {name} back, or fit anew "
+                    "(warm_start=False, or a clone)."
+                )
+        if odd := self._parameters_of(previous):
+            given, then = (
+                ", ".join(f"{name}={_in_short(params[name])}" for name in odd)
+                for params in (self.get_params(deep=False), odd)
+            )
+            raise ValueError(
+                f"{given} would be another network than the trained one, with which further "
+                f"training begins ({then}): set "
+                f"{' and '.join(odd)} back, or fit anew (warm_start=False, or a clone)."
+            )
 
     def _net_params(self) -> dict[str, Any]:
         """Further parameters of the skorch net: the caller's, and the optimiser."""

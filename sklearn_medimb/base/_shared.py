@@ -80,8 +80,10 @@ class SharedParameters(
         resumes there; a finished fit removes its file. Fits can share the directory, also the same
         fit several times at once. What tells fits apart is the content of everything that decides
         on the result: code of functions, state of objects (where that cannot be read, ``fit``
-        refuses), callbacks unless they only read ``net.history``, every pixel (about a second per
-        gigabyte; lazy images are read once for it).
+        refuses), callbacks but for skorch's own loggers and progress bars, every pixel (about a
+        second per gigabyte; lazy images are read once for it). Of callbacks, attributes that are
+        numbers, texts, tensors, or lists, tuples and dicts of these are kept, or what a method
+        ``state_dict`` gives; where others change in training, ``fit`` refuses.
     image_shape
         Shape of one image where X holds flattened ones: ``(H, W)``, ``(C, H, W)``, ``(C, D, H,
         W)``.

@@ -16,6 +16,8 @@ from sklearn.utils.validation import check_is_fitted
 from sklearn_medimb import losses
 from sklearn_medimb._data.batches import Context
 from sklearn_medimb._data.images import Images
+from sklearn_medimb._data.rows import known_labels
+from sklearn_medimb._machine.fitted import all_or_nothing
 from sklearn_medimb._machine.runtime import one_thread_in_workers
 from sklearn_medimb._parameters import learned, one_of, parameter
 from sklearn_medimb._training.criterion import Criterion, LabelCriterion
@@ -136,7 +138,8 @@ class TwoStageClassifier(BaseImageClassifier):
         if start is None:
             start = self._stage_one_head() if isinstance(head, RebalancedHead) else {}
         self._check_classes(codes)
-        return head.fit(features, self.classes_[codes], **start)
+        with known_labels():
+            return head.fit(features, self.classes_[codes], **start)
 
     def refit_head(self, X: Any, y: Any, *, rebalance: Any = None) -> Any:
         """Make another head on the features of the fitted network: stage two alone.
@@ -162,12 +165,11 @@ class TwoStageClassifier(BaseImageClassifier):
             estimator stays as it was.
         """
         check_is_fitted(self)
-        with one_thread_in_workers():
+        with all_or_nothing(self), one_thread_in_workers():
             data, _ = self._check_training(X, y, fresh=False)
             chosen = self._head() if rebalance is None else rebalance
             features = self._features(data.images, data.rows)
-            head = self._fit_head(chosen, features, data.y)
-        self.head_ = head
+            self.head_ = self._fit_head(chosen, features, data.y)
         return self
 
     @property

@@ -150,18 +150,26 @@ class KeepsWeights(MakesNetworks):
         if "net_" in state:
             state = {k: v for k, v in state.items() if k != "net_"}
             state["_weights"] = self._network_weights()
+            if made_from := self._parameters_of(self.net_):  # set_params came after the fit
+                state["_made_from"] = made_from
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the network, on whatever device this machine has."""
         state = dict(state)
         weights = state.pop("_weights", None)
+        made_from = state.pop("_made_from", {})
         super().__setstate__(state)
         if weights is None:
             return
         device = resolve_device(self.device, fall_back=True)
-        with seeded(0, device):
-            self.net_ = self._make_net(device, pretrained=False)
+        present = {name: getattr(self, name) for name in made_from}
+        self.__dict__.update(made_from)
+        try:
+            with seeded(0, device):
+                self.net_ = self._make_net(device, pretrained=False)
+        finally:
+            self.__dict__.update(present)
         self._load(weights)
         self.net_.history_ = History(getattr(self, "history_", []))
 

@@ -12,8 +12,9 @@ from sklearn.utils import (
     assert_all_finite,
     check_consistent_length,
     check_random_state,
-    column_or_1d,
 )
+
+from sklearn_medimb._data.labels import read_labels, warn_of_marks
 
 
 def make_long_tailed(
@@ -81,7 +82,8 @@ def make_long_tailed(
     [46, 92, 23, 183]
     """
     check_consistent_length(X, y)
-    labels = column_or_1d(y)
+    labels = read_labels(y)
+    warn_of_marks("make_long_tailed", labels)
     assert_all_finite(labels, input_name="y")
     is_number = isinstance(imbalance_ratio, Real) and not isinstance(imbalance_ratio, bool)
     if not is_number or not 1 <= imbalance_ratio < np.inf:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils import Bunch
 
+from sklearn_medimb._data.pixel_scale import FOLD, kind_of, on_one_scale
+
 SPLITS = ("train", "val", "test")
 # Images shrink to a tenth at most, blank ones to a thousandth; what is larger and shrinks more than
 # that is there to fill the memory.
@@ -44,13 +46,16 @@ def load_npz(
     -------
     data : :class:`~sklearn.utils.Bunch`
         ``images`` (n, ...) in their own dtype, ``target`` (n,) of int, ``target_names`` (K,) of
-        str, ``groups`` (n,) or None, ``split`` (n,) of str or None.
+        str, ``groups`` (n,) or None, ``split`` (n,) of str or None. A split of uint8 beside one of
+        floats in [0, 1] becomes such floats.
 
     Raises
     ------
     ValueError
         If the file is no such archive, holds no such split, its arrays do not fit together or
-        would grow more than 200-fold beyond 256 MB, or its images are smaller than `image_size`.
+        would grow more than 200-fold beyond 256 MB, or its images are smaller than `image_size`;
+        also if splits that are to be joined differ in the scale of their pixels, or only some have
+        groups.
 
     References
     ----------
@@ -80,8 +85,14 @@ def load_npz(
 
     def join(what: str) -> np.ndarray | None:
         names = [name + what for name in parts]
-        if any(name not in arrays for name in names):
+        lacking = [name for name in names if name not in arrays]
+        if lacking and (what == "labels" or len(lacking) == len(names)):
             return None
+        if lacking:
+            raise ValueError(
+                f"{str(path)!r} holds {sorted(set(names) - set(lacking))}, but not {lacking}: load "
+                "one split at a time."
+            )
         for name, length in zip(names, lengths, strict=True):
             if arrays[name].shape[:1] != (length,):
                 raise ValueError(
@@ -109,7 +120,7 @@ def load_npz(
             f"{str(path)!r} has class_names of shape {names.shape}, but labels up to "
             f"{target.max()}."
         )
-    images = np.concatenate(list(parts.values()))
+    images = _joined(path, parts)
     return Bunch(
         images=images if image_size is None else _reduce(images, image_size),
         target=target,
@@ -117,6 +128,35 @@ def load_npz(
         groups=join("groups"),
         split=None if "" in parts else np.repeat([name[:-1] for name in parts], lengths),
     )
+
+
+def _joined(path: str | os.PathLike[str], parts: dict[str, np.ndarray]) -> np.ndarray:
+    """Join the images of several splits on one scale of pixels."""
+    dtypes = {part.dtype for part in parts.values()}
+    if len(parts) == 1 or dtypes in ({np.dtype(np.uint8)}, {np.dtype(bool)}):
+        return np.concatenate(list(parts.values()))
+    described, heights = [], {}
+    for name, part in parts.items():
+        squares = [np.square(image, dtype=np.float64).mean() for image in part if image.size]
+        peak = max(-float(part.min(initial=0)), float(part.max(initial=0)))
+        described.append(f"{name}images of {part.dtype} up to {peak:g}")
+        if squares and peak > 0:  # a blank split has no scale
+            heights[name] = peak, float(np.sqrt(np.mean(squares)))
+    apart = f"{str(path)!r} holds {', '.join(described)}: load one split at a time"
+    if len({kind_of(dtype) for dtype in dtypes}) > 1:
+        floats = [dtype for dtype in dtypes if dtype.kind == "f"]
+        small = all(dtype.itemsize <= 4 for dtype in floats)
+        try:
+            return on_one_scale(
+                [image for part in parts.values() for image in part],
+                float_dtype=np.float32 if small else np.float64,
+            )
+        except ValueError as error:
+            raise ValueError(f"{apart}, and bring them to one scale. ({error})") from error
+    columns = list(zip(*heights.values(), strict=True))  # of peaks, and of levels
+    if columns and all(max(column) > FOLD * min(column) for column in columns):
+        raise ValueError(f"{apart}, and bring them to one scale.")
+    return np.concatenate(list(parts.values()))
 
 
 def _read(path: Path, split: str) -> dict[str, np.ndarray]:

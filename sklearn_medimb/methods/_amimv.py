@@ -22,11 +22,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.base import _fit_context, clone
-from sklearn.utils import column_or_1d
 from sklearn.utils._param_validation import HasMethods
 from torch import nn
 
 from sklearn_medimb._data.batches import Context
+from sklearn_medimb._data.labels import is_mark, read_labels
 from sklearn_medimb._parameters import above, learned, one_of, parameter, within
 from sklearn_medimb._training.objectives import EncodedViews, Objective, perceptron
 from sklearn_medimb._training.stage import Stage, TrainingSet
@@ -435,7 +435,7 @@ class AMIMVClassifier(TwoStageClassifier):
         self, X: Any, y: Any, *, classes: Any = None, **others: Any
     ) -> tuple[TrainingSet, np.ndarray | None]:
         data, groups = super()._check_training(X, y, **others)
-        given = self.classes_ if classes is None else column_or_1d(classes)
+        given = self.classes_ if classes is None else read_labels(classes, name="classes")
         odd = np.setdiff1d(self.classes_, given)
         if len(odd):
             raise ValueError(f"y holds classes {odd.tolist()} that classes={given.tolist()} lacks.")
@@ -447,17 +447,19 @@ class AMIMVClassifier(TwoStageClassifier):
             )
         return data, groups
 
+    _takes_unlabelled = True
     _unlabelled_advice = "use -1 for images without a label"
 
     def _unlabelled(self, y: np.ndarray) -> np.ndarray | None:
-        if y.dtype.kind in "USO" and (y == "-1").any():
+        unlabelled = is_mark(y)
+        texts = [label for label in y[unlabelled].tolist() if isinstance(label, str)]
+        if texts:
             raise ValueError(
-                "y holds the text '-1': give strings as dtype object, with the number -1 where "
-                "there is no label."
+                f"y holds the text {texts[0]!r}: give strings as dtype object, with the number -1 "
+                "where there is no label."
             )
         if y.dtype.kind in "US":
             return None
-        unlabelled = np.asarray(y == -1, dtype=bool)
         values = set(y[~unlabelled].tolist())
         if not values and len(y):
             raise ValueError("y is -1 everywhere: no image has a label to learn from.")

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from imblearn.over_sampling.base import BaseOverSampler
 from imblearn.utils import check_target_type
 from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
 from sklearn.utils._param_validation import Interval, StrOptions
@@ -20,6 +19,7 @@ from sklearn_medimb._data.layout import INPUT_CONSTRAINTS, as_pixels
 from sklearn_medimb._data.rows import group_codes
 from sklearn_medimb._machine.runtime import one_thread_in_workers, pixel_block, resolve_device
 from sklearn_medimb.mixing import patch_means, spmix, spmix_ratio
+from sklearn_medimb.over_sampling._base import CheckedOverSampler
 from sklearn_medimb.saliency import (
     DETECTORS,
     Detector,
@@ -31,7 +31,7 @@ from sklearn_medimb.saliency import (
 )
 
 
-class SPMixSampler(BaseOverSampler):
+class SPMixSampler(CheckedOverSampler):
     """Over-sampling with saliency-guided patch mixup.
 
     A new image is one of a rare class whose unremarkable patches are mixed with those of a partner,
@@ -187,7 +187,7 @@ class SPMixSampler(BaseOverSampler):
         "partners": ["head", "majority", "other", "any"],
     }
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **BaseOverSampler._parameter_constraints,
+        **CheckedOverSampler._parameter_constraints,
         "cap": [Interval(Real, 0, 1, closed="both")],
         "floor": [Interval(Real, 0, 1, closed="both"), None],
         "mix_prob": [Interval(Real, 0, 1, closed="both")],
@@ -244,7 +244,9 @@ class SPMixSampler(BaseOverSampler):
         self.device = device
         self.random_state = random_state
 
-    def fit_resample(self, X: Any, y: Any, *, groups: Any = None, maps: Any = None) -> Any:
+    def fit_resample(  # type: ignore[override]
+        self, X: Any, y: Any, *, groups: Any = None, maps: Any = None
+    ) -> Any:
         """Append mixed images until the classes have the wanted sizes.
 
         Parameters

@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from imblearn.over_sampling.base import BaseOverSampler
 from scipy import sparse
 from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from sklearn_medimb._machine.runtime import one_thread_in_workers
+from sklearn_medimb.over_sampling._base import CheckedOverSampler
 
 _BLOCK = 2**24  # numbers drawn at a time: 64 to 128 MB, of a larger result
 
@@ -27,7 +27,7 @@ GAUSSIANS: dict[str, Any] = {
 }
 
 
-class BalancedVirtualFeatures(BaseOverSampler):
+class BalancedVirtualFeatures(CheckedOverSampler):
     """Over-sampling of embeddings by class-conditional Gaussian draws.
 
     A new row of class k is drawn from ``N(mu_k, Sigma_k)``, the mean and covariance of the class's
@@ -131,7 +131,7 @@ class BalancedVirtualFeatures(BaseOverSampler):
         "n_per_class": [None, 500, 2000, 5000],
     }
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **BaseOverSampler._parameter_constraints,
+        **CheckedOverSampler._parameter_constraints,
         "replace": ["boolean"],
         "n_per_class": [Interval(Integral, 1, None, closed="left"), None],
         "covariance": [StrOptions({"shrunk", "full", "diag", "tied"})],

@@ -17,6 +17,8 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
+from sklearn_medimb._data.labels import read_labels, warn_of_marks
+from sklearn_medimb._machine.fitted import all_or_nothing
 from sklearn_medimb._machine.runtime import one_thread_in_workers
 from sklearn_medimb.losses import class_weights
 
@@ -183,25 +185,30 @@ class RebalancedHead(ClassifierMixin, BaseEstimator):
         intercept_init: Any,
         prior_init: Any = None,
     ) -> RebalancedHead:
-        X, y = validate_data(self, X, y, dtype=np.float64)
-        check_classification_targets(y)
-        weight = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-        kept = weight > 0  # rows of weight 0 are as if absent
-        X, y, weight = X[kept], y[kept], weight[kept]
-        classes, codes = np.unique(y, return_inverse=True)
-        if len(classes) < 2:
-            raise ValueError(
-                f"{type(self).__name__} needs samples of at least 2 classes in y, but found "
-                f"{len(classes)} class: {classes.tolist()}."
+        with all_or_nothing(self), one_thread_in_workers():
+            if y is not None:
+                y = read_labels(y, warn=True)
+            X, y = validate_data(self, X, y, dtype=np.float64)
+            check_classification_targets(y)
+            weight = _check_sample_weight(
+                sample_weight, X, dtype=np.float64, ensure_non_negative=True
             )
-        rows = Rows(X, codes, weight / weight.sum(), len(classes))
-        start, self.n_iter_ = _check_start(coef_init, intercept_init, prior_init, rows), 0
-        self.classes_ = classes
-        with one_thread_in_workers():
+            kept = weight > 0  # rows of weight 0 are as if absent
+            X, y, weight = X[kept], y[kept], weight[kept]
+            warn_of_marks(type(self).__name__, y)
+            classes, codes = np.unique(y, return_inverse=True)
+            if len(classes) < 2:
+                raise ValueError(
+                    f"{type(self).__name__} needs samples of at least 2 classes in y, but found "
+                    f"{len(classes)} class: {classes.tolist()}."
+                )
+            rows = Rows(X, codes, weight / weight.sum(), len(classes))
+            start, self.n_iter_ = _check_start(coef_init, intercept_init, prior_init, rows), 0
+            self.classes_ = classes
             self.coef_, self.intercept_, _ = self._solve(rows, start)
-        costs = -log_softmax(self._logits(X), axis=1)[np.arange(len(X)), codes]
-        equal = np.full(len(classes), 1 / len(classes))
-        self.loss_ = float(rows.balanced(equal).weight @ costs)
+            costs = -log_softmax(self._logits(X), axis=1)[np.arange(len(X)), codes]
+            equal = np.full(len(classes), 1 / len(classes))
+            self.loss_ = float(rows.balanced(equal).weight @ costs)
         return self
 
     def logits(self, X: Any) -> np.ndarray:

@@ -14,6 +14,7 @@ from sklearn_medimb._data.containers import as_list, as_pixel_array
 from sklearn_medimb._data.images import Images, read_images, warn_of_flat_images
 from sklearn_medimb._data.layout import INPUT_CONSTRAINTS, as_pixels
 from sklearn_medimb._data.pixel_scale import to_unit_scale
+from sklearn_medimb._machine.fitted import all_or_nothing
 from sklearn_medimb._machine.runtime import one_thread_in_workers, pixel_block, resolve_device
 from sklearn_medimb.saliency._detectors import DETECTORS, Detector, valid_region
 
@@ -242,9 +243,10 @@ class SaliencyMap(TransformerMixin, BaseEstimator):
         self : SaliencyMap
             The transformer.
         """
-        images = self._read(X, reset=True)
-        warn_of_flat_images(self, images)
-        self.image_shape_ = images.image_shape
+        with all_or_nothing(self):
+            images = self._read(X, reset=True)
+            warn_of_flat_images(self, images)
+            self.image_shape_ = images.image_shape
         return self
 
     def transform(self, X: Any) -> np.ndarray:

@@ -7,7 +7,9 @@ from decimal import Decimal
 import numpy as np
 import pandas as pd
 import pytest
+from imblearn import FunctionSampler
 from imblearn.over_sampling import SMOTE, RandomOverSampler
+from imblearn.over_sampling.base import BaseOverSampler
 from imblearn.pipeline import Pipeline
 from imblearn.under_sampling import (
     EditedNearestNeighbours,
@@ -15,6 +17,7 @@ from imblearn.under_sampling import (
     RandomUnderSampler,
     TomekLinks,
 )
+from sklearn.base import BaseEstimator
 
 from sklearn_medimb import (
     CSSNClassifier,
@@ -513,3 +516,81 @@ def test_patients_are_numbered(groups):
 
 def resample(*args, **kwargs):
     return resample_with_origin(*args, **kwargs)[:4]
+
+
+# ---------------------------------------------------------------- what a sampler returns
+
+
+def by(function, **given):
+    return FunctionSampler(func=function, validate=False, **given)
+
+
+class Nothing(BaseEstimator):
+    def fit_resample(self, X, y):
+        return None
+
+
+class Images3(BaseEstimator):
+    """A sampler of images that changes their scale."""
+
+    def __init__(self, data_format="auto", image_shape=None, spatial_dims=None):
+        self.data_format = data_format
+        self.image_shape = image_shape
+        self.spatial_dims = spatial_dims
+
+    def fit_resample(self, X, y):
+        return X / 255, y
+
+
+def relabelled(X, y):
+    y = y.copy()
+    y[5] = 1
+    return X, y
+
+
+class Relabels(BaseOverSampler):
+    def _fit_resample(self, X, y):
+        return relabelled(X, y)
+
+
+RETURNS = {
+    "a class removed": (by(lambda X, y: (X[y < 2], y[y < 2])), r"no row of the classes \[2\]"),
+    "nothing left": (by(lambda X, y: (X[:0], y[:0])), r"no row of the classes \[0, 1, 2\]"),
+    "nothing": (Nothing(), "returned NoneType, not X and y"),
+    "other labels": (by(lambda X, y: (X, y + 7)), "did not get: 7, 8, 9"),
+    "changed labels": (Relabels(), "changes labels: row 5 of X"),
+    "labels of two axes": (by(lambda X, y: (X, np.eye(3)[y])), "labels of shape"),
+    "another scale": (by(lambda X, y: (X / 255, y)), "changes the scale of X"),
+    "images of another scale": (Images3(), "changes the scale of X"),
+    "NaN": (by(lambda X, y: (np.where(X > 200, np.nan, X), y)), "NaN or infinity: see its row"),
+    "fewer columns": (by(lambda X, y: (X[:, 1:], y)), r"rows of shape \(48,\)"),
+    "texts": (by(lambda X, y: (X.astype(str), y)), "returned <U"),
+    "fewer rows": (by(lambda X, y: (X[1:], y)), "returned 59 rows and 60 labels"),
+    "neighbours": (
+        EditedNearestNeighbours(sampling_strategy="all", kind_sel="all", n_neighbors=9),
+        "no row of the classes",
+    ),
+}
+
+
+@pytest.mark.parametrize(("sampler", "message"), RETURNS.values(), ids=RETURNS)
+def test_what_a_sampler_returns_is_checked(sampler, message, tiny):
+    y = np.repeat([0, 1, 2], [40, 14, 6])
+    X = rng().integers(0, 256, (60, 6, 8), dtype=np.uint8)
+    clf = SoftmaxClassifier(**tiny, sampler=sampler)
+    with pytest.raises(ValueError, match=f"sampler={type(sampler).__name__} .*{message}"):
+        clf.fit(X, y)
+
+
+def test_a_random_sampler_must_leave_every_class():
+    y = np.repeat([0, 1, 2], [40, 14, 6])
+    sampler = RandomUnderSampler(sampling_strategy={2: 0})
+    with pytest.raises(ValueError, match=r"sampler=RandomUnderSampler .*classes \[2\]"):
+        SoftmaxClassifier(sampler=sampler).fit(np.zeros((60, 8, 8), dtype=np.uint8), y)
+
+
+def test_a_sampler_that_returns_its_input_changes_nothing(tiny, blobs):
+    plain = SoftmaxClassifier(**tiny).fit(*blobs)
+    same = SoftmaxClassifier(**tiny, sampler=by(lambda X, y: (X, y))).fit(*blobs)
+    assert same.class_prior_.tolist() == plain.class_prior_.tolist()
+    np.testing.assert_array_equal(same.pixel_mean_, plain.pixel_mean_)

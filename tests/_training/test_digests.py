@@ -20,7 +20,8 @@ from torch.utils.data import TensorDataset
 
 from sklearn_medimb import AMIMVClassifier, AMIMVEncoder, SoftmaxClassifier, SPMixSampler
 from sklearn_medimb._data.images import read_images
-from sklearn_medimb._training.checkpoint import data_digest
+from sklearn_medimb._training.callback_state import WATCHERS
+from sklearn_medimb._training.checkpoint import data_digest, fingerprint
 from sklearn_medimb._training.digests import digest_of
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
@@ -46,6 +47,9 @@ class Count(Callback):
 
     def on_epoch_end(self, net, **kwargs):
         SEEN.append(len(net.history))
+
+
+WATCHERS.add(Count)
 
 
 def crash(folder, params, X=X, y=Y, **given):
@@ -236,6 +240,55 @@ def test_a_callback_of_one_s_own_that_reaches_the_network_counts(cls, tmp_path):
     crash(tmp_path, {"callbacks": [cls(0.1)]})
     assert n_epochs(tmp_path, {"callbacks": [cls(0.2)]}) == 4
     assert n_epochs(tmp_path, {"callbacks": [cls(0.1)]}) == 2
+
+
+def by_global(strength):
+    scope = {"__name__": "mine", "Callback": Callback, "OWN": Strength(strength)}
+    code = (
+        "class C(Callback):\n def on_epoch_begin(self, net, **k): OWN.strength *= len(net.history)"
+    )
+    exec(code, scope)
+    return scope["C"]()
+
+
+def by_closure(strength):
+    class Curriculum(Callback):
+        def on_epoch_begin(self, net, **kwargs):
+            own.strength *= len(net.history)
+
+    own = Strength(strength)
+    return Curriculum()
+
+
+def by_attribute(strength):
+    class Curriculum(Callback):
+        def on_epoch_begin(self, net, **kwargs):
+            self.own.strength *= len(net.history)
+
+    made = Curriculum()
+    made.own = Strength(strength)
+    return made
+
+
+def by_raising(strength):
+    class Stop(Callback):
+        def on_epoch_end(self, net, **kwargs):
+            if len(net.history) > own:
+                raise KeyboardInterrupt
+
+    own = strength
+    return Stop()
+
+
+@pytest.mark.parametrize("make", [by_global, by_closure, by_attribute, by_raising])
+def test_a_callback_that_reaches_training_by_another_way_counts(make):
+    estimator = SoftmaxClassifier(**SMALL)
+    estimator.image_shape_ = X.shape[1:]
+    tokens = [
+        fingerprint(estimator.set_params(callbacks=[make(s)]), torch.device("cpu"), {}, "")
+        for s in (1.0, 2.0, 1.0)
+    ]
+    assert tokens[0] == tokens[2] != tokens[1]
 
 
 SAME = {

@@ -14,7 +14,7 @@ import pytest
 import torch
 from joblib import Parallel, delayed
 from sklearn.metrics import balanced_accuracy_score, log_loss, make_scorer, roc_auc_score
-from skorch.callbacks import Callback, EarlyStopping
+from skorch.callbacks import Callback, EarlyStopping, Freezer
 
 from sklearn_medimb import (
     CSSNClassifier,
@@ -23,11 +23,12 @@ from sklearn_medimb import (
     SoftmaxClassifier,
 )
 from sklearn_medimb._machine.runtime import has_native_bf16, resolve_precision
+from sklearn_medimb._training.callback_state import WATCHERS
 from sklearn_medimb._training.net import SCHEDULES, learning_rate_factor
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
-from tests.helpers import CrashAfter, make_blobs
+from tests.helpers import CrashAfter, EpochsRun, make_blobs
 
 EACH = pytest.mark.parametrize(
     "Classifier",
@@ -281,6 +282,117 @@ class TestVerbose:
         assert out.out == out.err == ""
 
 
+class WatchedStopping(EarlyStopping):
+    """It stops as EarlyStopping does."""
+
+
+class Noting(Callback):
+    """Its rate depends on what it has seen: in numbers, a tensor and a list."""
+
+    def __init__(self):
+        self.losses = []
+
+    def on_train_begin(self, net, **kwargs):
+        self.best, self.total = np.float64(np.inf), torch.zeros(2)
+
+    def on_epoch_end(self, net, **kwargs):
+        loss = net.history[-1, "train_loss"]
+        self.losses.append(loss)
+        self.best, self.total = np.float64(min(self.best, loss)), self.total + loss
+        net.optimizer_.param_groups[0]["weight_decay"] = float(self.total.sum()) + sum(self.losses)
+
+
+class Deciding(Callback):
+    """It keeps a set, and says how."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def state_dict(self):
+        return {"seen": sorted(self.seen)}
+
+    def load_state_dict(self, state):
+        self.seen = set(state["seen"])
+
+    def on_epoch_end(self, net, **kwargs):
+        self.seen.add(len(net.history))
+        net.optimizer_.param_groups[0]["weight_decay"] = 1 / len(self.seen)
+
+
+class Scaling(Callback):
+    """It changes the weights after an epoch."""
+
+    def on_epoch_end(self, net, **kwargs):
+        with torch.no_grad():
+            net.module_.head.weight *= 0.9
+
+
+STATEFUL = {
+    "patience": lambda: EarlyStopping(monitor="train_loss", patience=3, threshold=0.3),
+    "patience, best weights": lambda: WatchedStopping(
+        monitor="train_loss", patience=3, threshold=0.3, load_best=True
+    ),
+    "notes": Noting,
+    "a state of its own": Deciding,
+    "weights": Scaling,
+    "freezer": lambda: Freezer("trunk.*", at=2),
+}
+
+
+class TestCallbacksOfAResumedFit:
+    @pytest.mark.parametrize("crash", [2, 3])
+    @pytest.mark.parametrize("name", STATEFUL)
+    def test_go_on_as_they_would_have(self, name, crash, tiny, blobs, tmp_path):
+        X, y = blobs
+        params = {**tiny, "max_epochs": 8, "lr": 0.03, "lr_schedule": "constant"}
+        whole = SoftmaxClassifier(**params, callbacks=[STATEFUL[name]()]).fit(X, y)
+        params["checkpoint_dir"] = tmp_path
+        with pytest.raises(RuntimeError, match="power cut"):
+            SoftmaxClassifier(**params, callbacks=[STATEFUL[name](), CrashAfter(crash)]).fit(X, y)
+        assert len(list(tmp_path.iterdir())) == 1
+        ran = EpochsRun()
+        resumed = SoftmaxClassifier(**params, callbacks=[STATEFUL[name](), ran])
+        resumed.fit(X, y)
+        assert resumed.n_iter_ == whole.n_iter_
+        assert (whole.n_iter_ < 8) == name.startswith("patience")
+        assert np.array_equal(resumed.predict_proba(X), whole.predict_proba(X))
+        assert not list(tmp_path.iterdir())
+
+    def test_what_is_no_data_must_stay(self, tiny, blobs, tmp_path):
+        class Curriculum(Callback):
+            def __init__(self, augmentation):
+                self.augmentation = augmentation
+
+            def on_epoch_begin(self, net, **kwargs):
+                self.augmentation.rotation += 1.0
+
+        clf = SoftmaxClassifier(**tiny, callbacks=[Curriculum(Augmentation(rotation=1.0))])
+        clf.fit(*blobs)
+        with pytest.raises(ValueError, match=r"Curriculum\.augmentation .*state_dict.*=None"):
+            clf.set_params(checkpoint_dir=tmp_path).fit(*blobs)
+        assert not list(tmp_path.iterdir())
+
+    def test_an_open_file_and_what_stays_are_no_matter(self, tiny, blobs, tmp_path):
+        class Writes(Callback):
+            def __init__(self, path):
+                self.path = path
+
+            def on_train_begin(self, net, **kwargs):
+                self.file, self.kinds = self.path.open("w"), {"a", "b"}
+
+            def on_epoch_end(self, net, **kwargs):
+                self.file.write("epoch\n")
+
+            def on_train_end(self, net, **kwargs):
+                self.file.close()
+
+        path = tmp_path / "log.txt"
+        SoftmaxClassifier(
+            **tiny, checkpoint_dir=tmp_path / "checkpoints", callbacks=[Writes(path)]
+        ).fit(*blobs)
+        assert path.read_text() == "epoch\n" * 3
+
+
 class TestCheckpoint:
     @EACH
     @pytest.mark.parametrize("stopping", [False, True])
@@ -299,6 +411,7 @@ class TestCheckpoint:
             def on_epoch_end(self, net, **kwargs):
                 epochs.append(len(net.history))
 
+        WATCHERS.add(Count)
         resumed = Classifier(**params, checkpoint_dir=tmp_path, callbacks=[Count()]).fit(X, y)
         assert epochs[0] == 5  # four epochs were not repeated
         assert np.array_equal(resumed.predict_proba(X), whole.predict_proba(X))

@@ -242,6 +242,66 @@ def averaged(X, size, colour):
     return out
 
 
+def save_splits(path, train, test, **more):
+    np.savez(
+        path / "a.npz",
+        train_images=train,
+        train_labels=np.arange(len(train)) % 2,
+        test_images=test,
+        test_labels=np.arange(len(test)) % 2,
+        **more,
+    )
+    return path / "a.npz"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_splits_of_two_dtypes_come_on_one_scale(tmp_path, dtype):
+    whole = np.random.default_rng(0).integers(0, 256, (7, 5, 5), dtype=np.uint8)
+    path = save_splits(tmp_path, whole[:4], (whole[4:] / 255).astype(dtype))
+    images = load_npz(path).images
+    assert images.dtype == dtype
+    np.testing.assert_array_equal(images, (whole / 255).astype(dtype))
+    assert load_npz(path, "train").images.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtypes"),
+    [
+        (255, (np.uint8, np.float32)),
+        (255, (np.uint8, np.int64)),
+        (255, (np.uint8, np.uint16)),
+        (1 / 255, (np.float32, np.float32)),
+        (1 / 255, (np.float64, np.float32)),
+        (257, (np.int64, np.uint16)),
+        (257, (np.uint16, np.uint16)),
+    ],
+)
+def test_splits_of_two_scales_are_refused(tmp_path, scale, dtypes):
+    whole = np.random.default_rng(0).integers(1, 256, (7, 5, 5))
+    train, test = whole[:4].astype(dtypes[0]), (whole[4:] * scale).astype(dtypes[1])
+    path = save_splits(tmp_path, train, test)
+    with pytest.raises(ValueError, match=r"train_images of .* test_images of .* one split"):
+        load_npz(path)
+    assert len(load_npz(path, "test").images) == 3
+
+
+def test_a_bright_pixel_or_a_blank_split_is_no_other_scale(tmp_path):
+    images = np.random.default_rng(0).random((7, 8, 8))
+    images[0, 0, 0] = 100
+    assert load_npz(save_splits(tmp_path, images[:4], images[4:])).images.shape == (7, 8, 8)
+    images[4:] = 0
+    assert load_npz(save_splits(tmp_path, images[:4], images[4:])).images.shape == (7, 8, 8)
+
+
+def test_groups_of_some_splits_only(tmp_path):
+    whole = np.zeros((7, 5, 5), dtype=np.uint8)
+    path = save_splits(tmp_path, whole[:4], whole[4:], train_groups=np.arange(4))
+    with pytest.raises(ValueError, match=r"'train_groups'.*not .'test_groups'.*one split"):
+        load_npz(path)
+    np.testing.assert_array_equal(load_npz(path, "train").groups, np.arange(4))
+    assert load_npz(path, "test").groups is None
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
 @pytest.mark.parametrize("size", [1, 3, 4, 8])
 @pytest.mark.parametrize(

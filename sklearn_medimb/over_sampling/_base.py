@@ -1,0 +1,65 @@
+"""What the samplers share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from imblearn.over_sampling.base import BaseOverSampler
+
+from sklearn_medimb._data.labels import read_labels, warn_of_marks
+from sklearn_medimb._machine.fitted import all_or_nothing
+
+
+class CheckedOverSampler(BaseOverSampler):
+    """A sampler that a refused call leaves as it was."""
+
+    def fit(self, X: Any, y: Any, **params: Any) -> Any:
+        """Check the input and how many samples of each class it asks for.
+
+        Parameters
+        ----------
+        X : array-like of n samples
+            As for ``fit_resample``, which does all the work.
+        y : array-like of shape (n,)
+            Class labels.
+        **params
+            Not used.
+
+        Returns
+        -------
+        self : sampler
+            With `sampling_strategy_`.
+        """
+        self._check_labels(y)
+        with all_or_nothing(self):
+            return super().fit(X, y, **params)
+
+    def fit_resample(self, X: Any, y: Any, **params: Any) -> Any:
+        """Append new samples until the classes have the wanted sizes.
+
+        Parameters
+        ----------
+        X : {array-like, DataFrame, sparse matrix} of shape (n, n_features)
+            Samples.
+        y : array-like of shape (n,)
+            Class labels.
+        **params
+            Of the method.
+
+        Returns
+        -------
+        X_resampled : of the type of X, of shape (n_resampled, n_features)
+            The resampled data.
+        y_resampled : array-like of shape (n_resampled,)
+            Their labels.
+        """
+        self._check_labels(y)
+        with all_or_nothing(self):
+            return super().fit_resample(X, y, **params)
+
+    def _check_labels(self, y: Any) -> None:
+        """Refuse missing labels; the labels themselves stay in the caller's container."""
+        shape = np.shape(y)
+        if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1):  # else one-hot, or an error
+            warn_of_marks(type(self).__name__, read_labels(y))
