@@ -178,7 +178,8 @@ class TestStatistics:
     def test_of_a_recipe_with_weights(self, tmp_path):
         recipe = ConvNet(widths=(8, 16))
         module = recipe.build((3, 12, 12))
-        module(torch.randn(16, 3, 12, 12))
+        for _ in range(9):
+            module(3 + 20 * torch.randn(16, 3, 12, 12))
         torch.save(module.state_dict(), tmp_path / "start.pt")
         recipe.set_params(weights=tmp_path / "start.pt")
         with pytest.warns(
