@@ -155,7 +155,7 @@ def test_it_passes_the_image_checks(page):
 
 def test_it_passes_the_checks_of_scikit_learn(page):
     clf = page[1].LogitNormClassifier(
-        backbone=MLP(hidden=(16,)), max_epochs=30, precision="float64", random_state=0
+        backbone=MLP(hidden=(16,)), max_epochs=80, precision="float64", random_state=0
     )
     for estimator, check in estimator_checks_generator(clf):
         with suppress(SkipTest):
@@ -182,7 +182,7 @@ def test_it_is_saved_loaded_and_exported(page, blobs, tmp_path):
     pytest.importorskip("safetensors")
     X, y = blobs
     Mine = page[1].LogitNormClassifier
-    clf = Mine(**SMALL, max_epochs=1).fit(X, y)
+    clf = Mine(**SMALL, max_epochs=1, precision="float32").fit(X, y)
     save(clf, tmp_path / "model")
     with pytest.raises(ValueError, match="LogitNormClassifier"):
         load(tmp_path / "model")
