@@ -54,7 +54,7 @@ def test_missing_labels_are_refused_by_row(name, missing):
 
 @pytest.mark.parametrize("name", METRICS)
 def test_metrics_refuse_missing_labels(name):
-    with pytest.raises(ValueError, match=f"{name} has no label in row 0"):
+    with pytest.raises(ValueError, match=f"{name} has no (entry|label) in row 0"):
         METRICS[name]([None] * 10 + REST)
 
 
