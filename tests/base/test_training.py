@@ -27,6 +27,7 @@ from sklearn_medimb._training.net import SCHEDULES, learning_rate_factor
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
+from tests.estimators import SUPERVISED
 from tests.helpers import CrashAfter, EpochsRun, make_blobs
 
 EACH = pytest.mark.parametrize("Classifier", SUPERVISED.values(), ids=SUPERVISED)
