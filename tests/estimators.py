@@ -35,6 +35,8 @@ def public(base: type = object) -> dict[str, type]:
 PUBLIC = public(BaseEstimator)
 IMAGE_ESTIMATORS = public(BaseImageEstimator)
 CLASSIFIERS = public(BaseImageClassifier)
+# Those that learn from labels alone: the other one pre-trains at length where nothing is said.
+SUPERVISED = {name: cls for name, cls in CLASSIFIERS.items() if name != "AMIMVClassifier"}
 ENCODERS = {name: cls for name, cls in IMAGE_ESTIMATORS.items() if name not in CLASSIFIERS}
 SAMPLERS = public(BaseSampler)
 HEADS = public(RebalancedHead)

@@ -42,15 +42,12 @@ from sklearn.utils.validation import has_fit_parameter
 
 from sklearn_medimb import (
     AMIMVEncoder,
-    CSSNClassifier,
-    LMDClassifier,
-    MetricTwoStageClassifier,
     SoftmaxClassifier,
     SPMixSampler,
 )
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.rebalance import RebalancedHead
-from tests.estimators import PUBLIC
+from tests.estimators import PUBLIC, SUPERVISED
 from tests.helpers import make_blobs
 
 try:
@@ -723,10 +720,7 @@ def test_no_pair_is_absent():
             assert all(name in names for names in met.values()), name
 
 
-EACH = pytest.mark.parametrize(
-    "Classifier",
-    [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, LMDClassifier],
-)
+EACH = pytest.mark.parametrize("Classifier", SUPERVISED.values(), ids=SUPERVISED)
 
 
 @pytest.fixture

@@ -21,8 +21,6 @@ from sklearn.base import BaseEstimator
 
 from sklearn_medimb import (
     CSSNClassifier,
-    LMDClassifier,
-    MetricTwoStageClassifier,
     SoftmaxClassifier,
     SPMixSampler,
 )
@@ -31,6 +29,7 @@ from sklearn_medimb._data.layout import infer_layout
 from sklearn_medimb._data.rows import group_codes, validation_split
 from sklearn_medimb._data.rows import resample as resample_with_origin
 from sklearn_medimb.backbones import ConvNet
+from tests.estimators import SUPERVISED
 
 
 def rng(seed=0):
@@ -350,9 +349,7 @@ def tiny(cls=SoftmaxClassifier, **params):
     return cls(ConvNet((4, 8)), max_epochs=1, augment="none", **params)
 
 
-@pytest.mark.parametrize(
-    "cls", [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, LMDClassifier]
-)
+@pytest.mark.parametrize("cls", SUPERVISED.values(), ids=SUPERVISED)
 @pytest.mark.parametrize("sampler", [RandomOverSampler(), SMOTE(k_neighbors=2)])
 @pytest.mark.parametrize("grouped", [False, True])
 def test_no_validation_image_is_trained_on(cls, sampler, grouped, monkeypatch):
@@ -363,10 +360,10 @@ def test_no_validation_image_is_trained_on(cls, sampler, grouped, monkeypatch):
     groups = np.arange(60) // 2 if grouped else None
     trained, validated = [], []
 
-    def batches_of(self, train, **common):
+    def batches_of(self, train, context):
         trained.append(train.images.rows(train.rows)[:, 0, 0, 0].numpy())
         counts.append(np.bincount(train.y))
-        return make_batches(self, train, **common)
+        return make_batches(self, train, context)
 
     def scorer(estimator, X, y):
         validated.append(X[:, 0, 0])

@@ -19,7 +19,6 @@ from skorch.callbacks import Callback, EarlyStopping, Freezer
 from sklearn_medimb import (
     CSSNClassifier,
     LMDClassifier,
-    MetricTwoStageClassifier,
     SoftmaxClassifier,
 )
 from sklearn_medimb._machine.runtime import has_native_bf16, resolve_precision
@@ -28,12 +27,10 @@ from sklearn_medimb._training.net import SCHEDULES, learning_rate_factor
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import ConvNet
+from tests.estimators import SUPERVISED
 from tests.helpers import CrashAfter, EpochsRun, make_blobs
 
-EACH = pytest.mark.parametrize(
-    "Classifier",
-    [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, LMDClassifier],
-)
+EACH = pytest.mark.parametrize("Classifier", SUPERVISED.values(), ids=SUPERVISED)
 CPU = torch.device("cpu")
 
 
