@@ -26,6 +26,7 @@ from sklearn_medimb import (
 from sklearn_medimb._data.images import read_images
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.datasets import DatasetImages, MappedImages
+from tests.estimators import IMAGE_ESTIMATORS
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (12, 8, 9), dtype=np.uint8)
@@ -46,6 +47,8 @@ SHARED = {
 def make(cls=SoftmaxClassifier, **params):
     if cls is CSSNClassifier:
         params = {"n_tokens": 4, **params}
+    if cls is AMIMVClassifier:
+        params = {"pretrain": None, "fine_tune": True, **params}
     return cls(**{**SHARED, **params})
 
 
@@ -683,9 +686,7 @@ ASKS = ("predict", "predict_proba", "decision_function", "transform")
 
 
 @pytest.mark.parametrize("container", ["array", "lazy", "mapped"])
-@pytest.mark.parametrize(
-    "cls", [SoftmaxClassifier, CSSNClassifier, MetricTwoStageClassifier, SSLEncoder]
-)
+@pytest.mark.parametrize("cls", IMAGE_ESTIMATORS.values(), ids=IMAGE_ESTIMATORS)
 def test_absurd_pixel_is_named(cls, container):
     clf = fitted(cls)
     for value in (3e38, -3e38, 1e30):

@@ -12,7 +12,7 @@ from torch import nn
 from sklearn_medimb import CSSNClassifier, SoftmaxClassifier, SPMixClassifier, SSLEncoder
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.persistence import save
-from tests.conftest import make_blobs
+from tests.helpers import make_blobs
 
 X, Y = make_blobs()
 SMALL = {
