@@ -15,7 +15,7 @@ from sklearn_medimb.metrics._intervals import (
     scorer_interval,
 )
 from sklearn_medimb.metrics._recalls import ShotRecall, head_tail_gap, shot_recall
-from sklearn_medimb.metrics._score_test import Interval
+from sklearn_medimb.metrics._score_intervals import Interval
 from sklearn_medimb.metrics._scorers import scorer_name, scorers, with_labels
 
 __all__ = [

@@ -28,7 +28,7 @@ from sklearn_medimb.metrics._labels import (
     labels_of,
     refuse_strangers,
 )
-from sklearn_medimb.metrics._score_test import Interval, as_numbers, profile_interval
+from sklearn_medimb.metrics._score_intervals import Interval, as_numbers, profile_interval
 from sklearn_medimb.metrics._scorers import StandIn, scorer_name, scorers, with_labels
 
 # ---------------------------------------------------------------- intervals
@@ -48,7 +48,7 @@ def metric_interval(
     """Confidence interval of a metric, by patients where they are known.
 
     It is a score interval: for a recall Wilson's, [.57, 1] where five of five are found, and the
-    same idea for every other metric (:mod:`sklearn_medimb.metrics._score_test`).
+    same idea for every other metric (:mod:`sklearn_medimb.metrics._score_intervals`).
 
     Parameters
     ----------

@@ -25,14 +25,8 @@ from sklearn_medimb.backbones import MLP, ConvNet, HybridViT, ResNet, ViT
 from sklearn_medimb.datasets import make_lesions
 from sklearn_medimb.losses import LabelLoss, cross_entropy, logit_adjusted
 from sklearn_medimb.methods import Contrast
-from sklearn_medimb.methods._spmix import (
-    MixedOutput,
-    MixedViews,
-    MixingNetwork,
-    Partners,
-    default_layer,
-    pooled,
-)
+from sklearn_medimb.methods._spmix import MixedOutput, MixingNetwork, default_layer
+from sklearn_medimb.methods._spmix_pairs import MixedViews, Partners, pooled
 from sklearn_medimb.methods._tailboost import ContrastLoss, gpaco_loss, supcon_with_memory
 from sklearn_medimb.metric_losses import supcon
 from sklearn_medimb.mixing import spmix_ratio
