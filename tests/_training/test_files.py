@@ -102,7 +102,10 @@ def test_what_a_killed_save_left_is_removed_and_a_living_one_s_stays(fitted, tmp
     for writer in writers:
         writer.start()
     try:
+        until = time.monotonic() + 60
         while len(list(tmp_path.rglob("of a library"))) < 2:
+            assert all(writer.is_alive() for writer in writers)
+            assert time.monotonic() < until
             time.sleep(0.01)
         writers[0].kill()
         writers[0].join()
