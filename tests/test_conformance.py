@@ -269,7 +269,7 @@ class StacksLists(Mutant):
     breaks: ClassVar[str] = "check_lists_that_mix_scales"
 
     def _read(self, X, *, reset=False):
-        return super()._read(np.stack(X) if isinstance(X, list) else X, reset=reset)
+        return super()._read(np.stack(X) / 300 if isinstance(X, list) else X, reset=reset)
 
 
 class Materialises(Mutant):
@@ -471,7 +471,7 @@ class StacksListsOfImages(BrokenSampler):
     breaks: ClassVar[str] = "check_sampler_lists_that_mix_scales"
 
     def fit_resample(self, X, y, **params):
-        return super().fit_resample(np.stack(X), y, **params)
+        return super().fit_resample(np.stack(X) / 300, y, **params)
 
 
 class StacksLazyImages(BrokenSampler):

@@ -325,7 +325,7 @@ def one_column(X: Any) -> Any:
         If the table has further columns.
     """
     is_array = isinstance(X, np.ndarray) and X.dtype.kind == "O"
-    if getattr(X, "ndim", 0) != 2 or not len(X) or not (is_array or hasattr(X, "iloc")):
+    if getattr(X, "ndim", 0) != 2 or not (is_array or hasattr(X, "iloc")) or not len(X):
         return X
     first = X[0] if is_array else [X.iloc[0, k] for k in range(X.shape[1])]
     holding = [k for k, entry in enumerate(first) if is_image(entry) or isinstance(entry, list)]

@@ -124,7 +124,7 @@ class Trains(KeepsWeights):
         n_steps = sum(stage.n_epochs * stage.steps_per_epoch for stage in stages)
         left = trunk.statistics_left(n_steps) if self._brings_weights else 0.0
         yield
-        if left < 0.05:
+        if left < 0.05 or not n_steps:  # without a step the network is wanted as it is
             return
         layer, size = misfit(trunk, train.images, train.rows, self._preprocessor())
         if size > MISFIT:

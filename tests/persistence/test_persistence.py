@@ -260,6 +260,7 @@ def test_values_of_every_kind_come_back():
             assert one.flags.f_contiguous == other.flags.f_contiguous
 
 
+@pytest.mark.filterwarnings("ignore:SoftmaxClassifier takes y = -1.0 for a class")
 @pytest.mark.parametrize("labels", [["b", "a", "c"], [True, False, True], [7.0, -1.0, 3.0]])
 def test_labels_of_every_kind_come_back(labels, tmp_path):
     y = np.array(labels)[Y]
