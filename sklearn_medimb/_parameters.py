@@ -171,39 +171,60 @@ class Declaring:
     _texts: ClassVar[dict[str, str]] = {}
     _parameter_constraints: ClassVar[dict[str, list[Any]]]
     _search_space: ClassVar[dict[str, Any]]
+    # What the body of a class itself says.
+    _own: ClassVar[dict[str, Any]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own, attributes = _declarations(cls)
-        for name in (*own, *attributes):
+        _refuse_mixins(cls)
+        cls._own = _declarations(cls)
+        for name in cls._own:
             delattr(cls, name)
-        inherited = _inherited(cls, "_declared")
-        if any(declared.positional for declared in own.values()):
-            inherited = {k: replace(v, positional=False) for k, v in inherited.items()}
-        cls._declared = inherited | own
-        cls._learned = _inherited(cls, "_learned") | attributes
+        cls._declared, cls._learned = {}, {}
+        for base in reversed(cls.__mro__):  # the nearest class has the last word, as in Python
+            own = vars(base).get("_own", {})
+            parameters = {k: v for k, v in own.items() if isinstance(v, Parameter)}
+            if any(declared.positional for declared in parameters.values()):
+                cls._declared = {k: replace(v, positional=False) for k, v in cls._declared.items()}
+            cls._declared |= parameters
+            cls._learned |= {k: v for k, v in own.items() if isinstance(v, Learned)}
         constraints = {k: list(v.allowed) for k, v in cls._declared.items()}
         ranges = {k: v.search for k, v in cls._declared.items() if v.search is not None}
         # A class with a constructor of its own may have tables of its own, as scikit-learn does.
         cls._parameter_constraints = constraints | vars(cls).get("_parameter_constraints", {})
         cls._search_space = ranges | vars(cls).get("_search_space", {})
+        written = sorted(k for k, v in cls._own.items() if isinstance(v, Parameter))
         if hasattr(cls.__init__, "made") or cls.__init__ is object.__init__:
             cls.__init__ = _constructor(cls)  # type: ignore[method-assign]
-        elif own and "__init__" not in vars(cls):
+        elif written and "__init__" not in vars(cls):
             raise TypeError(
-                f"{cls.__name__} declares {sorted(own)}, but the constructor that it inherits is "
+                f"{cls.__name__} declares {written}, but the constructor that it inherits is "
                 "written by hand and takes other parameters: write one here too."
             )
-        cls._texts = _inherited(cls, "_texts")
+        own_texts = _own_texts(cls)
+        cls._texts = _known(cls, "_texts") | own_texts
         if vars(cls).get("__doc__"):
             cls.__doc__ = _documented(cls)
 
 
-def _inherited(cls: type, what: str) -> dict[str, Any]:
-    return {k: v for base in reversed(cls.__mro__[1:]) for k, v in vars(base).get(what, {}).items()}
+def _known(cls: type, table: str) -> dict[str, Any]:
+    """What the classes above say."""
+    above = reversed(cls.__mro__[1:])
+    return {k: v for base in above for k, v in vars(base).get(table, {}).items()}
 
 
-def _declarations(cls: type) -> tuple[dict[str, Parameter], dict[str, Learned]]:
+def _refuse_mixins(cls: type) -> None:
+    """Refuse declarations in classes that nothing reads them from."""
+    for base in cls.__mro__[1:]:
+        declares = [k for k, v in vars(base).items() if isinstance(v, (Parameter, Learned))]
+        if declares:
+            raise TypeError(
+                f"{base.__name__}, a base of {cls.__name__}, declares {declares}, but is no "
+                "subclass of Declaring."
+            )
+
+
+def _declarations(cls: type) -> dict[str, Any]:
     """Parameters and fitted attributes that the body of a class declares.
 
     Raises
@@ -211,39 +232,51 @@ def _declarations(cls: type) -> tuple[dict[str, Parameter], dict[str, Learned]]:
     TypeError
         If an entry looks like a parameter and would silently be none.
     """
-    known = _inherited(cls, "_declared")
-    body, parameters, attributes = vars(cls), {}, {}
-    annotations = inspect.get_annotations(cls)
-    for name, value in body.items():
-        if isinstance(value, Learned):
-            attributes[name] = value
-        elif isinstance(value, Parameter) or (name in annotations and _is_field(annotations, name)):
-            if name not in annotations:
+    known = _known(cls, "_own")
+    found: dict[str, Any] = {}
+    annotations = _annotations(cls)
+    for name, value in vars(cls).items():
+        place, is_field = (
+            f"{cls.__name__}.{name}",
+            name in annotations and _is_field(annotations[name]),
+        )
+        if isinstance(value, (Parameter, Learned)):
+            if not is_field or name.startswith("_"):
+                raise TypeError(f"{place} needs a public name and a type: name: Any = ...")
+            found[name] = value
+        elif isinstance(known.get(name), Parameter):
+            if not is_field:
                 raise TypeError(
-                    f"{cls.__name__}.{name} needs a type: {name}: Any = parameter(...)."
+                    f"{place} = {value!r} would change nothing: write {name}: "
+                    f"{type(value).__name__} = ... for another default."
                 )
-            like = known.get(name, Parameter(None))
-            declared = value if isinstance(value, Parameter) else replace(like, default=value)
-            parameters[name] = declared
-        elif name in known and not callable(value) and not isinstance(value, property):
+            found[name] = replace(known[name], default=value)
+        elif is_field and not name.startswith("_"):
             raise TypeError(
-                f"{cls.__name__}.{name} = {value!r} would change nothing: write {name}: "
-                f"{type(value).__name__} = {value!r} for another default."
+                f"{place} = {value!r} is no parameter so far: write parameter(..., default="
+                f"{value!r}), or ClassVar for its type."
             )
-    for name in annotations:
-        if name not in body and _is_field(annotations, name):
+    for name, kind in annotations.items():
+        if name not in vars(cls) and _is_field(kind) and not name.startswith("_"):
             raise TypeError(
                 f"{cls.__name__}.{name} has a type but no value: write parameter(...), "
                 "learned(...), or ClassVar[...]."
             )
-    return parameters, attributes
+    return found
 
 
-def _is_field(annotations: dict[str, Any], name: str) -> bool:
-    kind = annotations[name]
+def _annotations(of: Any) -> dict[str, Any]:
+    """Annotations, as texts where Python 3.14 would evaluate them now."""
+    try:
+        from annotationlib import Format, get_annotations
+    except ImportError:
+        return inspect.get_annotations(of)
+    return get_annotations(of, format=Format.STRING)
+
+
+def _is_field(kind: Any) -> bool:
     text = kind if isinstance(kind, str) else ""
-    is_class_variable = "ClassVar" in text or kind is ClassVar or get_origin(kind) is ClassVar
-    return not is_class_variable and not name.startswith("_")
+    return not ("ClassVar" in text or kind is ClassVar or get_origin(kind) is ClassVar)
 
 
 def _ordered(cls: type[Declaring]) -> list[tuple[str, Parameter]]:
@@ -292,13 +325,8 @@ def _documented(cls: type[Declaring]) -> str:
     """
     head, *parts = _SECTION.split(inspect.cleandoc(vars(cls)["__doc__"]))
     sections = dict(zip(parts[::2], parts[1::2], strict=True))
-    own = _entries(sections.pop("Parameters", "")) | _entries(sections.pop("Attributes", ""))
-    if unknown := own.keys() - cls._declared.keys() - cls._learned.keys():
-        raise TypeError(
-            f"The docstring of {cls.__name__} describes {sorted(unknown)}, which no class body "
-            "declares."
-        )
-    cls._texts |= own
+    for title in ("Parameters", "Attributes"):
+        sections.pop(title, None)
     texts, parameters = cls._texts, []
     for name, p in _ordered(cls):
         kind = f"{p.kind or _kind(p.allowed)}, default={_shown(p.default)}"
@@ -312,13 +340,28 @@ def _documented(cls: type[Declaring]) -> str:
     )
 
 
+def _own_texts(cls: type[Declaring]) -> dict[str, str]:
+    """Texts of parameters and fitted attributes in the docstring of a class."""
+    _, *parts = _SECTION.split(inspect.cleandoc(vars(cls).get("__doc__") or ""))
+    sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    own = _entries(sections.get("Parameters", "")) | _entries(sections.get("Attributes", ""))
+    if unknown := own.keys() - cls._declared.keys() - cls._learned.keys():
+        raise TypeError(
+            f"The docstring of {cls.__name__} describes {sorted(unknown)}, which no class body "
+            "declares."
+        )
+    return own
+
+
 def _entries(section: str) -> dict[str, str]:
     """Text of each entry of a section; types and defaults, which are known, are left out."""
     entries: dict[str, list[str]] = {}
+    lines: list[str] = []
     for line in section.splitlines():
         if line.strip() and not line[0].isspace():
-            entries[line.split(" :")[0].strip()] = lines = []
-        elif entries:
+            lines = []
+            entries |= {name.strip(): lines for name in line.split(":")[0].split(",")}
+        else:
             lines.append(line)
     return {name: inspect.cleandoc("\n".join(["", *lines])) for name, lines in entries.items()}
 
@@ -335,7 +378,7 @@ def _properties(cls: type) -> list[str]:
         found |= {k: v for k, v in members.items() if k.endswith("_") and not k.startswith("_")}
     entries = []
     for name, member in found.items():
-        kind = str(inspect.get_annotations(member.fget).get("return", "object"))  # type: ignore[arg-type]
+        kind = str(_annotations(member.fget).get("return", "object"))
         entries.append(_entry(name, kind.replace("np.", ""), (member.__doc__ or "").strip()))
     return entries
 

@@ -220,7 +220,13 @@ class LabelLoss(nn.Module):
     def forward(self, logits: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
         """Loss of one batch."""
         constants = () if self.constants is None else (self.constants,)
-        return (mass * self.next_weight() * self.costs(logits, *constants)).sum() / len(logits)
+        costs = self.costs(logits, *constants)
+        if costs.shape != logits.shape:
+            raise ValueError(
+                f"A loss must give the cost of each sample under each label, shape "
+                f"{tuple(logits.shape)}, but gave {tuple(costs.shape)}."
+            )
+        return (mass * self.next_weight() * costs).sum() / len(logits)
 
     def next_weight(self) -> torch.Tensor:
         """Class weights of the next step, which is counted."""

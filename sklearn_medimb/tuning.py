@@ -45,7 +45,7 @@ def search_space(estimator: Any) -> dict[str, BaseDistribution]:
     """Ranges in which to search the hyperparameters of an estimator.
 
     The parameters of a space go together in any combination and suit SQLite. Some matter only
-    beside a certain value of another (`focal_gamma` with ``loss="focal"``): drop what a study need
+    beside a certain value of another (`mixup_alpha` with ``mixup="mixup"``): drop what a study need
     not try, ``del space["loss"]``, or add to it, as to any dict.
 
     Parameters

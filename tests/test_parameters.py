@@ -156,7 +156,7 @@ def test_bodies_that_cannot_mean_what_they_say_are_refused():
         class Plain(Base):
             rate = 2.0
 
-    with pytest.raises(TypeError, match=r"Untyped.size needs a type"):
+    with pytest.raises(TypeError, match=r"Untyped.size needs a public name and a type"):
 
         class Untyped(Base):
             size = parameter(at_least(0), default=1)
@@ -191,13 +191,43 @@ def test_class_variables_methods_and_private_names_are_no_parameters():
     assert set(Other().get_params()) == {"trunk", "rate", "seed"}
 
 
-def test_a_plain_default_with_a_type_is_a_parameter_without_constraint():
-    class Free(Base):
-        extra: float = 0.5
+def test_a_misspelt_default_is_refused():
+    with pytest.raises(TypeError, match=r"Free.rtae = 0.5 is no parameter so far"):
 
-    assert Free(extra=2).extra == 2
-    assert Free().get_params()["extra"] == 0.5
-    assert Free._parameter_constraints["extra"] == ["no_validation"]
+        class Free(Base):
+            rtae: float = 0.5
+
+
+@pytest.mark.parametrize(
+    "value", [len, dict, property(lambda self: 1), lambda self: 1], ids=["call", "type", "p", "f"]
+)
+def test_nothing_of_the_name_of_a_parameter_is_dropped(value):
+    with pytest.raises(TypeError, match=r"Other.rate = .* would change nothing"):
+        type("Other", (Base,), {"rate": value})
+
+
+def test_declarations_outside_of_a_declaring_class_are_refused():
+    class Mixin:
+        c: int = parameter(integers(0), default=4)
+
+    with pytest.raises(TypeError, match=r"Mixin, a base of Mixed, declares \['c'\]"):
+
+        class Mixed(Mixin, Base):
+            pass
+
+
+def test_the_nearest_class_has_the_last_word():
+    class Other(Base):
+        rate: float = 9.0
+
+    class Third(Base):
+        width: int = parameter(integers(0), default=1)
+
+    class Both(Third, Other):
+        pass
+
+    assert Both().rate == 9.0
+    assert Both().width == 1
 
 
 def test_constructors_written_by_hand_are_kept():

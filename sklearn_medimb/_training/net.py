@@ -109,6 +109,7 @@ class Net(NeuralNet):
     """
 
     schedule: str | None = None
+    steps_per_epoch = 0
     stage = ""
     last_criterion: dict[str, Any] | None = None
     stage_forward: Callable[[nn.Module, Any], Any] | None = None
@@ -348,7 +349,7 @@ class Net(NeuralNet):
             self.history.record("stage", self.stage)
         self.module_.trunk.keep_frozen()  # a callback may freeze layers, or thaw them
         totals: dict[str, Any] = {}
-        count = 0
+        count = n_steps = 0
         state = _State(self.module_, self.criterion_)
         for batch in iterator:
             self.criterion_.before_step(self.module_)
@@ -360,8 +361,15 @@ class Net(NeuralNet):
             for name, value in terms.items():
                 totals[name] = totals.get(name, 0.0) + value.detach() * len(batch[1])
             count += len(batch[1])
+            n_steps += 1
             self.criterion_.after_step(self.module_)
             self.notify("on_batch_end", batch=batch, training=training, **step)
+        if n_steps != self.steps_per_epoch:
+            raise ValueError(
+                f"An epoch has {n_steps} batches, where the learning rate was planned for "
+                f"{self.steps_per_epoch}: let _steps_per_epoch say how many there are, and batches "
+                "begin anew each time that they are iterated."
+            )
         distributed.average_buffers(self.module_)
         distributed.average_buffers(self.criterion_)
         for name, total in totals.items():

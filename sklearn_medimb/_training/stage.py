@@ -37,6 +37,13 @@ class Stage:
     optimizer: dict[str, Any] | None = None
     validated: bool = True
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.criterion, Criterion):
+            raise TypeError(
+                f"A stage minimises a sklearn_medimb.base.Criterion, not a "
+                f"{type(self.criterion).__name__}: let its class inherit from it."
+            )
+
 
 @dataclass
 class TrainingSet:

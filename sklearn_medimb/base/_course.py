@@ -87,6 +87,7 @@ class Trains(KeepsWeights):
         stage.criterion.start_from(net.module_)
         distributed.share_weights(net.module_)
         distributed.share_weights(net.criterion_)
+        net.steps_per_epoch = stage.steps_per_epoch
         n_steps = stage.n_epochs * stage.steps_per_epoch
         net.start_schedule(stage.lr_schedule, n_steps, stage.lr, stage.optimizer, stage.backbone_lr)
         if optimizer is not None:

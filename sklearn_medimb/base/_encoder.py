@@ -18,7 +18,7 @@ from sklearn_medimb._data.batches import Batches, Context
 from sklearn_medimb._data.labels import is_mark, label_column
 from sklearn_medimb._data.plans import n_batches, shuffled
 from sklearn_medimb._data.rows import missing_entries
-from sklearn_medimb._parameters import integers, learned, one_of, parameter
+from sklearn_medimb._parameters import integers, learned, parameter
 from sklearn_medimb._training.monitors import Monitor
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb._training.objectives import Objective, encode
@@ -78,7 +78,6 @@ class BaseImageEncoder(BaseImageEstimator):
     """
 
     projection_dim: int = parameter(integers(1), default=128, search=(64, 512, "log"))
-    max_epochs: Any = parameter(integers(1), one_of("auto"), default="auto")
     batch_size: int = parameter(integers(2), default=128, search=(32, 256, "log"))
     weight_decay: float = 1e-4
     augment: Any = parameter(

@@ -82,6 +82,7 @@ class BaseImageEstimator(Trains):
         raise NotImplementedError
 
     def _steps_per_epoch(self, n_samples: int) -> int:
+        """Batches of an epoch, for the schedule of the learning rate."""
         return n_batches(n_samples, self.batch_size)
 
     def _images_per_step(self, n_samples: int) -> int:

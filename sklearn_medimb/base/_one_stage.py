@@ -51,10 +51,11 @@ class OneStageClassifier(BaseImageClassifier):
     ----------
     loss
         By name, with its defaults, or an object of :mod:`sklearn_medimb.losses`, whose parameters
-        are searchable, such as ``loss__gamma`` of ``FocalLoss()``. "class_balanced": cross-entropy
-        weighted by effective numbers; "ldam": label-distribution-aware margins on a cosine head,
-        with deferred re-weighting; "balanced_softmax" is "logit_adjusted". A callable of one's own
-        maps (logits (n, K), labels (n,), class counts (K,)) to n costs.
+        are searchable, such as ``loss__gamma`` of ``FocalLoss()``. "focal": easy samples pay less;
+        "class_balanced": cross-entropy weighted by effective numbers; "ldam":
+        label-distribution-aware margins on a cosine head, with deferred re-weighting;
+        "balanced_softmax" and "logit_adjusted" are one. A callable of one's own maps (logits (n,
+        K), labels (n,), class counts (K,)) to n costs.
     class_weight
         Weights of the classes, on top of `loss`; only their ratios matter.
     post_hoc_tau

@@ -210,7 +210,6 @@ class SharedParameters(
 
 
 # Any fitted estimator of the package can be the start of another one.
-_BACKBONE = SharedParameters._declared["backbone"]
-SharedParameters._declared["backbone"] = replace(
-    _BACKBONE, allowed=(*_BACKBONE.allowed, SharedParameters)
-)
+_START = SharedParameters._own["backbone"]
+SharedParameters._own["backbone"] = replace(_START, allowed=(*_START.allowed, SharedParameters))
+SharedParameters._parameter_constraints["backbone"].append(SharedParameters)

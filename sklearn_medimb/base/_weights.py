@@ -96,7 +96,7 @@ class KeepsWeights(MakesNetworks):
 
     @property
     def weights_(self) -> dict[str, np.ndarray]:
-        """All arrays that predictions come from, by name: what safetensors stores in one call."""
+        """Arrays behind predictions by name, but for a head of another package; can be set."""
         check_is_fitted(self)
         extra = {name: np.array(getattr(self, name), order="C") for name in self._inference_arrays}
         return {**self._network_weights(), **extra}

@@ -198,11 +198,8 @@ class AMIMVEncoder(BaseImageEncoder):
     Of AMIMV the abstract is known: asymmetric augmentation builds multi-image multi-view pairs.
     Fusion, projector, thresholds, temperature and momentum are those of MIMV's code; its loss is
     repaired (self-similarity is left out once, not twice). Crops, colours and schedule are ours.
-    Which pairing, thresholds and momentum matters little: on validation rows of two sets
-    (``benchmarks/pretraining.py --study defaults``, two seeds) a linear head on a tenth and on all
-    labels scored, as mean balanced accuracy, .599 and .716 with the defaults, .599 and .712 with a
-    momentum of .99; with that, "mimv" .585 and .716, "source_target" .603 and .715, "weak_strong"
-    .578 and .720, no thresholds .579 and .723. SimCLR had .613 and .726.
+    Which pairing, thresholds and momentum matters little (``benchmarks/pretraining.py --study
+    defaults``); SimCLR is slightly ahead there.
     A classifier of any kind begins with a fitted encoder by ``backbone=encoder``, or trains one
     first by ``pretrain="amimv"``.
     After unpickling, ``partial_fit`` goes on with a new projector: only the encoder is stored.
@@ -346,6 +343,11 @@ class AMIMVClassifier(TwoStageClassifier):
         :class:`~sklearn_medimb.SSLEncoder`, which lends its parameters (but for backbone, device
         and input). A fitted encoder is taken as it is, here or as `backbone`; None leaves the
         backbone as given.
+    class_weight
+        Weights of the classes in fine-tuning, by their ratios; a dict also reaches heads that take
+        one.
+    batch_size
+        Labelled images per step.
     head
         What classifies the features: a head by name, as in
         :class:`~sklearn_medimb.MetricTwoStageClassifier`, or any scikit-learn classifier.
@@ -384,11 +386,7 @@ class AMIMVClassifier(TwoStageClassifier):
     (5,)
     """
 
-    pretrain: Any = parameter(
-        *TwoStageClassifier._parameter_constraints["pretrain"],
-        default="amimv",
-        kind="str, encoder or None",
-    )
+    pretrain: Any = "amimv"
     head: Any = parameter(
         str,
         HasMethods(["fit", "predict"]),

@@ -134,9 +134,9 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         "balanced" adds a P x K batch to each step, P K more images; "shared" puts the metric loss
         on the instance batch, where rare classes seldom meet.
     p_classes
-        P, at most the number of classes.
+        P of the P x K batches: classes in each, at most all.
     k_samples
-        K.
+        K of the P x K batches: images of each class.
     rebalance
         Stage two: "crt", "lws", "tau_norm", "ncm", "balanced_softmax", "logit_adjust", "virtual",
         "none", a head of :mod:`sklearn_medimb.rebalance`, or any scikit-learn classifier. The

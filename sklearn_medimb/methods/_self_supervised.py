@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sklearn_medimb._parameters import above, integers, one_of, parameter, within
+from sklearn_medimb._parameters import above, one_of, parameter, within
 from sklearn_medimb._training.momentum import KeyQueue
 from sklearn_medimb._training.objectives import EncodedViews, Objective, perceptron
 from sklearn_medimb._training.views import Views
@@ -263,7 +263,6 @@ class SSLEncoder(BaseImageEncoder):
     """
 
     method: str = parameter(one_of(*METHODS), default="simclr", search=True, positional=True)
-    projection_dim: int = parameter(integers(1), default=128, search=(64, 512, "log"))
     temperature: float = parameter(above(0), default=0.2, search=(0.05, 1.0, "log"))
     momentum: float = parameter(within(0, 1), default=0.99, search=(0.9, 0.999))
 

@@ -225,6 +225,8 @@ class SPMixClassifier(OneStageClassifier):
         :class:`~sklearn_medimb.methods.Contrast`: supervised contrastive loss [3]_, or GPaCo [4]_,
         where class centres, corrected by class frequency, and samples share one softmax. "gpaco"
         takes the place of `loss`.
+    batch_size
+        Images per step; with contrast at least 2.
     loss
         As in :class:`~sklearn_medimb.SoftmaxClassifier`; class frequencies in it are those of the
         bases, which are equal with ``pairing="paper"``.
@@ -245,13 +247,10 @@ class SPMixClassifier(OneStageClassifier):
     flips and warps as their images (an augmentation of one's own must name its draws as
     :class:`~sklearn_medimb.augment.Augmentation` does). There is no ``sample_weight`` and no
     ``partial_fit``: bases are drawn by class.
-    Measured on synthetic lesions (``benchmarks/spmix_lesions.py``, five seeds): class-balanced
-    batches .689, with SPMix .707, with ``polarity="dark"``, which suits lesions darker than their
-    surround, .718; on fainter shapes on textured skin .609 and .607, where one share per image has
-    .578 and cross-entropy .637. The first to the fourth stage of a conv net scored .68, .68, .69,
-    .70 (two seeds, within their spread). On real images (``benchmarks/spmix_real.py``) it is level
-    with class-balanced batches alone: .653 and .660; with the published pairing .640, mixing images
-    .639, with GPaCo from random weights .599. cap and floor were not tuned.
+    On synthetic lesions (``benchmarks/spmix_lesions.py``) it gains a little on class-balanced
+    batches, more with ``SaliencyMap(polarity="dark")``, which suits lesions darker than their
+    surround; on real images (``benchmarks/spmix_real.py``) it is level with them. cap and floor
+    were not tuned.
     Images are clipped to their quantiles of 0.5 % and 99.5 % before their maps are computed, so
     that a finding that covers less stands out less than in :class:`SaliencyMap` of uint8 images.
     Where the layer has a single patch, the share is the floor everywhere: plain mixup.

@@ -151,9 +151,9 @@ class SPMixSampler(CheckedOverSampler):
     The paper does not name its saliency detector. Fine-grained saliency fits its wording and the
     published statistics of its maps; on synthetic lesions it separates lesion from background,
     which the spectral residual does not.
-    Measured there with five seeds (``benchmarks/spmix_lesions.py``): a floor of 0.5 and half of the
-    new images unmixed are better than a floor of 0 (by .05) and mixing all (by .06); saliency is
-    better than random shares (by .01 to .02); oversampling without mixing is as good.
+    There (``benchmarks/spmix_lesions.py``) a floor of 0.5 and half of the new images unmixed are
+    better than a floor of 0 and mixing all; saliency is slightly better than random shares;
+    oversampling without mixing is as good.
 
     References
     ----------

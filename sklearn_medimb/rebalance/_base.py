@@ -64,7 +64,7 @@ class Scale:
         self.std = np.where(constant, 1.0, np.sqrt(variance))
 
     def apply(self, X: np.ndarray) -> np.ndarray:
-        """Standardise."""
+        """Bring features to mean 0 and deviation 1."""
         return (X - self.mean) / self.std
 
     def undo(self, head: Linear) -> Linear:

@@ -476,7 +476,7 @@ def test_first_of_several_non_finite_rows_is_named():
 
 def test_sum_beyond_the_range_is_not_infinity():
     array = np.full((5, 6, 7), 1.7e308)
-    with pytest.raises(ValueError, match="size 1.7e.308 in row 0"):
+    with pytest.raises(ValueError, match=r"size 1.7e\+308 in row 0"):
         read_images(BaseEstimator(), array, reset=True, float_dtype=np.float64)
 
 

@@ -19,7 +19,7 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from sklearn_medimb import SoftmaxClassifier, SPMixClassifier
 from sklearn_medimb.backbones import MLP, ConvNet
-from sklearn_medimb.losses import FocalLoss
+from sklearn_medimb.losses import FocalLoss, Loss
 from sklearn_medimb.onnx import export_onnx
 from sklearn_medimb.persistence import load, save
 from sklearn_medimb.tuning import search_space, suggest
@@ -44,8 +44,9 @@ def imported(name, source, tmp_path):
 def page(tmp_path_factory):
     """Modules of the page's first and second piece of code."""
     folder = tmp_path_factory.mktemp("page")
-    names = ["page_function", "page_class"]
-    yield [imported(*pair, folder) for pair in zip(names, BLOCKS, strict=False)]
+    names = ["page_function", "page_class", "page_more"]
+    blocks = [BLOCKS[0], BLOCKS[1], BLOCKS[-1]]
+    yield [imported(*pair, folder) for pair in zip(names, blocks, strict=True)]
     for name in names:
         del sys.modules[name]
 
@@ -75,7 +76,7 @@ def test_its_loss_is_the_formula(page):
 
 def test_function_object_and_class_train_alike(page, blobs):
     X, y = blobs
-    function, classes = page
+    function, classes, _ = page
     common = {**SMALL, "max_epochs": 2, "precision": "float64"}
     weight = np.random.default_rng(0).random(len(y))
     fitted = [
@@ -193,3 +194,65 @@ def test_it_is_saved_loaded_and_exported(page, blobs, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (found,) = session.run(["probabilities"], {"images": X.astype(np.float32)})
     np.testing.assert_allclose(found, clf.predict_proba(X), rtol=1e-4, atol=1e-5)
+
+
+def test_more_than_a_loss(page, blobs):
+    X, y = blobs
+    more = page[2]
+    balanced = more.BalancedBatches(**SMALL, max_epochs=2).fit(X, y)
+    np.testing.assert_allclose(balanced.class_prior_, [1 / 3] * 3)
+    plain = SoftmaxClassifier(**SMALL, max_epochs=2).fit(X, y)
+    assert not np.allclose(balanced.predict_proba(X), plain.predict_proba(X))
+    free, short = (
+        more.ShortFeaturesClassifier(**SMALL, max_epochs=5, lr=1e-2, penalty=p).fit(X, y)
+        for p in (0.0, 1.0)
+    )
+    assert {"train_label", "train_length"} <= free.history_[-1].keys()
+    assert short.history_[-1]["train_length"] < free.history_[-1]["train_length"]
+    assert (short.transform(X) ** 2).mean() < (free.transform(X) ** 2).mean()
+
+
+class Unannounced(SoftmaxClassifier):
+    """Twice as many batches as the schedule knows of."""
+
+    def _make_batches(self, train, context):
+        rows = np.arange(len(train.y))
+        return self._label_batches(train, lambda rng: [rows[:10], rows[10:]] * 4, context)
+
+
+class Once(SoftmaxClassifier):
+    """Batches that are there for one epoch."""
+
+    def _make_batches(self, train, context):
+        return iter(list(super()._make_batches(train, context)))
+
+
+class Modular(SoftmaxClassifier):
+    """A criterion of another kind."""
+
+    def _make_criterion(self, train, n_steps):
+        return torch.nn.CrossEntropyLoss()
+
+
+class Short(Loss):
+    """One cost a sample."""
+
+    def costs(self, logits, constants):
+        """Sum over classes."""
+        return logits.sum(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("clf", "error", "message"),
+    [
+        (Unannounced(**SMALL), ValueError, "An epoch has 8 batches, .*planned for 4"),
+        (Once(**SMALL, max_epochs=2), ValueError, "An epoch has 0 batches"),
+        (Modular(**SMALL), TypeError, "A stage minimises a sklearn_medimb.base.Criterion"),
+        (SoftmaxClassifier(**SMALL, loss=Short()), ValueError, "cost of each sample under each"),
+    ],
+    ids=["length", "generator", "criterion", "costs"],
+)
+def test_mistakes_of_authors_are_named(clf, error, message, blobs):
+    with pytest.raises(error, match=message):
+        clf.fit(*blobs)
+    assert not hasattr(clf, "net_")
