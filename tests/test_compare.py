@@ -9,11 +9,13 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MEASURED = {"fit_seconds", "predict_seconds", "peak_mb"}
@@ -54,6 +56,7 @@ def quick(monkeypatch):
 def start(out, *more):
     sys.argv = ["compare.py", "--suite", "quick", "--out", str(out), *more]
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
+    tqdm.set_lock(threading.RLock())  # a process that is killed must not hold this one's
     compare.main()
 
 
