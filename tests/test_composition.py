@@ -40,11 +40,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.semi_supervised import SelfTrainingClassifier
 from sklearn.utils.validation import has_fit_parameter
 
-from sklearn_medimb import (
-    AMIMVEncoder,
-    SoftmaxClassifier,
-    SPMixSampler,
-)
+from sklearn_medimb import AMIMVEncoder, SoftmaxClassifier, SPMixSampler
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.rebalance import RebalancedHead
 from tests.estimators import PUBLIC, SUPERVISED

@@ -13,11 +13,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.utils.validation import check_is_fitted
 from skorch.callbacks import Callback
 
-from sklearn_medimb import (
-    LMDClassifier,
-    MetricTwoStageClassifier,
-    SoftmaxClassifier,
-)
+from sklearn_medimb import LMDClassifier, MetricTwoStageClassifier, SoftmaxClassifier
 from sklearn_medimb._training.callbacks import BestEpoch, SaveCheckpoint, SklearnCallbacks
 from sklearn_medimb._training.net import Net
 from tests.estimators import IMAGE_ESTIMATORS, WITH_ALL_STAGES

@@ -21,11 +21,7 @@ from torch import nn
 
 from sklearn_medimb._data.batches import Batches
 from sklearn_medimb._machine import distributed
-from sklearn_medimb._machine.randomness import (
-    current_draws,
-    may_draw,
-    redirected,
-)
+from sklearn_medimb._machine.randomness import current_draws, may_draw, redirected
 from sklearn_medimb._machine.runtime import is_out_of_memory, noting_interrupts
 from sklearn_medimb._training.callbacks import check_patterns, explain_missing
 from sklearn_medimb._training.network import Trunk

@@ -14,11 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sklearn_medimb._data.batches import image_format
 from sklearn_medimb._machine import distributed
-from sklearn_medimb._machine.randomness import (
-    Draws,
-    current_draws,
-    drawing_from,
-)
+from sklearn_medimb._machine.randomness import Draws, current_draws, drawing_from
 from sklearn_medimb.backbones import as_features
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

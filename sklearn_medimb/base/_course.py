@@ -10,9 +10,7 @@ from typing import Any
 from skorch.callbacks import Callback
 
 from sklearn_medimb._machine import distributed
-from sklearn_medimb._machine.runtime import (
-    is_one_of_many,
-)
+from sklearn_medimb._machine.runtime import is_one_of_many
 from sklearn_medimb._training.callbacks import (
     BestEpoch,
     ProgressBar,

@@ -22,12 +22,7 @@ from sklearn_medimb._data.plans import n_batches
 from sklearn_medimb._machine import distributed
 from sklearn_medimb._machine.fitted import all_or_nothing
 from sklearn_medimb._machine.gpu_queue import ALL_MEMORY, waiting_for_memory
-from sklearn_medimb._machine.randomness import (
-    Draws,
-    drawing_from,
-    make_generator,
-    redirected,
-)
+from sklearn_medimb._machine.randomness import Draws, drawing_from, make_generator, redirected
 from sklearn_medimb._machine.runtime import (
     in_blocks,
     inference_block,
@@ -35,11 +30,7 @@ from sklearn_medimb._machine.runtime import (
     one_thread_in_workers,
     resolve_device,
 )
-from sklearn_medimb._training.callbacks import (
-    BestEpoch,
-    SklearnCallbacks,
-    resolve_callbacks,
-)
+from sklearn_medimb._training.callbacks import BestEpoch, SklearnCallbacks, resolve_callbacks
 from sklearn_medimb._training.checkpoint import Checkpoint, data_digest, fingerprint
 from sklearn_medimb._training.criterion import Criterion
 from sklearn_medimb._training.net import Net

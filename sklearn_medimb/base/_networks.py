@@ -7,20 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sklearn.base import (
-    clone,
-)
+from sklearn.base import clone
 from sklearn.frozen import FrozenEstimator
 from torch import nn
 
 from sklearn_medimb._data.batches import Preprocessor
 from sklearn_medimb._machine.randomness import seeded
-from sklearn_medimb._machine.runtime import (
-    resolve_precision,
-)
-from sklearn_medimb._training.callbacks import (
-    resolve_callbacks,
-)
+from sklearn_medimb._machine.runtime import resolve_precision
+from sklearn_medimb._training.callbacks import resolve_callbacks
 from sklearn_medimb._training.net import Net
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import Backbone, make_backbone

@@ -11,12 +11,8 @@ from skorch.history import History
 
 from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.layout import Layout
-from sklearn_medimb._machine.randomness import (
-    seeded,
-)
-from sklearn_medimb._machine.runtime import (
-    resolve_device,
-)
+from sklearn_medimb._machine.randomness import seeded
+from sklearn_medimb._machine.runtime import resolve_device
 from sklearn_medimb._parameters import array_form
 from sklearn_medimb.base._networks import MakesNetworks
 

@@ -9,11 +9,7 @@ from typing import Any
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.frozen import FrozenEstimator
-from sklearn.metrics import (
-    accuracy_score,
-    check_scoring,
-    get_scorer,
-)
+from sklearn.metrics import accuracy_score, check_scoring, get_scorer
 from sklearn.metrics._scorer import _PassthroughScorer
 from sklearn.pipeline import Pipeline
 from sklearn.utils import check_consistent_length

@@ -7,9 +7,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.metrics import (
-    recall_score,
-)
+from sklearn.metrics import recall_score
 from sklearn.utils import check_consistent_length
 
 from sklearn_medimb.metrics._labels import labels_of

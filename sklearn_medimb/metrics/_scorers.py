@@ -11,11 +11,7 @@ from typing import Any
 import numpy as np
 from imblearn.metrics import geometric_mean_score
 from sklearn.frozen import FrozenEstimator
-from sklearn.metrics import (
-    get_scorer,
-    get_scorer_names,
-    make_scorer,
-)
+from sklearn.metrics import get_scorer, get_scorer_names, make_scorer
 from sklearn.model_selection import FixedThresholdClassifier
 from sklearn.pipeline import Pipeline
 

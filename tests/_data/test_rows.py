@@ -19,11 +19,7 @@ from imblearn.under_sampling import (
 )
 from sklearn.base import BaseEstimator
 
-from sklearn_medimb import (
-    CSSNClassifier,
-    SoftmaxClassifier,
-    SPMixSampler,
-)
+from sklearn_medimb import CSSNClassifier, SoftmaxClassifier, SPMixSampler
 from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.layout import infer_layout
 from sklearn_medimb._data.rows import group_codes, validation_split

@@ -18,12 +18,7 @@ from sklearn.base import clone
 from sklearn.model_selection import cross_val_score
 from skorch.callbacks import Callback, EarlyStopping, EpochScoring, Freezer, Unfreezer
 
-from sklearn_medimb import (
-    CSSNClassifier,
-    LMDClassifier,
-    SoftmaxClassifier,
-    SSLEncoder,
-)
+from sklearn_medimb import CSSNClassifier, LMDClassifier, SoftmaxClassifier, SSLEncoder
 from sklearn_medimb.backbones import ConvNet
 from tests.helpers import make_blobs
 

@@ -16,11 +16,7 @@ from joblib import Parallel, delayed
 from sklearn.metrics import balanced_accuracy_score, log_loss, make_scorer, roc_auc_score
 from skorch.callbacks import Callback, EarlyStopping, Freezer
 
-from sklearn_medimb import (
-    CSSNClassifier,
-    LMDClassifier,
-    SoftmaxClassifier,
-)
+from sklearn_medimb import CSSNClassifier, LMDClassifier, SoftmaxClassifier
 from sklearn_medimb._machine.runtime import has_native_bf16, resolve_precision
 from sklearn_medimb._training.callback_state import WATCHERS
 from sklearn_medimb._training.net import SCHEDULES, learning_rate_factor

@@ -24,11 +24,7 @@ from sklearn.svm import SVC
 from skorch.callbacks import Callback
 from torch import nn
 
-from sklearn_medimb import (
-    ClassifierRetraining,
-    MetricTwoStageClassifier,
-    SoftmaxClassifier,
-)
+from sklearn_medimb import ClassifierRetraining, MetricTwoStageClassifier, SoftmaxClassifier
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.base import Output
 from sklearn_medimb.losses import LabelLoss, cross_entropy

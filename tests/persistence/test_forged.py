@@ -15,12 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from sklearn_medimb import (
-    CSSNClassifier,
-    NearestClassMean,
-    SoftmaxClassifier,
-    SSLEncoder,
-)
+from sklearn_medimb import CSSNClassifier, NearestClassMean, SoftmaxClassifier, SSLEncoder
 from sklearn_medimb.backbones import (
     MLP,
     ConvNet,
