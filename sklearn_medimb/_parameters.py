@@ -323,8 +323,7 @@ def _documented(cls: type[Declaring]) -> str:
 
     The text of each is that of the class which declares it, or of one below that says it anew.
     """
-    head, *parts = _SECTION.split(inspect.cleandoc(vars(cls)["__doc__"]))
-    sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    head, sections = _sections(cls)
     for title in ("Parameters", "Attributes"):
         sections.pop(title, None)
     texts, parameters = cls._texts, []
@@ -340,10 +339,15 @@ def _documented(cls: type[Declaring]) -> str:
     )
 
 
+def _sections(cls: type) -> tuple[str, dict[str, str]]:
+    """What stands before the first section of a class's own docstring, and its sections."""
+    head, *parts = _SECTION.split(inspect.cleandoc(vars(cls).get("__doc__") or ""))
+    return head, dict(zip(parts[::2], parts[1::2], strict=True))
+
+
 def _own_texts(cls: type[Declaring]) -> dict[str, str]:
     """Texts of parameters and fitted attributes in the docstring of a class."""
-    _, *parts = _SECTION.split(inspect.cleandoc(vars(cls).get("__doc__") or ""))
-    sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    _, sections = _sections(cls)
     own = _entries(sections.get("Parameters", "")) | _entries(sections.get("Attributes", ""))
     if unknown := own.keys() - cls._declared.keys() - cls._learned.keys():
         raise TypeError(
