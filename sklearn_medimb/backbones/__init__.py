@@ -22,13 +22,16 @@ from torch import nn
 from sklearn_medimb.backbones._adapters import MonaiBackbone, TimmBackbone
 from sklearn_medimb.backbones._base import (
     Backbone,
+    Start,
     as_features,
     as_tokens,
     check_input_shape,
     pooled_grid,
 )
 from sklearn_medimb.backbones._conv import MLP, ConvNet
+from sklearn_medimb.backbones._efficientnet_lite import EfficientNetLite
 from sklearn_medimb.backbones._resnet import ResNet
+from sklearn_medimb.backbones._stages import pyramid_of, stages_of
 from sklearn_medimb.backbones._vit import HybridViT, ViT
 from sklearn_medimb.backbones._weights import load_weights
 
@@ -37,9 +40,11 @@ __all__ = [
     "MLP",
     "Backbone",
     "ConvNet",
+    "EfficientNetLite",
     "HybridViT",
     "MonaiBackbone",
     "ResNet",
+    "Start",
     "TimmBackbone",
     "ViT",
     "as_features",
@@ -48,6 +53,9 @@ __all__ = [
     "load_weights",
     "make_backbone",
     "pooled_grid",
+    "pyramid_of",
+    "recipe_of",
+    "stages_of",
 ]
 
 #: Name to recipe: each value, called with the recipe's parameters if any, returns it.
@@ -60,6 +68,9 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "vit": ViT,
     "vit_small": ViT.small,
     "hybrid_vit": HybridViT,
+    "efficientnet_lite0": EfficientNetLite,
+    "efficientnet_lite1": partial(EfficientNetLite, 1),
+    "efficientnet_lite2": partial(EfficientNetLite, 2),
 }
 
 _ADAPTERS: dict[str, Callable[[str], Backbone]] = {"monai": MonaiBackbone, "timm": TimmBackbone}
@@ -103,12 +114,10 @@ def make_backbone(
     shape = check_input_shape(input_shape)
     if isinstance(backbone, nn.Module):
         return copy.deepcopy(backbone)
+    is_auto = isinstance(backbone, str) and backbone == "auto"
+    backbone = recipe_of(_auto(shape, n_samples) if is_auto else backbone)
     if isinstance(backbone, Backbone):
         return backbone.build(shape)
-    if isinstance(backbone, str):
-        return _named(_auto(shape, n_samples) if backbone == "auto" else backbone).build(shape)
-    if inspect.isclass(backbone) and issubclass(backbone, Backbone):
-        return _called(backbone, {}).build(shape)
     if inspect.isclass(backbone) and issubclass(backbone, nn.Module):
         offered = {"in_channels": shape[0], "spatial_dims": len(shape) - 1}
         known = inspect.signature(backbone).parameters
@@ -117,6 +126,31 @@ def make_backbone(
         "backbone must be a name, a Backbone, a torch.nn.Module, or a class of either, "
         f"got {backbone!r}."
     )
+
+
+def recipe_of(backbone: Any) -> Any:
+    """Give the recipe that a name or a class stands for.
+
+    Parameters
+    ----------
+    backbone : str, Backbone, torch.nn.Module, or a class of either
+        As in :func:`make_backbone`.
+
+    Returns
+    -------
+    backbone : Backbone or object
+        What is no name or class of a recipe, and "auto", comes back as it is.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, or a class that cannot be called without parameters.
+    """
+    if isinstance(backbone, str) and backbone != "auto":
+        return _named(backbone)
+    if inspect.isclass(backbone) and issubclass(backbone, Backbone):
+        return _called(backbone, {})
+    return backbone
 
 
 def check_described(backbone: Any) -> None:
@@ -133,8 +167,7 @@ def check_described(backbone: Any) -> None:
         If it is a network of MONAI or timm that could fetch something, or has parameters that
         are not plain.
     """
-    if isinstance(backbone, str) and backbone != "auto":
-        backbone = _named(backbone)
+    backbone = recipe_of(backbone)
     if isinstance(backbone, Backbone):
         backbone.check_described()
 

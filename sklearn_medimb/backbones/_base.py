@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch.nn.functional as F
 from sklearn.base import BaseEstimator
@@ -14,6 +14,25 @@ from torch import Tensor, are_deterministic_algorithms_enabled, cat, nn, stack
 from sklearn_medimb.backbones._weights import load_weights
 
 _KINDS = {0: "vectors (d,)", 2: "2-D images (C, H, W)", 3: "3-D images (C, D, H, W)"}
+
+
+class Start(NamedTuple):
+    """What a network was trained on elsewhere, before it comes here.
+
+    Attributes
+    ----------
+    mean, std : tuple of float
+        Of each channel: it expects (x - mean) / std, x on the scale from 0 to 1.
+    image_size : int
+        Side of the images, in pixels.
+    digest : str
+        Which weights these are: their source, and the sha256 of its file.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+    digest: str
 
 
 class Backbone(BaseEstimator):
@@ -31,6 +50,11 @@ class Backbone(BaseEstimator):
 
     spatial_dims: ClassVar[tuple[int, ...]] = (2, 3)
     weights: Any = None
+
+    @property
+    def start(self) -> Start | None:
+        """What the network was trained on; None for random weights and unknown files."""
+        return None
 
     def build(self, input_shape: Sequence[int]) -> nn.Module:
         """Make a network for one kind of input.

@@ -65,7 +65,7 @@ class ResNet(Backbone):
         return _ResNet(channels, spatial, self.depth, stem, check_int(self.width, "width"))
 
 
-class _ResNet(nn.Module):
+class _ResNet(nn.Sequential):
     def __init__(
         self, channels: int, spatial: tuple[int, ...], depth: int, stem: str, width: int
     ) -> None:
@@ -92,10 +92,6 @@ class _ResNet(nn.Module):
             stages.append(stage)
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         init_convolutions(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
 class _Block(nn.Module):

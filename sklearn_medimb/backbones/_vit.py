@@ -16,6 +16,7 @@ from sklearn_medimb._machine.randomness import Dropout, keep_mask
 from sklearn_medimb.backbones._base import Backbone, check_int, check_ints, check_option, check_rate
 from sklearn_medimb.backbones._conv import CONV
 from sklearn_medimb.backbones._resnet import ResNet
+from sklearn_medimb.backbones._stages import stages_of
 
 
 class _Transformer(Backbone):
@@ -341,6 +342,12 @@ class _ViT(nn.Module):
         x = self.patch_embed(x)
         x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
         return self.norm(self.blocks(self.drop(x)))
+
+    def stages(self) -> list[nn.Module]:
+        """What makes the tokens, in parts; with the last go positions and the class token."""
+        *first, last = stages_of(self.patch_embed)
+        tokens = nn.ParameterList([self.cls_token, self.pos_embed])
+        return [*first, nn.ModuleList([last, tokens]), *self.blocks, self.norm]
 
 
 class _PatchEmbed(nn.Module):

@@ -15,7 +15,11 @@ _NESTS = ("state_dict", "model", "teacher", "student")
 _PREFIXES = ("module.", "backbone.", "encoder.")
 
 
-def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_weights(
+    module: nn.Module,
+    path: str | os.PathLike[str],
+    names: Mapping[str, str] | None = None,
+) -> None:
     """Load the weights of a local file into a module, in place.
 
     Names and shapes must be those of the module, with these allowances:
@@ -37,6 +41,8 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
     path : str or path-like
         A ``.safetensors`` file, or else a file of ``torch.save`` with tensors and plain
         containers only: nothing in it is executed.
+    names : mapping of str to str or None, default=None
+        Names that a file may have for layers of the module, and the module's own.
 
     Raises
     ------
@@ -54,7 +60,7 @@ def load_weights(module: nn.Module, path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"{where}: there is no such file.")
 
     own = module.state_dict()
-    given = _renamed(_state_dict(_read(Path(path), where), where), own)
+    given = _renamed(_state_dict(_read(Path(path), where), where), own, names or {})
     # Counters of batches are absent from older files and no part of what the network computes.
     missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
     left = [k for k in given if k not in own]
@@ -107,13 +113,17 @@ def _state_dict(content: Any, where: str) -> dict[str, Tensor]:
     raise ValueError(f"{where} holds no state dict (names and tensors).")
 
 
-def _renamed(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(
+    state: dict[str, Tensor], own: Mapping[str, Tensor], names: Mapping[str, str]
+) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     # Shortest first: where two names end up the same, the one with fewer prefixes counts.
     for name in sorted(state, key=len):
         key = name
         while key not in own and key.startswith(_PREFIXES):
             key = key.split(".", 1)[1]
+        layer, dot, last = key.rpartition(".")
+        key = names.get(layer, layer) + dot + last
         renamed.setdefault(key, state[name])
     return renamed
 

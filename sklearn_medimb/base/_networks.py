@@ -17,7 +17,7 @@ from sklearn_medimb._machine.runtime import resolve_precision
 from sklearn_medimb._training.callbacks import resolve_callbacks
 from sklearn_medimb._training.net import Net
 from sklearn_medimb._training.network import Trunk
-from sklearn_medimb.backbones import Backbone, make_backbone
+from sklearn_medimb.backbones import Backbone, make_backbone, recipe_of
 from sklearn_medimb.base._shared import SharedParameters
 
 # What the estimator decides about its skorch net; everything else may come in `net_params`.
@@ -51,14 +51,21 @@ def _is_same(one: Any, other: Any) -> bool:
     return one is other or (isinstance(one, plain) and type(one) is type(other) and one == other)
 
 
+def _brings_weights(backbone: Any) -> bool:
+    """Whether it is a module, or a recipe with weights."""
+    if isinstance(backbone, nn.Module):
+        return True
+    recipe = recipe_of(backbone)
+    return isinstance(recipe, Backbone) and recipe.weights is not None
+
+
 class MakesNetworks(SharedParameters):
     """Part of :class:`BaseImageEstimator`: from its parameters to a net."""
 
     @property
     def _brings_weights(self) -> bool:
-        """Whether the backbone is a module, or a recipe with a file of weights."""
-        given = self.backbone
-        return isinstance(given, nn.Module) or getattr(given, "weights", None) is not None
+        """Whether the backbone is a module, or a recipe with weights."""
+        return _brings_weights(self.backbone)
 
     @property
     def _start(self) -> Any:
@@ -165,7 +172,7 @@ class MakesNetworks(SharedParameters):
         """Refuse further training with parameters that describe another network, or its weights."""
         for name in ("backbone", "pretrain"):
             now, then = getattr(self, name, None), previous.made_from.get(name)
-            brings = isinstance(now, nn.Module) or getattr(now, "weights", None) is not None
+            brings = name == "backbone" and _brings_weights(now)
             brings |= isinstance(now, SharedParameters) and now._was_fitted
             if brings and not _is_same(then, now):
                 raise ValueError(
@@ -217,8 +224,8 @@ class MakesNetworks(SharedParameters):
                 f"backbone={type(backbone).__name__} is a whole network of this package: pass the "
                 "fitted estimator."
             )
-        if not pretrained and isinstance(backbone, Backbone):
-            backbone = clone(backbone).set_params(weights=None)
+        if not pretrained and _brings_weights(backbone) and not isinstance(backbone, nn.Module):
+            backbone = clone(recipe_of(backbone)).set_params(weights=None)
 
         def trunk(input_shape: tuple[int, ...] = self.image_shape_) -> Trunk:
             module = make_backbone(backbone, input_shape, self.n_samples_fit_)

@@ -19,7 +19,7 @@ from torch import nn
 
 from sklearn_medimb._data.batches import Preprocessor
 from sklearn_medimb._training.network import Trunk, may_be_channels_last
-from sklearn_medimb.backbones import ConvNet, HybridViT, ResNet, ViT
+from sklearn_medimb.backbones import ConvNet, EfficientNetLite, HybridViT, ResNet, ViT
 
 # oneDNN's set and ATen's, from old machines to new ones.
 SETS = {
@@ -146,6 +146,6 @@ def test_weights_of_unknown_layers_may_be_strided():
 
 
 def test_the_packages_own_networks_are_channels_last():
-    for backbone in (ConvNet(), ResNet(), ViT(), HybridViT()):
+    for backbone in (ConvNet(), ResNet(), ViT(), HybridViT(), EfficientNetLite(weights=None)):
         assert may_be_channels_last(backbone.build((3, 32, 32)))
     assert not may_be_channels_last(HybridViT(stem_width=4).build((3, 32, 32)))
