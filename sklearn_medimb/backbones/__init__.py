@@ -3,7 +3,9 @@
 **A backbone is any** :class:`torch.nn.Module`; **what it returns is read by its shape**:
 (n, d) are features, (n, 1+L, C) a class token and patch tokens, (n, C, H, W) and (n, C, D, H, W)
 a map. :func:`as_features` and :func:`as_tokens` do the reading, :func:`make_backbone` makes the
-network from a name, a recipe (:class:`Backbone`) or a module of one's own.
+network from a name, a recipe (:class:`Backbone`) or a module of one's own. Where the weights come
+from elsewhere, :attr:`Backbone.start` says what they were trained on. :func:`stages_of` cuts a
+network into parts from input to output, :func:`pyramid_of` reads it at several depths.
 
 Imports `_machine`.
 """
