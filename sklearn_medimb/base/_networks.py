@@ -175,8 +175,9 @@ class MakesNetworks(SharedParameters):
             brings = name == "backbone" and _brings_weights(now)
             brings |= isinstance(now, SharedParameters) and now._was_fitted
             if brings and not _is_same(then, now):
+                given = repr(now) if isinstance(now, str) else type(now).__name__
                 raise ValueError(
-                    f"{name}={type(now).__name__} brings weights of its own, but further training "
+                    f"{name}={given} brings weights of its own, but further training "
                     f"goes on from the trained ones: set {name} back, or fit anew "
                     "(warm_start=False, or a clone)."
                 )

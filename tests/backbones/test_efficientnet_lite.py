@@ -214,3 +214,14 @@ def test_a_saved_classifier_needs_no_package(backbone, tmp_path, monkeypatch):
     for loaded in (load(tmp_path / "model"), pickle.loads(pickled)):
         assert np.array_equal(loaded.predict_proba(X), clf.predict_proba(X))
         assert type(loaded.backbone) is type(backbone)
+
+
+@pytest.mark.filterwarnings("ignore:.*statistics")
+def test_further_training_refuses_the_weights_of_a_name():
+    file_of(0)
+    X, y = make_blobs(counts=(4, 3), size=32)
+    backbone = EfficientNetLite(weights=None)
+    clf = SoftmaxClassifier(backbone=backbone, max_epochs=1, warm_start=True).fit(X, y)
+    clf.set_params(backbone="efficientnet_lite0")
+    with pytest.raises(ValueError, match="backbone='efficientnet_lite0' brings weights"):
+        clf.fit(X, y)
