@@ -12,39 +12,16 @@ import math
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
-from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from sklearn.base import BaseEstimator
 from torch import Tensor
 
+from sklearn_medimb._parameters import Declaring, parameter, within
+
 __all__ = ["AUGMENTATIONS", "Augmentation", "geometry", "resolve_augmentation"]
 
-# Every parameter with its allowed range (both ends included) and the value that turns it off.
-_RANGES = {
-    "horizontal_flip": (0.0, 1.0, 0.0),
-    "vertical_flip": (0.0, 1.0, 0.0),
-    "depth_flip": (0.0, 1.0, 0.0),
-    "rotation": (0.0, 180.0, 0.0),
-    "tilt": (0.0, 180.0, 0.0),
-    "shear": (0.0, 60.0, 0.0),
-    "scale": (0.0, 1.0, 0.0),
-    "translate": (0.0, 1.0, 0.0),
-    "crop": (0.05, 1.0, 1.0),
-    "blur": (0.0, 32.0, 0.0),
-    "blur_probability": (0.0, 1.0, 0.0),
-    "saturation": (0.0, 1.0, 0.0),
-    "hue": (0.0, 0.5, 0.0),
-    "grayscale": (0.0, 1.0, 0.0),
-    "gamma": (0.0, 3.0, 0.0),
-    "contrast": (0.0, 1.0, 0.0),
-    "brightness": (0.0, 1.0, 0.0),
-    "noise": (0.0, 1.0, 0.0),
-    "noise_probability": (0.0, 1.0, 0.0),
-    "cutout": (0.0, 1.0, 0.0),
-    "cutout_probability": (0.0, 1.0, 0.0),
-}
 _WARPS = ("rotation", "tilt", "shear", "scale", "translate", "crop")
 _SOMETIMES = ("blur", "noise", "cutout")
 _COLOURS = ("saturation", "hue", "grayscale")
@@ -68,7 +45,10 @@ _UNIFORMS = {
 }
 
 
-class Augmentation(BaseEstimator):
+_SHARE = within(0.0, 1.0)
+
+
+class Augmentation(Declaring, BaseEstimator):
     """Random flips, warps, blur, colour, tone, noise and cutout for a batch of images.
 
     Images are floating-point tensors of shape ``(B, C, H, W)`` or ``(B, C, D, H, W)``, with any
@@ -81,55 +61,58 @@ class Augmentation(BaseEstimator):
 
     Parameters
     ----------
-    horizontal_flip, vertical_flip, depth_flip : float, default=0.0
-        Probability of reversing the last axis (W), the one before (H), and D. The last one is
-        ignored for 2-D images.
-    rotation : float, default=0.0
+    horizontal_flip
+        Probability of reversing the last axis (W).
+    vertical_flip
+        Probability of reversing the axis before (H).
+    depth_flip
+        Probability of reversing D. Ignored for 2-D images.
+    rotation
         Largest rotation in the H-W plane, in degrees; drawn from ``[-rotation, rotation]``. It
         is a rotation in pixels, also when the image is not square.
-    tilt : float, default=0.0
+    tilt
         Largest rotation of a volume out of the H-W plane, about the H and the W axis, in
         degrees. Voxels are taken to be cubes. Ignored for 2-D images.
-    shear : float, default=0.0
+    shear
         Largest shear along W, in degrees.
-    scale : float, default=0.0
+    scale
         Zoom as a fraction: the factor lies between ``1 / (1 + scale)`` and ``1 + scale``, drawn
         evenly on a log scale.
-    translate : float, default=0.0
+    translate
         Largest shift along each axis, as a fraction of its side.
-    crop : float, default=1.0
+    crop
         Smallest fraction of each side kept by a random crop, which is resized to the full
         image. 1.0 keeps everything.
-    blur : float, default=0.0
+    blur
         Largest standard deviation of a Gaussian blur, in pixels.
-    blur_probability : float, default=0.5
+    blur_probability
         Probability that an image is blurred.
-    saturation : float, default=0.0
+    saturation
         Largest relative change of the distance to the grey of the same luma. This and the next
         two are for images of three channels, red, green and blue; others ignore them, and greys
         remain as they are.
-    hue : float, default=0.0
+    hue
         Largest rotation of the colours about the grey axis, in turns of the colour circle: a
         third of a turn makes red green, green blue and blue red.
-    grayscale : float, default=0.0
+    grayscale
         Probability of replacing all three channels with the luma.
-    gamma : float, default=0.0
+    gamma
         Largest ``|log(g)|`` of the power ``g`` applied to the image rescaled to [0, 1] by its
         own extremes, and then scaled back. Colours that were moved beyond the extremes are
         clipped to them first.
-    contrast : float, default=0.0
+    contrast
         Largest relative change of the distance to the mean of the channel.
-    brightness : float, default=0.0
+    brightness
         Largest shift, as a fraction of the intensity range (max - min) of the image.
-    noise : float, default=0.0
+    noise
         Largest standard deviation of Gaussian noise, as a fraction of the intensity range of
         the image. The noise is the same in all channels, so that a grey image stored in three
         channels remains grey.
-    noise_probability : float, default=0.5
+    noise_probability
         Probability that noise is added to an image.
-    cutout : float, default=0.0
+    cutout
         Largest side of a box filled with the mean of the channel, as a fraction of each side.
-    cutout_probability : float, default=0.5
+    cutout_probability
         Probability that a box is cut out of an image.
 
     Notes
@@ -146,75 +129,32 @@ class Augmentation(BaseEstimator):
     torch.Size([8, 3, 32, 32])
     """
 
-    _search_space: ClassVar[dict[str, Any]] = {
-        "horizontal_flip": [0.0, 0.5],
-        "vertical_flip": [0.0, 0.5],
-        "rotation": (0.0, 180.0),
-        "shear": (0.0, 15.0),
-        "scale": (0.0, 0.3),
-        "translate": (0.0, 0.2),
-        "crop": (0.4, 1.0),
-        "blur": (0.0, 2.0),
-        "saturation": (0.0, 0.4),
-        "hue": (0.0, 0.1),
-        "gamma": (0.0, 0.5),
-        "contrast": (0.0, 0.5),
-        "brightness": (0.0, 0.5),
-        "noise": (0.0, 0.1),
-        "cutout": (0.0, 0.4),
-    }
-
-    def __init__(
-        self,
-        *,
-        horizontal_flip: float = 0.0,
-        vertical_flip: float = 0.0,
-        depth_flip: float = 0.0,
-        rotation: float = 0.0,
-        tilt: float = 0.0,
-        shear: float = 0.0,
-        scale: float = 0.0,
-        translate: float = 0.0,
-        crop: float = 1.0,
-        blur: float = 0.0,
-        blur_probability: float = 0.5,
-        saturation: float = 0.0,
-        hue: float = 0.0,
-        grayscale: float = 0.0,
-        gamma: float = 0.0,
-        contrast: float = 0.0,
-        brightness: float = 0.0,
-        noise: float = 0.0,
-        noise_probability: float = 0.5,
-        cutout: float = 0.0,
-        cutout_probability: float = 0.5,
-    ) -> None:
-        self.horizontal_flip = horizontal_flip
-        self.vertical_flip = vertical_flip
-        self.depth_flip = depth_flip
-        self.rotation = rotation
-        self.tilt = tilt
-        self.shear = shear
-        self.scale = scale
-        self.translate = translate
-        self.crop = crop
-        self.blur = blur
-        self.blur_probability = blur_probability
-        self.saturation = saturation
-        self.hue = hue
-        self.grayscale = grayscale
-        self.gamma = gamma
-        self.contrast = contrast
-        self.brightness = brightness
-        self.noise = noise
-        self.noise_probability = noise_probability
-        self.cutout = cutout
-        self.cutout_probability = cutout_probability
+    horizontal_flip: float = parameter(_SHARE, default=0.0, search=[0.0, 0.5])
+    vertical_flip: float = parameter(_SHARE, default=0.0, search=[0.0, 0.5])
+    depth_flip: float = parameter(_SHARE, default=0.0)
+    rotation: float = parameter(within(0.0, 180.0), default=0.0, search=(0.0, 180.0))
+    tilt: float = parameter(within(0.0, 180.0), default=0.0)
+    shear: float = parameter(within(0.0, 60.0), default=0.0, search=(0.0, 15.0))
+    scale: float = parameter(_SHARE, default=0.0, search=(0.0, 0.3))
+    translate: float = parameter(_SHARE, default=0.0, search=(0.0, 0.2))
+    crop: float = parameter(within(0.05, 1.0), default=1.0, search=(0.4, 1.0))
+    blur: float = parameter(within(0.0, 32.0), default=0.0, search=(0.0, 2.0))
+    blur_probability: float = parameter(_SHARE, default=0.5)
+    saturation: float = parameter(_SHARE, default=0.0, search=(0.0, 0.4))
+    hue: float = parameter(within(0.0, 0.5), default=0.0, search=(0.0, 0.1))
+    grayscale: float = parameter(_SHARE, default=0.0)
+    gamma: float = parameter(within(0.0, 3.0), default=0.0, search=(0.0, 0.5))
+    contrast: float = parameter(_SHARE, default=0.0, search=(0.0, 0.5))
+    brightness: float = parameter(_SHARE, default=0.0, search=(0.0, 0.5))
+    noise: float = parameter(_SHARE, default=0.0, search=(0.0, 0.1))
+    noise_probability: float = parameter(_SHARE, default=0.5)
+    cutout: float = parameter(_SHARE, default=0.0, search=(0.0, 0.4))
+    cutout_probability: float = parameter(_SHARE, default=0.5)
 
     @property
     def is_identity(self) -> bool:
         """Whether no image is ever changed."""
-        return not any(self._is_on(name) for name in _RANGES if "probability" not in name)
+        return not any(self._is_on(name) for name in self._declared if "probability" not in name)
 
     def draw(
         self, n: int, image_shape: tuple[int, ...], generator: torch.Generator
@@ -353,11 +293,11 @@ class Augmentation(BaseEstimator):
 
     def _is_on(self, name: str) -> bool:
         probability = getattr(self, f"{name}_probability") if name in _SOMETIMES else 1.0
-        return getattr(self, name) != _RANGES[name][2] and probability != 0
+        return getattr(self, name) != self._declared[name].default and probability != 0
 
     def _check(self) -> None:
-        for name, (low, high, _) in _RANGES.items():
-            value = getattr(self, name)
+        for name, (interval,) in self._parameter_constraints.items():
+            value, low, high = getattr(self, name), interval.left, interval.right
             is_number = isinstance(value, Real) and not isinstance(value, bool)
             # Written so that NaN fails as well.
             if not (is_number and low <= value <= high):

@@ -1,6 +1,6 @@
 """imbalanced-learn samplers for images and for embeddings.
 
-Imports `_data`, `_machine`, `mixing`, `saliency`.
+Imports `_data`, `_machine`, `_parameters`, `mixing`, `saliency`.
 """
 
 from sklearn_medimb.over_sampling._spmix import SPMixSampler

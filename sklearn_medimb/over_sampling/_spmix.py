@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from numbers import Integral, Real
-from typing import Any, ClassVar
+from numbers import Integral
+from typing import Any
 
 import numpy as np
 import torch
 from imblearn.utils import check_target_type
 from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
-from sklearn.utils._param_validation import Interval, StrOptions
 
 from sklearn_medimb._data.containers import ExtendedImages, holds_images
-from sklearn_medimb._data.images import Images, as_array, read_images, warn_of_flat_images
-from sklearn_medimb._data.layout import INPUT_CONSTRAINTS, as_pixels
+from sklearn_medimb._data.images import Images, as_array, warn_of_flat_images
+from sklearn_medimb._data.layout import as_pixels
 from sklearn_medimb._data.rows import group_codes
 from sklearn_medimb._machine.runtime import one_thread_in_workers, pixel_block, resolve_device
+from sklearn_medimb._parameters import integers, learned, one_of, parameter, within
 from sklearn_medimb.mixing import patch_means, spmix, spmix_ratio
 from sklearn_medimb.over_sampling._base import CheckedOverSampler
-from sklearn_medimb.saliency import (
-    DETECTORS,
-    Detector,
-    SaliencyMap,
-    as_maps,
-    check_maps,
-    maps_of,
-    saliency_maps,
-)
+from sklearn_medimb.saliency import as_maps, check_maps, maps_of
+from sklearn_medimb.saliency._maps import SaliencyParameters
 
 
-class SPMixSampler(CheckedOverSampler):
+class SPMixSampler(SaliencyParameters, CheckedOverSampler):
     """Over-sampling with saliency-guided patch mixup.
 
     A new image is one of a rare class whose unremarkable patches are mixed with those of a partner,
@@ -44,100 +36,43 @@ class SPMixSampler(CheckedOverSampler):
 
     Parameters
     ----------
-    sampling_strategy : float, str, dict or callable, default="auto"
-        Which classes grow, and to what size, as in imbalanced-learn: for two classes the wanted
-        ratio minority / majority, "minority", "not minority", "not majority" (the same as "auto"),
-        "all", a dict from class to number of images, or a function from y to such a dict.
-
-    cap : float, default=0.8
+    cap
         Upper bound of the base's share, the paper's alpha.
-
-    floor : float or None, default=None
+    floor
         Share of the base where nothing is salient; None is 0.5 with ``merge="patch"`` and 0 with
         ``merge="pixel"``.
-
-    mix_prob : float, default=0.5
+    mix_prob
         Share of the new images that are mixed; the others are copies of their base, so that a
         network meets rare classes unmixed too, as it will at predict.
-
-    patch_size : int, tuple of int or "auto", default="auto"
+    patch_size
         Sides of a patch in pixels; "auto" lays about 14 patches along the shorter side, as
         published for 224 pixels.
-
-    merge : {"patch", "pixel"}, default="patch"
+    merge
         Merge the two saliency maps patch by patch, as the authors' code does, or pixel by pixel,
         as the paper's formula does; see :func:`sklearn_medimb.mixing.spmix_ratio`.
-
-    saliency : {"fine_grained", "spectral_residual", "center"} or callable, default="fine_grained"
-        Where an image is salient: a detector of :mod:`sklearn_medimb.saliency`, or a function from
-        a batch of images (tensor of shape ``(n, C, *spatial)``, uint8 as [0, 1]) to maps of shape
-        ``(n, *spatial)`` in [0, 1]. Maps per image, lesion masks say, go to ``fit_resample``.
-
-    polarity : {"both", "dark", "bright"}, default="both"
-        For "fine_grained": "dark" where lesions are darker than their surround, "bright" where
-        they are brighter.
-
-    mask : {"auto"} or None, default=None
-        "auto" finds black borders and sets their saliency to 0.
-
-    partner_saliency : bool, default=True
+    partner_saliency
         False looks at the base's saliency alone.
-
-    partners : {"head", "majority", "other", "any"}, default="head"
+    partners
         Where a partner is drawn from: images of classes more frequent than the base's, of the most
         frequent class, of all other classes, or all images. Where "head" or "majority" leave none,
         all other classes serve, and where these are all of the base's patient, the other patients
         of its own class. An image is never its own partner.
 
-    image_shape : tuple of int or None, default=None
-        Shape of one image where X holds flattened ones: ``(H, W)``, ``(C, H, W)``,
-        ``(C, D, H, W)``, or with the channels last. Without it the rows of a 2-D X are mixed as
-        images of height 1, with a warning.
-
-    data_format : {"auto", "channels_first", "channels_last"}, default="auto"
-        Where the channel axis is.
-
-    spatial_dims : {2, 3} or None, default=None
-        3 reads 4-D X as gray volumes ``(n, D, H, W)``.
-
-    device : str or torch.device, default="auto"
-        "auto" takes a CUDA GPU where there is one.
-
-    random_state : int, RandomState or None, default=None
-        Seeds the draws of bases and partners.
-
     Attributes
     ----------
-    sampling_strategy_ : dict
-        Number of new images of each class that grows.
-
-    sample_indices_ : ndarray of int of shape (n_new,)
+    sample_indices_
         Row of X that each new image is based on. The images of a class take turns. The patients
         of the result are ``np.concatenate([groups, groups[sampler.sample_indices_]])``.
-
-    partner_indices_ : ndarray of int of shape (n_new,)
+    partner_indices_
         Row of X that it was mixed with; of no consequence for copies.
-
-    ratio_ : ndarray of float of shape (n_new, *grid)
+    ratio_
         Share of the base in each patch; 1 for copies.
-
-    patch_size_ : tuple of int
+    patch_size_
         Sides of a patch in pixels, one per spatial axis.
-
-    n_samples_ : int
+    n_samples_
         Images given.
-
-    maps_given_ : bool
+    maps_given_
         Whether saliency was given with them.
-
-    image_shape_ : tuple of int
-        Shape of one image, ``(C, *spatial)``, or ``(d,)``.
-
-    n_features_in_ : int
-        Values per image.
-
-    feature_names_in_ : ndarray of shape (n_features_in_,)
-        Column names where X was a DataFrame.
 
     See Also
     --------
@@ -175,74 +110,24 @@ class SPMixSampler(CheckedOverSampler):
     ({'melanoma'}, {'nevus'})
     """
 
-    _search_space: ClassVar[dict[str, Any]] = {
-        **SaliencyMap._search_space,
-        "cap": (0.5, 1.0),
-        "floor": [None, 0.0, 0.25, 0.5],
-        "mix_prob": (0.0, 1.0),
-        "merge": ["patch", "pixel"],
-        "partner_saliency": [True, False],
-        "sampling_strategy": ["auto", "minority"],
-        "patch_size": ["auto", 4, 8, 16],
-        "partners": ["head", "majority", "other", "any"],
-    }
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **CheckedOverSampler._parameter_constraints,
-        "cap": [Interval(Real, 0, 1, closed="both")],
-        "floor": [Interval(Real, 0, 1, closed="both"), None],
-        "mix_prob": [Interval(Real, 0, 1, closed="both")],
-        "patch_size": [
-            StrOptions({"auto"}),
-            Interval(Integral, 1, None, closed="left"),
-            tuple,
-            list,
-        ],
-        "merge": [StrOptions({"patch", "pixel"})],
-        "saliency": [StrOptions(set(DETECTORS)), callable],
-        "polarity": [StrOptions({"both", "dark", "bright"})],
-        "mask": [StrOptions({"auto"}), None],
-        "partner_saliency": ["boolean"],
-        "partners": [StrOptions({"head", "majority", "other", "any"})],
-        **INPUT_CONSTRAINTS,
-        "device": [str, torch.device],
-    }
+    cap: float = parameter(within(0, 1), default=0.8, search=(0.5, 1.0))
+    floor: float | None = parameter(within(0, 1), None, default=None, search=[None, 0.0, 0.25, 0.5])
+    mix_prob: float = parameter(within(0, 1), default=0.5, search=(0.0, 1.0))
+    patch_size: int | tuple[int, ...] | str = parameter(
+        integers(1), tuple, list, one_of("auto"), default="auto", search=["auto", 4, 8, 16]
+    )
+    merge: str = parameter(one_of("patch", "pixel"), default="patch", search=True)
+    partner_saliency: bool = parameter("boolean", default=True, search=[True, False])
+    partners: str = parameter(
+        one_of("head", "majority", "other", "any"), default="head", search=True
+    )
 
-    def __init__(
-        self,
-        *,
-        sampling_strategy: Any = "auto",
-        cap: float = 0.8,
-        floor: float | None = None,
-        mix_prob: float = 0.5,
-        patch_size: int | tuple[int, ...] | str = "auto",
-        merge: str = "patch",
-        saliency: str | Detector = "fine_grained",
-        polarity: str = "both",
-        mask: str | None = None,
-        partner_saliency: bool = True,
-        partners: str = "head",
-        image_shape: Sequence[int] | None = None,
-        data_format: str = "auto",
-        spatial_dims: int | None = None,
-        device: str | torch.device = "auto",
-        random_state: Any = None,
-    ) -> None:
-        super().__init__(sampling_strategy=sampling_strategy)
-        self.cap = cap
-        self.floor = floor
-        self.mix_prob = mix_prob
-        self.patch_size = patch_size
-        self.merge = merge
-        self.saliency = saliency
-        self.polarity = polarity
-        self.mask = mask
-        self.partner_saliency = partner_saliency
-        self.partners = partners
-        self.image_shape = image_shape
-        self.data_format = data_format
-        self.spatial_dims = spatial_dims
-        self.device = device
-        self.random_state = random_state
+    sample_indices_: np.ndarray = learned("ndarray of int of shape (n_new,)")
+    partner_indices_: np.ndarray = learned("ndarray of int of shape (n_new,)")
+    ratio_: np.ndarray = learned("ndarray of float of shape (n_new, *grid)")
+    patch_size_: tuple[int, ...] = learned("tuple of int")
+    n_samples_: int = learned("int")
+    maps_given_: bool = learned("bool")
 
     def fit_resample(  # type: ignore[override]
         self, X: Any, y: Any, *, groups: Any = None, maps: Any = None
@@ -285,15 +170,7 @@ class SPMixSampler(CheckedOverSampler):
         y, binarize_y = check_target_type(y, indicate_one_vs_all=True)
         if hasattr(X, "sparse"):  # a DataFrame of sparse columns
             X = X.sparse.to_dense()
-        images = read_images(
-            self,
-            X,
-            reset=True,
-            image_shape=self.image_shape,
-            data_format=self.data_format,
-            spatial_dims=self.spatial_dims,
-            float_dtype=None,
-        )
+        images = self._read(X, reset=True)
         y = column_or_1d(y)
         check_consistent_length(images.data, y)
         warn_of_flat_images(self, images)
@@ -417,8 +294,7 @@ class SPMixSampler(CheckedOverSampler):
         pool = patch if self.merge == "patch" else 1
 
         def detect(batch: torch.Tensor) -> torch.Tensor:
-            found = saliency_maps(batch, self.saliency, polarity=self.polarity, mask=self.mask)
-            return patch_means(found, pool)
+            return patch_means(self._detect(batch), pool)
 
         pairs = np.concatenate([bases[where], partners[where]])
         used, places = np.unique(pairs, return_inverse=True)
@@ -432,8 +308,14 @@ class SPMixSampler(CheckedOverSampler):
         for start in range(0, len(where), block):
             some = slice(start, start + block)
             part = where[some]
-            ratio = self._ratio(
-                scores[s_t[some]].to(device, dtype), scores[s_h[some]].to(device, dtype)
+            ratio = spmix_ratio(
+                scores[s_t[some]].to(device, dtype),
+                scores[s_h[some]].to(device, dtype),
+                1 if self.merge == "patch" else patch,
+                cap=self.cap,
+                floor=self.floor,
+                merge=self.merge,
+                partner_saliency=self.partner_saliency,
             )
             pair = np.concatenate([bases[part], partners[part]])
             rows, own = np.unique(pair, return_inverse=True)
@@ -445,18 +327,6 @@ class SPMixSampler(CheckedOverSampler):
             out[part] = images.layout.restore(mixed).reshape(-1, *out.shape[1:])
             ratios[part] = ratio.cpu().numpy()
         return ratios
-
-    def _ratio(self, s_t: torch.Tensor, s_h: torch.Tensor) -> torch.Tensor:
-        """Share of the base in each patch, from saliency: of patches, or pixels to merge first."""
-        return spmix_ratio(
-            s_t,
-            s_h,
-            1 if self.merge == "patch" else self.patch_size_,
-            cap=self.cap,
-            floor=self.floor,
-            merge=self.merge,
-            partner_saliency=self.partner_saliency,
-        )
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

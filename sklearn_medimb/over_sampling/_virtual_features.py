@@ -5,53 +5,33 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cached_property
-from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
 from sklearn.utils import check_random_state
-from sklearn.utils._param_validation import Interval, StrOptions
 
 from sklearn_medimb._machine.runtime import one_thread_in_workers
+from sklearn_medimb._parameters import (
+    Declaring,
+    at_least,
+    integers,
+    learned,
+    one_of,
+    parameter,
+)
 from sklearn_medimb.over_sampling._base import CheckedOverSampler
 
 _BLOCK = 2**24  # numbers drawn at a time: 64 to 128 MB, of a larger result
 
 
-# Where to search the parameters of the class Gaussians.
-GAUSSIANS: dict[str, Any] = {
-    "covariance": ["shrunk", "full", "diag", "tied"],
-    "eps": (1e-3, 1.0, "log"),
-}
-
-
-class BalancedVirtualFeatures(CheckedOverSampler):
-    """Over-sampling of embeddings by class-conditional Gaussian draws.
-
-    A new row of class k is drawn from ``N(mu_k, Sigma_k)``, the mean and covariance of the class's
-    rows [1]_. It goes between any encoder and any classifier::
-
-        make_pipeline(encoder, BalancedVirtualFeatures(replace=True), LogisticRegression())
+class GaussianParameters(Declaring):
+    """Which Gaussians stand for the classes.
 
     Parameters
     ----------
-    sampling_strategy : float, str, dict or callable, default="auto"
-        Which classes grow, and to what size, as in imbalanced-learn: for two classes the wanted
-        ratio minority / majority, "minority", "not minority", "not majority" (the same as "auto"),
-        "all", a dict from class to number of rows, or a function from y to such a dict. Unused
-        with ``replace=True``.
-
-    replace : bool, default=False
-        True gives virtual rows only, `n_per_class` of every class: the classifier calibration of
-        the paper. False gives the originals first, then virtual rows.
-
-    n_per_class : int or None, default=None
-        Only with ``replace=True``; None is 1,000 or the size of the largest class, whichever is
-        more.
-
-    covariance : {"shrunk", "full", "diag", "tied"}, default="shrunk"
+    covariance
         With S_k the covariance of class k, n_k its rows, d the features, W the pooled
         within-class covariance and I the identity:
 
@@ -61,33 +41,43 @@ class BalancedVirtualFeatures(CheckedOverSampler):
         - "tied": ``W + eps diag(W)``.
 
         A class of one row has no covariance of its own: s_k is 1, or S_k is 0.
-
-    eps : float, default=1e-2
+    eps
         Added variance: absolute with "full", as published, so that features should be of unit
         scale; else in shares of each feature's variance within classes.
+    """
 
-    random_state : int, RandomState or None, default=None
-        Seeds the draws.
+    covariance: str = parameter(
+        one_of("shrunk", "full", "diag", "tied"), default="shrunk", search=True
+    )
+    eps: float = parameter(at_least(0), default=1e-2, search=(1e-3, 1.0, "log"))
+
+
+class BalancedVirtualFeatures(GaussianParameters, CheckedOverSampler):
+    """Over-sampling of embeddings by class-conditional Gaussian draws.
+
+    A new row of class k is drawn from ``N(mu_k, Sigma_k)``, the mean and covariance of the class's
+    rows [1]_. It goes between any encoder and any classifier::
+
+        make_pipeline(encoder, BalancedVirtualFeatures(replace=True), LogisticRegression())
+
+    Parameters
+    ----------
+    replace
+        True gives virtual rows only, `n_per_class` of every class whatever `sampling_strategy`
+        says: the classifier calibration of the paper. False gives the originals first, then
+        virtual rows.
+    n_per_class
+        Only with ``replace=True``; None is 1,000 or the size of the largest class, whichever is
+        more.
 
     Attributes
     ----------
-    sampling_strategy_ : dict
-        Number of virtual rows of each class.
-
-    classes_ : ndarray of shape (n_classes,)
+    classes_
         Class labels.
-
-    means_ : ndarray of float64 of shape (n_classes, n_features)
+    means_
         Class means.
-
-    shrinkage_ : ndarray of float64 of shape (n_classes,)
+    shrinkage_
         s_k: the share of the pooled covariance; 0 for "full" and "diag", 1 for "tied".
-
-    n_features_in_ : int
-        Number of features.
-
-    feature_names_in_ : ndarray of shape (n_features_in_,)
-        Column names where X was a DataFrame.
 
     See Also
     --------
@@ -124,36 +114,14 @@ class BalancedVirtualFeatures(CheckedOverSampler):
     [200, 200]
     """
 
-    _search_space: ClassVar[dict[str, Any]] = {
-        **GAUSSIANS,
-        "sampling_strategy": ["auto", "minority"],
-        "replace": [False, True],
-        "n_per_class": [None, 500, 2000, 5000],
-    }
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **CheckedOverSampler._parameter_constraints,
-        "replace": ["boolean"],
-        "n_per_class": [Interval(Integral, 1, None, closed="left"), None],
-        "covariance": [StrOptions({"shrunk", "full", "diag", "tied"})],
-        "eps": [Interval(Real, 0, None, closed="left")],
-    }
+    replace: bool = parameter("boolean", default=False, search=True)
+    n_per_class: int | None = parameter(
+        integers(1), None, default=None, search=[None, 500, 2000, 5000]
+    )
 
-    def __init__(
-        self,
-        *,
-        sampling_strategy: Any = "auto",
-        replace: bool = False,
-        n_per_class: int | None = None,
-        covariance: str = "shrunk",
-        eps: float = 1e-2,
-        random_state: Any = None,
-    ) -> None:
-        super().__init__(sampling_strategy=sampling_strategy)
-        self.replace = replace
-        self.n_per_class = n_per_class
-        self.covariance = covariance
-        self.eps = eps
-        self.random_state = random_state
+    classes_: np.ndarray = learned("ndarray of shape (n_classes,)")
+    means_: np.ndarray = learned("ndarray of float64 of shape (n_classes, n_features)")
+    shrinkage_: np.ndarray = learned("ndarray of float64 of shape (n_classes,)")
 
     def _check_X_y(self, X: Any, y: Any, accept_sparse: Any = None) -> Any:  # noqa: N802
         # Columns of whole numbers, which a DataFrame may hold beside others, are rounded: its

@@ -29,7 +29,7 @@ References
 .. [1] B. Kang et al., "Decoupling representation and classifier for long-tailed recognition",
    ICLR 2020.
 
-Imports `_data`, `_machine`, `losses`, `over_sampling`.
+Imports `_data`, `_machine`, `_parameters`, `losses`, `over_sampling`.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from numbers import Real
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,13 +12,13 @@ from scipy.special import log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from sklearn_medimb._data.labels import read_labels, warn_of_marks
 from sklearn_medimb._machine.fitted import all_or_nothing
 from sklearn_medimb._machine.runtime import one_thread_in_workers
+from sklearn_medimb._parameters import Declaring, above, learned, one_of, parameter
 from sklearn_medimb.losses import class_weights
 
 
@@ -36,8 +35,9 @@ class Rows(NamedTuple):
         """Share of each class."""
         return np.bincount(self.codes, self.weight, self.n_classes)
 
-    def balanced(self, cost: np.ndarray) -> Rows:
-        """Classes of the given total weights, which sum to 1."""
+    def balanced(self, cost: Any = None) -> Rows:
+        """Classes of the given total weights, which sum to 1; None is equal ones."""
+        cost = 1 / self.n_classes if cost is None else cost
         return self._replace(weight=self.weight * (cost / self.prior)[self.codes])
 
 
@@ -101,40 +101,38 @@ def softmax_regression(rows: Rows, alpha: float) -> tuple[Linear, int]:
     return scale.undo(Linear(coef, intercept)), int(model.n_iter_.max())
 
 
-class RebalancedHead(ClassifierMixin, BaseEstimator):
-    """Common ground of the heads: validation, decision, probabilities."""
+class RebalancedHead(ClassifierMixin, Declaring, BaseEstimator):
+    """Common ground of the heads: validation, decision, probabilities.
 
-    coef_: np.ndarray
-    intercept_: np.ndarray
-    classes_: np.ndarray
+    Attributes
+    ----------
+    coef_
+        Class vectors; two classes have two of them.
+    intercept_
+        Offsets.
+    classes_
+        Class labels.
+    loss_
+        Cross-entropy of the training rows, all classes weighing the same.
+    n_iter_
+        Iterations of the solver; 0 where there is a formula.
+    n_features_in_
+        Number of features.
+    feature_names_in_
+        Column names where X was a DataFrame.
+    """
 
-    _search_space: ClassVar[dict[str, Any]] = {
-        "alpha": (1e-3, 10.0, "log"),
-        "tau": (0.0, 2.0),
-        "class_weight": [None, "balanced"],
-    }
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "alpha": [Interval(Real, 0, None, closed="neither")],
-        "tau": [Interval(Real, None, None, closed="neither")],
-        "class_weight": [dict, StrOptions({"balanced"}), None],
-    }
-
-    def _cost(self, classes: np.ndarray) -> np.ndarray:
-        """Share of each class in a balanced loss: equal, or as `class_weight` says."""
-        weight = getattr(self, "class_weight", None)
-        cost = class_weights(None if weight == "balanced" else weight, classes, classes)
-        return cost / cost.sum()
+    coef_: np.ndarray = learned("ndarray of shape (n_classes, n_features)")
+    intercept_: np.ndarray = learned("ndarray of shape (n_classes,)")
+    classes_: np.ndarray = learned("ndarray of shape (n_classes,)")
+    loss_: float = learned("float")
+    n_iter_: int = learned("int")
+    n_features_in_: int = learned("int")
+    feature_names_in_: np.ndarray = learned("ndarray of shape (n_features_in_,)")
 
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
         """Find the head; sets `n_iter_`."""
         raise NotImplementedError
-
-    def _start(self, rows: Rows, start: Linear | None) -> Linear:
-        """Return the head to work on: the given one, or logistic regression."""
-        if start is not None:
-            return start
-        head, self.n_iter_ = softmax_regression(rows, self.alpha)
-        return head
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(
@@ -203,12 +201,11 @@ class RebalancedHead(ClassifierMixin, BaseEstimator):
                     f"{len(classes)} class: {classes.tolist()}."
                 )
             rows = Rows(X, codes, weight / weight.sum(), len(classes))
-            start, self.n_iter_ = _check_start(coef_init, intercept_init, prior_init, rows), 0
+            start, self.n_iter_ = _given_head(coef_init, intercept_init, prior_init, rows), 0
             self.classes_ = classes
             self.coef_, self.intercept_, _ = self._solve(rows, start)
             costs = -log_softmax(self._logits(X), axis=1)[np.arange(len(X)), codes]
-            equal = np.full(len(classes), 1 / len(classes))
-            self.loss_ = float(rows.balanced(equal).weight @ costs)
+            self.loss_ = float(rows.balanced().weight @ costs)
         return self
 
     def logits(self, X: Any) -> np.ndarray:
@@ -301,48 +298,59 @@ class RebalancedHead(ClassifierMixin, BaseEstimator):
         return self.classes_[best]
 
 
-_ATTRIBUTES = """coef_ : ndarray of shape (n_classes, n_features)
-        Class vectors; two classes have two of them.
+class PenalisedHead(RebalancedHead):
+    """A head that has, or may begin with, logistic regression.
 
-    intercept_ : ndarray of shape (n_classes,)
-        Offsets.
-
-    classes_ : ndarray of shape (n_classes,)
-        Class labels.
-
-    loss_ : float
-        Cross-entropy of the training rows, all classes weighing the same.
-
-    n_iter_ : int
-        Iterations of the solver; 0 where there is a formula.
-
-    n_features_in_ : int
-        Number of features.
-
-    feature_names_in_ : ndarray of shape (n_features_in_,)
-        Column names where X was a DataFrame."""
-
-_ALPHA = """alpha : float, default=0.1
+    Parameters
+    ----------
+    alpha
         L2 penalty of the class vectors, ``alpha / 2 |W|^2`` beside the mean loss, on features
-        standardised by their own mean and deviation."""
+        standardised by their own mean and deviation.
+    """
 
-_CLASS_WEIGHT = """class_weight : dict, "balanced" or None, default=None
-        Weights of the classes in the balanced loss; None and "balanced" are equal ones."""
+    alpha: float = parameter(above(0), default=0.1, search=(1e-3, 10.0, "log"), positional=True)
 
-_EXAMPLE = """>>> import numpy as np
-    >>> from sklearn_medimb import {name}
-    >>> rng = np.random.default_rng(0)
-    >>> y = np.repeat([0, 1, 2], [80, 20, 5])
-    >>> X = rng.normal(size=(105, 8)) + 2 * np.eye(8)[y]
-    >>> head = {name}().fit(X, y)
-    >>> head.predict_proba(X).shape
-    (105, 3)"""
+    def _softmax_regression(self, rows: Rows) -> Linear:
+        """Fit a head to the rows as they are weighted."""
+        head, self.n_iter_ = softmax_regression(rows, self.alpha)
+        return head
 
 
-def documented(cls: type) -> type:
-    """Fill in what the heads' docstrings share."""
-    parts = {"alpha": _ALPHA, "class_weight": _CLASS_WEIGHT, "attributes": _ATTRIBUTES}
-    cls.__doc__ = (cls.__doc__ or "").format(**parts, example=_EXAMPLE.format(name=cls.__name__))
+class BalancingHead(PenalisedHead):
+    """A head fitted anew, to a loss that weighs the classes.
+
+    Parameters
+    ----------
+    class_weight
+        Weights of the classes in the balanced loss; None and "balanced" are equal ones.
+    """
+
+    class_weight: Any = parameter(
+        dict, one_of("balanced"), None, default=None, search=[None, "balanced"]
+    )
+
+    def _cost(self) -> np.ndarray:
+        """Share of each class in the loss."""
+        weight = None if self.class_weight == "balanced" else self.class_weight
+        cost = class_weights(weight, self.classes_, self.classes_)
+        return cost / cost.sum()
+
+
+def with_example(cls: type) -> type:
+    """Add the same example to the docstring of each head."""
+    cls.__doc__ = f"""{cls.__doc__}
+
+Examples
+--------
+>>> import numpy as np
+>>> from sklearn_medimb import {cls.__name__}
+>>> rng = np.random.default_rng(0)
+>>> y = np.repeat([0, 1, 2], [80, 20, 5])
+>>> X = rng.normal(size=(105, 8)) + 2 * np.eye(8)[y]
+>>> head = {cls.__name__}().fit(X, y)
+>>> head.predict_proba(X).shape
+(105, 3)
+"""
     return cls
 
 
@@ -356,7 +364,7 @@ def check_convergence(found: Any) -> None:
         )
 
 
-def _check_start(coef: Any, intercept: Any, prior: Any, rows: Rows) -> Linear | None:
+def _given_head(coef: Any, intercept: Any, prior: Any, rows: Rows) -> Linear | None:
     """Validate the head of stage one."""
     if coef is None:
         if intercept is not None or prior is not None:

@@ -3,59 +3,43 @@
 from __future__ import annotations
 
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 from sklearn.utils._param_validation import Interval
 
+from sklearn_medimb._parameters import above, learned, parameter
 from sklearn_medimb.rebalance._base import (
+    BalancingHead,
     Linear,
+    PenalisedHead,
     RebalancedHead,
     Rows,
     check_convergence,
-    documented,
-    softmax_regression,
+    with_example,
 )
 
+_FINITE = Interval(Real, None, None, closed="neither")
 
-@documented
-class ClassifierRetraining(RebalancedHead):
+
+@with_example
+class ClassifierRetraining(BalancingHead):
     """cRT: a head fitted anew, all classes weighing the same [1]_.
-
-    Parameters
-    ----------
-    {alpha}
-
-    {class_weight}
-
-    Attributes
-    ----------
-    {attributes}
 
     References
     ----------
     .. [1] B. Kang et al., "Decoupling representation and classifier for long-tailed recognition",
        ICLR 2020, section 4.2.
-
-    Examples
-    --------
-    {example}
     """
 
-    def __init__(self, alpha: float = 0.1, *, class_weight: Any = None) -> None:
-        self.alpha = alpha
-        self.class_weight = class_weight
-
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
-        balanced = rows.balanced(self._cost(self.classes_))
-        head, self.n_iter_ = softmax_regression(balanced, self.alpha)
-        return head
+        return self._softmax_regression(rows.balanced(self._cost()))
 
 
-@documented
-class LearnableWeightScaling(RebalancedHead):
+@with_example
+class LearnableWeightScaling(PenalisedHead):
     """LWS: the given logits, each times a factor learned with all classes weighing the same [1]_.
 
     ``logit_k <- s_k (w_k x + b_k)``, the factor multiplying the offset as well, as in the authors'
@@ -63,31 +47,26 @@ class LearnableWeightScaling(RebalancedHead):
 
     Parameters
     ----------
-    {alpha} It also draws the factors towards 1.
+    alpha
+        L2 penalty of the class vectors where no head is given, as in
+        :class:`ClassifierRetraining`. It also draws the factors towards 1.
 
     Attributes
     ----------
-    {attributes}
-
-    scale_ : ndarray of shape (n_classes,)
+    scale_
         The factors s.
 
     References
     ----------
     .. [1] B. Kang et al., "Decoupling representation and classifier for long-tailed recognition",
        ICLR 2020, section 4.4.
-
-    Examples
-    --------
-    {example}
     """
 
-    def __init__(self, alpha: float = 0.1) -> None:
-        self.alpha = alpha
+    scale_: np.ndarray = learned("ndarray of shape (n_classes,)")
 
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
-        head = self._start(rows, start)
-        rows = rows.balanced(self._cost(self.classes_))
+        head = start or self._softmax_regression(rows)
+        rows = rows.balanced()
         logits, one_hot = head(rows.X), np.eye(rows.n_classes)[rows.codes]
 
         def loss(scale: np.ndarray) -> tuple[float, np.ndarray]:
@@ -106,8 +85,8 @@ class LearnableWeightScaling(RebalancedHead):
         return Linear(head.coef * self.scale_[:, np.newaxis], head.intercept * self.scale_)
 
 
-@documented
-class TauNormalization(RebalancedHead):
+@with_example
+class TauNormalization(PenalisedHead):
     """tau-norm: the given class vectors, divided by a power of their norms [1]_.
 
     ``logit_k <- (w_k x + b_k) / |w_k|^tau``: vectors of rare classes are shorter. Nothing is
@@ -115,67 +94,46 @@ class TauNormalization(RebalancedHead):
 
     Parameters
     ----------
-    tau : float, default=1.0
+    tau
         0 changes nothing, 1 makes all vectors equally long. The paper chooses it on validation data
         in [0, 2].
-
-    {alpha} Unused where a head is given.
-
-    Attributes
-    ----------
-    {attributes}
+    alpha
+        L2 penalty of the class vectors, as in :class:`ClassifierRetraining`; unused where a head
+        is given.
 
     References
     ----------
     .. [1] B. Kang et al., "Decoupling representation and classifier for long-tailed recognition",
        ICLR 2020, section 4.3.
-
-    Examples
-    --------
-    {example}
     """
 
-    def __init__(self, tau: float = 1.0, *, alpha: float = 0.1) -> None:
-        self.tau = tau
-        self.alpha = alpha
+    tau: float = parameter(_FINITE, default=1.0, search=(0.0, 2.0), positional=True)
 
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
-        head = self._start(rows, start)
+        head = start or self._softmax_regression(rows)
         norm = np.linalg.norm(head.coef, axis=1)
         norm = np.where(norm > 0, norm, 1)
         return Linear(head.coef / norm[:, np.newaxis] ** self.tau, head.intercept / norm**self.tau)
 
 
-@documented
+@with_example
 class NearestClassMean(RebalancedHead):
     """NCM: cosine of a feature vector with the mean vector of each class [1]_.
 
     Parameters
     ----------
-    temperature : float, default=0.1
+    temperature
         `decision_function` is the cosine divided by it.
-
-    Attributes
-    ----------
-    {attributes}
 
     References
     ----------
     .. [1] B. Kang et al., "Decoupling representation and classifier for long-tailed recognition",
        ICLR 2020, section 4.1.
-
-    Examples
-    --------
-    {example}
     """
 
-    _search_space: ClassVar[dict[str, Any]] = {"temperature": (0.01, 1.0, "log")}
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "temperature": [Interval(Real, 0, None, closed="neither")],
-    }
-
-    def __init__(self, temperature: float = 0.1) -> None:
-        self.temperature = temperature
+    temperature: float = parameter(
+        above(0), default=0.1, search=(0.01, 1.0, "log"), positional=True
+    )
 
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
         members = np.eye(rows.n_classes)[rows.codes] * rows.weight[:, np.newaxis]
@@ -186,74 +144,47 @@ class NearestClassMean(RebalancedHead):
         return super()._logits(_unit(X), head)
 
 
-@documented
-class LogitAdjustment(RebalancedHead):
+@with_example
+class LogitAdjustment(PenalisedHead):
     """Post-hoc logit adjustment: the given logits minus ``tau`` times the log of the prior [1]_.
 
     Parameters
     ----------
-    tau : float, default=1.0
+    tau
         Strength; 1 aims at balanced accuracy, 0 leaves the head as it is.
-
-    {alpha} Unused where a head is given.
-
-    Attributes
-    ----------
-    {attributes}
+    alpha
+        L2 penalty of the class vectors, as in :class:`ClassifierRetraining`; unused where a head
+        is given.
 
     References
     ----------
     .. [1] A. K. Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, eq. 9.
-
-    Examples
-    --------
-    {example}
     """
 
-    def __init__(self, tau: float = 1.0, *, alpha: float = 0.1) -> None:
-        self.tau = tau
-        self.alpha = alpha
+    tau: float = parameter(_FINITE, default=1.0, search=(0.0, 2.0), positional=True)
 
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
-        head = self._start(rows, start)
+        head = start or self._softmax_regression(rows)
         prior = rows.prior if head.prior is None else head.prior
         return Linear(head.coef, head.intercept - self.tau * np.log(prior))
 
 
-@documented
-class BalancedSoftmax(RebalancedHead):
+@with_example
+class BalancedSoftmax(BalancingHead):
     """Balanced softmax: a head fitted anew under ``logit + log(prior)`` [1]_.
 
     The offsets of a linear head are free of penalty and absorb the prior. So the minimum is that of
     plain logistic regression with the log of the prior taken off: post-hoc logit adjustment of a
     head that was fitted to convergence.
 
-    Parameters
-    ----------
-    {alpha}
-
-    {class_weight}
-
-    Attributes
-    ----------
-    {attributes}
-
     References
     ----------
     .. [1] J. Ren et al., "Balanced meta-softmax for long-tailed visual recognition", NeurIPS 2020,
        eq. 4.
-
-    Examples
-    --------
-    {example}
     """
 
-    def __init__(self, alpha: float = 0.1, *, class_weight: Any = None) -> None:
-        self.alpha = alpha
-        self.class_weight = class_weight
-
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
-        head, cost = self._start(rows, None), self._cost(self.classes_).clip(min=1e-300)
+        head, cost = self._softmax_regression(rows), self._cost().clip(min=1e-300)
         return Linear(head.coef, head.intercept + np.log(cost / rows.prior))
 
 

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
 from sklearn.base import _fit_context
 from sklearn.utils import check_random_state
-from sklearn.utils._param_validation import Interval, StrOptions
 from threadpoolctl import threadpool_limits
 
-from sklearn_medimb.over_sampling._virtual_features import GAUSSIANS, ClassGaussians
+from sklearn_medimb._parameters import integers, one_of, parameter
+from sklearn_medimb.over_sampling._virtual_features import ClassGaussians, GaussianParameters
 from sklearn_medimb.rebalance._base import (
+    BalancingHead,
     Linear,
-    RebalancedHead,
     Rows,
     Scale,
     check_convergence,
-    documented,
+    with_example,
 )
 
 
-@documented
-class VirtualFeatureCalibration(RebalancedHead):
+@with_example
+class VirtualFeatureCalibration(GaussianParameters, BalancingHead):
     """A head fitted to Gaussians around the class means, all classes weighing the same [1]_.
 
     The published method draws virtual features and trains on them. In the limit of infinitely many
@@ -38,28 +37,15 @@ class VirtualFeatureCalibration(RebalancedHead):
 
     Parameters
     ----------
-    m_step : {{"analytic", "sampled"}}, default="analytic"
+    m_step
         The bound, or gradient steps on drawn features.
-
-    n_per_class : int, default=5000
+    n_per_class
         Draws per class; only with "sampled" (published: 50,000).
-
-    covariance : {{"shrunk", "full", "diag", "tied"}}, default="shrunk"
-        As in :class:`~sklearn_medimb.BalancedVirtualFeatures`.
-
-    eps : float, default=1e-2
-        Added variance, as there; features are standardised before.
-
-    {alpha}
-
-    {class_weight}
-
-    random_state : int, RandomState or None, default=None
+    eps
+        Added variance, as in :class:`~sklearn_medimb.BalancedVirtualFeatures`; features are
+        standardised before.
+    random_state
         Seeds the draws.
-
-    Attributes
-    ----------
-    {attributes}
 
     See Also
     --------
@@ -71,45 +57,15 @@ class VirtualFeatureCalibration(RebalancedHead):
        and iterative classifier calibration", Computers in Biology and Medicine 188, 2025.
     .. [2] Y. Wang et al., "Implicit semantic data augmentation for deep networks", NeurIPS 2019,
        proposition 1.
-
-    Examples
-    --------
-    {example}
     """
 
-    _search_space: ClassVar[dict[str, Any]] = {
-        **RebalancedHead._search_space,
-        **GAUSSIANS,
-        "m_step": ["analytic", "sampled"],
-        "n_per_class": (500, 20_000, "log"),
-    }
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **RebalancedHead._parameter_constraints,
-        "m_step": [StrOptions({"analytic", "sampled"})],
-        "n_per_class": [Interval(Integral, 1, None, closed="left")],
-        "covariance": [StrOptions({"shrunk", "full", "diag", "tied"})],
-        "eps": [Interval(Real, 0, None, closed="left")],
-        "random_state": ["random_state"],
-    }
-
-    def __init__(
-        self,
-        m_step: str = "analytic",
-        *,
-        n_per_class: int = 5000,
-        covariance: str = "shrunk",
-        eps: float = 1e-2,
-        alpha: float = 0.1,
-        class_weight: Any = None,
-        random_state: Any = None,
-    ) -> None:
-        self.m_step = m_step
-        self.n_per_class = n_per_class
-        self.covariance = covariance
-        self.eps = eps
-        self.alpha = alpha
-        self.class_weight = class_weight
-        self.random_state = random_state
+    m_step: str = parameter(
+        one_of("analytic", "sampled"), default="analytic", search=True, positional=True
+    )
+    n_per_class: int = parameter(integers(1), default=5000, search=(500, 20_000, "log"))
+    random_state: Any = parameter(
+        "random_state", default=None, kind="int, RandomState or None", last=True
+    )
 
     # Draws and shrinkage count rows: there is no sample_weight.
     @_fit_context(prefer_skip_nested_validation=True)
@@ -147,7 +103,7 @@ class VirtualFeatureCalibration(RebalancedHead):
 
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
         scale, (d, n_classes) = Scale(rows), (rows.X.shape[1], rows.n_classes)
-        cost = self._cost(self.classes_)
+        cost = self._cost()
         gaussians = ClassGaussians(
             scale.apply(rows.X), rows.codes, covariance=self.covariance, eps=self.eps
         )

@@ -5,7 +5,7 @@ Images are tensors of shape ``(n, C, H, W)`` or ``(n, C, D, H, W)``, maps ``(n, 
 has the map of ``x``, so uint8, [0, 1] and Hounsfield units need no rescaling. A constant image has
 nothing salient: its map is zero.
 
-Imports `_data`, `_machine`.
+Imports `_data`, `_machine`, `_parameters`.
 """
 
 from sklearn_medimb.saliency._detectors import (

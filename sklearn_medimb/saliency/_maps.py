@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
-from sklearn.utils._param_validation import StrOptions
 
 from sklearn_medimb._data.containers import as_list, as_pixel_array
 from sklearn_medimb._data.images import Images, read_images, warn_of_flat_images
@@ -16,7 +15,8 @@ from sklearn_medimb._data.layout import INPUT_CONSTRAINTS, as_pixels
 from sklearn_medimb._data.pixel_scale import to_unit_scale
 from sklearn_medimb._machine.fitted import all_or_nothing
 from sklearn_medimb._machine.runtime import one_thread_in_workers, pixel_block, resolve_device
-from sklearn_medimb.saliency._detectors import DETECTORS, Detector, valid_region
+from sklearn_medimb._parameters import Declaring, learned, one_of, parameter
+from sklearn_medimb.saliency._detectors import DETECTORS, POLARITIES, Detector, valid_region
 
 
 def saliency_maps(
@@ -132,45 +132,86 @@ def as_maps(maps: Any, shape: tuple[int, ...], name: str) -> torch.Tensor:
     raise ValueError(f"{name} has maps of shape {found}; it must be {tuple(shape)}.")
 
 
-class SaliencyMap(TransformerMixin, BaseEstimator):
-    """Images to saliency maps, as a stateless transformer.
+class SaliencyParameters(Declaring):
+    """Where images are salient, and how X holds them.
 
     Parameters
     ----------
-    saliency : {"fine_grained", "spectral_residual", "center"} or callable, default="fine_grained"
-        Centre against surround [1]_, the spectral residual [2]_, a Gaussian bump, or a function
-        from a batch of images (tensor of shape ``(n, C, *spatial)``) to maps in [0, 1].
-
-    polarity : {"both", "dark", "bright"}, default="both"
-        For "fine_grained": which outliers count.
-
-    mask : {"auto"} or None, default=None
+    saliency
+        A detector of :mod:`sklearn_medimb.saliency`, or a function from a batch of images (tensor
+        of shape ``(n, C, *spatial)``, uint8 as [0, 1]) to maps of shape ``(n, *spatial)`` in
+        [0, 1].
+    polarity
+        For "fine_grained": "dark" where lesions are darker than their surround, "bright" where
+        they are brighter.
+    mask
         "auto" finds black borders and sets their saliency to 0.
-
-    image_shape : tuple of int or None, default=None
+    image_shape
         Shape of one image where X holds flattened ones: ``(H, W)``, ``(C, H, W)``,
         ``(C, D, H, W)``, or with the channels last. Without it the rows of a 2-D X are images of
         height 1, with a warning.
-
-    data_format : {"auto", "channels_first", "channels_last"}, default="auto"
+    data_format
         Where the channel axis is.
-
-    spatial_dims : {2, 3} or None, default=None
+    spatial_dims
         3 reads 4-D X as gray volumes ``(n, D, H, W)``.
-
-    device : str or torch.device, default="auto"
+    device
         "auto" takes a CUDA GPU where there is one.
 
     Attributes
     ----------
-    image_shape_ : tuple of int
-        Shape of one image, ``(C, *spatial)``.
-
-    n_features_in_ : int
+    image_shape_
+        Shape of one image, ``(C, *spatial)``, or ``(d,)``.
+    n_features_in_
         Values per image.
-
-    feature_names_in_ : ndarray of shape (n_features_in_,)
+    feature_names_in_
         Column names where X was a DataFrame.
+    """
+
+    saliency: str | Detector = parameter(
+        one_of(*DETECTORS), callable, default="fine_grained", search=True
+    )
+    polarity: str = parameter(one_of(*POLARITIES), default="both", search=True)
+    mask: str | None = parameter(one_of("auto"), None, default=None, search=[None, "auto"])
+    image_shape: Sequence[int] | None = parameter(
+        *INPUT_CONSTRAINTS["image_shape"], default=None, kind="tuple of int or None", last=True
+    )
+    data_format: str = parameter(
+        one_of("auto", "channels_first", "channels_last"), default="auto", last=True
+    )
+    spatial_dims: int | None = parameter(
+        *INPUT_CONSTRAINTS["spatial_dims"], default=None, kind="{2, 3} or None", last=True
+    )
+    device: str | torch.device = parameter(
+        str, torch.device, default="auto", kind="str or torch.device", last=True
+    )
+
+    image_shape_: tuple[int, ...] = learned("tuple of int")
+    n_features_in_: int = learned("int")
+    feature_names_in_: np.ndarray = learned("ndarray of shape (n_features_in_,)")
+
+    def _read(self, X: Any, *, reset: bool) -> Images:
+        return read_images(
+            self,
+            X,
+            reset=reset,
+            image_shape=self.image_shape,
+            data_format=self.data_format,
+            spatial_dims=self.spatial_dims,
+            float_dtype=None,
+        )
+
+    def _detect(self, batch: torch.Tensor) -> torch.Tensor:
+        return saliency_maps(batch, self.saliency, polarity=self.polarity, mask=self.mask)
+
+
+class SaliencyMap(TransformerMixin, SaliencyParameters, BaseEstimator):
+    """Images to saliency maps, as a stateless transformer.
+
+    Parameters
+    ----------
+    saliency
+        Centre against surround [1]_, the spectral residual [2]_, a Gaussian bump, or a function
+        from a batch of images (tensor of shape ``(n, C, *spatial)``) to maps in [0, 1].
 
     See Also
     --------
@@ -195,37 +236,9 @@ class SaliencyMap(TransformerMixin, BaseEstimator):
     (True, 0.0)
     """
 
-    _search_space: ClassVar[dict[str, Any]] = {
-        "saliency": ["fine_grained", "spectral_residual", "center"],
-        "polarity": ["both", "dark", "bright"],
-        "mask": [None, "auto"],
-    }
-    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        "saliency": [StrOptions(set(DETECTORS)), callable],
-        "polarity": [StrOptions({"both", "dark", "bright"})],
-        "mask": [StrOptions({"auto"}), None],
-        **INPUT_CONSTRAINTS,
-        "device": [str, torch.device],
-    }
-
-    def __init__(
-        self,
-        saliency: str | Detector = "fine_grained",
-        *,
-        polarity: str = "both",
-        mask: str | None = None,
-        image_shape: Sequence[int] | None = None,
-        data_format: str = "auto",
-        spatial_dims: int | None = None,
-        device: str | torch.device = "auto",
-    ) -> None:
-        self.saliency = saliency
-        self.polarity = polarity
-        self.mask = mask
-        self.image_shape = image_shape
-        self.data_format = data_format
-        self.spatial_dims = spatial_dims
-        self.device = device
+    saliency: str | Detector = parameter(
+        one_of(*DETECTORS), callable, default="fine_grained", search=True, positional=True
+    )
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any = None) -> SaliencyMap:
@@ -265,26 +278,9 @@ class SaliencyMap(TransformerMixin, BaseEstimator):
         """
         self._validate_params()
         images = self._read(X, reset=False)
-        maps = maps_of(
-            images,
-            np.arange(len(images)),
-            lambda batch: saliency_maps(
-                batch, self.saliency, polarity=self.polarity, mask=self.mask
-            ),
-            resolve_device(self.device),
-        ).numpy()
+        device = resolve_device(self.device)
+        maps = maps_of(images, np.arange(len(images)), self._detect, device).numpy()
         return maps.reshape(len(maps), -1) if np.ndim(images.data) == 2 else maps
-
-    def _read(self, X: Any, *, reset: bool) -> Images:
-        return read_images(
-            self,
-            X,
-            reset=reset,
-            image_shape=self.image_shape,
-            data_format=self.data_format,
-            spatial_dims=self.spatial_dims,
-            float_dtype=None,
-        )
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
