@@ -628,10 +628,7 @@ AUGMENTATIONS: dict[str, Callable[[], Augmentation]] = {
     # The smallest window has 0.08 of the area.
     "mimv": partial(Augmentation, **_VIEWS, crop=0.28, saturation=0.4),
 }
-"""Presets: what to call, without arguments, for a new augmentation of that name.
-
-"contrastive" and "mimv" are hard views for self-supervised pre-training.
-"""
+"""Presets: what to call, without arguments, for a new augmentation of that name."""
 
 
 def resolve_augmentation(augment: str | Augmentation | None) -> Augmentation:

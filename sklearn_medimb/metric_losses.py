@@ -135,18 +135,17 @@ def multi_similarity(
     positive, negative = pairs(y)
     least = cos.masked_fill(~positive, torch.inf).amin(dim=1, keepdim=True)
     most = cos.masked_fill(~negative, -torch.inf).amax(dim=1, keepdim=True)
-    positive, negative = (
-        positive & (cos - epsilon < most),
-        negative & (cos + epsilon > least),
-    )
-    zero = cos.new_zeros(len(cos), 1)
-
-    def log_one_plus_sum(exponents: Tensor, mask: Tensor) -> Tensor:
-        return torch.cat([zero, exponents.masked_fill(~mask, -torch.inf)], dim=1).logsumexp(dim=1)
-
-    pull = log_one_plus_sum(-alpha * (cos - base), positive) / alpha
-    push = log_one_plus_sum(gamma * (cos - base), negative) / gamma
+    positive, negative = positive & (cos - epsilon < most), negative & (cos + epsilon > least)
+    pull = log_one_plus_sum(-alpha * (cos - base), positive, dim=1) / alpha
+    push = log_one_plus_sum(gamma * (cos - base), negative, dim=1) / gamma
     return (pull + push).mean()
+
+
+def log_one_plus_sum(exponents: Tensor, mask: Tensor, dim: int) -> Tensor:
+    """``log(1 + sum exp(x))`` along an axis, over the entries that the mask keeps."""
+    kept = exponents.masked_fill(~mask, -torch.inf)
+    zero = kept.new_zeros((len(kept), 1) if dim else (1, kept.shape[1]))
+    return torch.cat([zero, kept], dim).logsumexp(dim)
 
 
 def contrastive(e: Tensor, y: Tensor, margin: float = 1.0) -> Tensor:
@@ -276,14 +275,8 @@ class ProxyAnchor(nn.Module):
         """Loss of a batch."""
         cos = e @ F.normalize(self.proxies).T
         own = F.one_hot(y, len(self.proxies)).bool()
-        zero = cos.new_zeros(1, cos.shape[1])
-
-        def log_one_plus_sum(exponents: Tensor, mask: Tensor) -> Tensor:
-            parts = torch.cat([zero, exponents.masked_fill(~mask, -torch.inf)])
-            return parts.logsumexp(dim=0)
-
-        pull = log_one_plus_sum(-self.scale * (cos - self.margin), own)
-        push = log_one_plus_sum(self.scale * (cos + self.margin), ~own)
+        pull = log_one_plus_sum(-self.scale * (cos - self.margin), own, dim=0)
+        push = log_one_plus_sum(self.scale * (cos + self.margin), ~own, dim=0)
         return pull.sum() / own.any(dim=0).sum() + push.mean()
 
 

@@ -194,12 +194,11 @@ class SPMixSampler(SaliencyParameters, CheckedOverSampler):
             out[:n_kept] = images.data
         with torch.no_grad(), one_thread_in_workers():
             self._copy(out[n_kept:], images, bases, np.flatnonzero(~mixed))
-            ratio = self._mix(
+            self.ratio_ = self._mix(
                 out[n_kept:], images, bases, partners, np.flatnonzero(mixed), maps, sides
             )
         self.sample_indices_ = bases
         self.partner_indices_ = partners
-        self.ratio_ = ratio
         self.n_samples_ = len(y)
         self.maps_given_ = maps is not None
         return ExtendedImages(images.data, out) if images.lazy else out, np.concatenate(
@@ -211,10 +210,8 @@ class SPMixSampler(SaliencyParameters, CheckedOverSampler):
         if isinstance(self.patch_size, str):
             side = max(1, round(min(sides[-2:]) / 14))
             return tuple(min(side, s) for s in sides)
-        if isinstance(self.patch_size, (tuple, list)):
-            patches = tuple(self.patch_size)
-        else:
-            patches = (self.patch_size,) * len(sides)
+        given = self.patch_size
+        patches = tuple(given) if isinstance(given, (tuple, list)) else (given,) * len(sides)
         if len(patches) != len(sides) or not all(
             isinstance(side, Integral) and side > 0 for side in patches
         ):
@@ -341,21 +338,7 @@ def _partners(
 ) -> np.ndarray:
     """Draw each base a partner of another patient from the first pool that has one.
 
-    Parameters
-    ----------
-    bases : ndarray of int of shape (n_new,)
-        Rows.
-    pools : list of ndarray of bool of shape (n,)
-        Eligible rows, in order of preference.
-    groups : ndarray of int of shape (n,)
-        Patient of each row.
-    rng : numpy.random.Generator
-        Source of randomness.
-
-    Returns
-    -------
-    partners : ndarray of int of shape (n_new,)
-        Rows.
+    Pools are masks of the rows, in order of preference; bases and partners are rows.
     """
     partners = np.full(len(bases), -1, dtype=np.intp)
     for pool in pools:

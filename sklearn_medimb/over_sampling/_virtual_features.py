@@ -13,14 +13,7 @@ from scipy import sparse
 from sklearn.utils import check_random_state
 
 from sklearn_medimb._machine.runtime import one_thread_in_workers
-from sklearn_medimb._parameters import (
-    Declaring,
-    at_least,
-    integers,
-    learned,
-    one_of,
-    parameter,
-)
+from sklearn_medimb._parameters import Declaring, at_least, integers, learned, one_of, parameter
 from sklearn_medimb.over_sampling._base import CheckedOverSampler
 
 _BLOCK = 2**24  # numbers drawn at a time: 64 to 128 MB, of a larger result

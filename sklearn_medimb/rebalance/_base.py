@@ -78,16 +78,10 @@ class Scale:
 
 
 def softmax_regression(rows: Rows, alpha: float) -> tuple[Linear, int]:
-    """Multinomial logistic regression on standardised features.
+    """Head of multinomial logistic regression, and the iterations of its solver.
 
-    Minimises ``sum_i weight_i CE_i + alpha / 2 |W|^2`` over class vectors and free intercepts.
-
-    Returns
-    -------
-    head : Linear
-        On the features themselves.
-    n_iter : int
-        Iterations of the solver.
+    Minimises ``sum_i weight_i CE_i + alpha / 2 |W|^2`` over class vectors and free intercepts, on
+    standardised features; the head is one on the features themselves.
     """
     scale = Scale(rows)
     # For two classes scikit-learn fits one vector, the difference of two opposite ones: its square
@@ -174,15 +168,7 @@ class RebalancedHead(ClassifierMixin, Declaring, BaseEstimator):
         """
         return self._fit(X, y, sample_weight, coef_init, intercept_init, prior_init)
 
-    def _fit(
-        self,
-        X: Any,
-        y: Any,
-        sample_weight: Any,
-        coef_init: Any,
-        intercept_init: Any,
-        prior_init: Any = None,
-    ) -> RebalancedHead:
+    def _fit(self, X: Any, y: Any, sample_weight: Any, *given: Any) -> RebalancedHead:
         with all_or_nothing(self), one_thread_in_workers():
             if y is not None:
                 y = read_labels(y, warn=True)
@@ -201,7 +187,7 @@ class RebalancedHead(ClassifierMixin, Declaring, BaseEstimator):
                     f"{len(classes)} class: {classes.tolist()}."
                 )
             rows = Rows(X, codes, weight / weight.sum(), len(classes))
-            start, self.n_iter_ = _given_head(coef_init, intercept_init, prior_init, rows), 0
+            start, self.n_iter_ = _given_head(rows, *given), 0
             self.classes_ = classes
             self.coef_, self.intercept_, _ = self._solve(rows, start)
             costs = -log_softmax(self._logits(X), axis=1)[np.arange(len(X)), codes]
@@ -364,7 +350,7 @@ def check_convergence(found: Any) -> None:
         )
 
 
-def _given_head(coef: Any, intercept: Any, prior: Any, rows: Rows) -> Linear | None:
+def _given_head(rows: Rows, coef: Any, intercept: Any, prior: Any) -> Linear | None:
     """Validate the head of stage one."""
     if coef is None:
         if intercept is not None or prior is not None:

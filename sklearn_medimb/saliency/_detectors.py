@@ -164,17 +164,13 @@ def _radii(sides: Sequence[int], reference_size: float | None) -> list[tuple[int
     """The six radii along each axis."""
     in_plane = min(sides[-2:])
     shorter = [min(in_plane, side) for side in sides[:-2]] + [in_plane] * 2
+
+    def scaled(radius: int, short: int) -> int:
+        return radius if reference_size is None else max(1, round(radius * short / reference_size))
+
     return [
-        tuple(
-            min(
-                side,
-                radius
-                if reference_size is None
-                else max(1, round(radius * short / reference_size)),
-            )
-            for side, short in zip(sides, shorter, strict=True)
-        )
-        for radius in RADII
+        tuple(min(side, scaled(r, short)) for side, short in zip(sides, shorter, strict=True))
+        for r in RADII
     ]
 
 

@@ -296,9 +296,9 @@ def _without_outliers(images: torch.Tensor, share: float = 0.005) -> torch.Tenso
     Images of few pixels, whose quantiles are single pixels, stay as they are.
     """
     pixels = images.flatten(1)
-    if pixels.shape[1] * share < 1:
-        return images
     rank = int(pixels.shape[1] * share)
+    if rank == 0:
+        return images
     low = pixels.topk(rank + 1, largest=False, sorted=False).values.amax(1)
     high = pixels.topk(rank + 1, sorted=False).values.amin(1)
     bounds = (part.view(-1, *[1] * (images.ndim - 1)) for part in (low, high))
@@ -341,12 +341,9 @@ def maps_of(
     clip = images.dtype != np.uint8 if clip is None else clip
     block = pixel_block(images.image_shape, device)
 
-    def read(part: np.ndarray) -> torch.Tensor:
-        pixels = as_pixels(to_unit_scale(images.rows(part).to(device), dtype))
-        return _without_outliers(pixels) if clip else pixels
-
     def detected(part: np.ndarray) -> torch.Tensor:
-        pixels = read(part)
+        pixels = as_pixels(to_unit_scale(images.rows(part).to(device), dtype))
+        pixels = _without_outliers(pixels) if clip else pixels
         try:
             return detect(pixels).cpu()
         except ValueError as error:
