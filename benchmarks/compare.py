@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -34,216 +33,23 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from imblearn.ensemble import BalancedRandomForestClassifier, EasyEnsembleClassifier
+from contestants import METHODS, Setting, made_from, outside
 from imblearn.metrics import geometric_mean_score
-from imblearn.over_sampling import SMOTE, RandomOverSampler
-from imblearn.pipeline import make_pipeline
 from joblib import Parallel, delayed, parallel_config
-from sklearn.decomposition import PCA
-from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-from sklearn.preprocessing import FunctionTransformer, StandardScaler
-from sklearn.svm import SVC
 from sklearn.utils import Bunch
 from tqdm import tqdm
 
-from sklearn_medimb import (
-    AMIMVClassifier,
-    AMIMVEncoder,
-    BalancedVirtualFeatures,
-    CSSNClassifier,
-    LMDClassifier,
-    MetricTwoStageClassifier,
-    SoftmaxClassifier,
-    SPMixClassifier,
-    SPMixSampler,
-)
-from sklearn_medimb._data.rows import group_codes
-from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.datasets import load_npz, make_lesions, make_long_tailed
 from sklearn_medimb.metrics import expected_calibration_error, head_tail_gap, shot_recall
-
-# ---------------------------------------------------------------- contestants
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What a method may know before it sees an image."""
-
-    seed: int
-    spatial_dims: int
-    counts: tuple[int, ...]  # training images of each class
-    step_share: float
-
-    @property
-    def network(self) -> dict[str, Any]:
-        """What all networks share; narrower for volumes, as 3-D kernels cost more."""
-        backbone = ConvNet((16, 32, 64, 64)) if self.spatial_dims == 3 else "auto"
-        return {
-            "backbone": backbone,
-            "spatial_dims": self.spatial_dims,
-            "random_state": self.seed,
-        }
-
-    def epochs(self, steps_per_epoch: int) -> int:
-        """Passes that make the same number of steps for all: a share of the networks' default."""
-        n_steps = self.step_share * (180 + 60 * min(len(self.counts), 17))
-        return max(1, round(n_steps / max(1, steps_per_epoch)))
-
-
-def network(*, balanced: bool = False, **params: Any) -> Callable[[Setting], Any]:
-    """Make the plain network; `balanced` where a sampler brings all classes to equal size."""
-
-    def make(s: Setting) -> Any:
-        n = len(s.counts) * max(s.counts) if balanced else sum(s.counts)
-        return SoftmaxClassifier(**params, **s.network, max_epochs=s.epochs(math.ceil(n / 64)))
-
-    return make
-
-
-def cssn(s: Setting) -> Any:
-    """As many steps as the others, of two views of each of 32 images instead of 64 images."""
-    epochs = s.epochs(round(sum(s.counts) / max(32, 2 * len(s.counts))))
-    return CSSNClassifier(**s.network, max_epochs=epochs)
-
-
-def metric_two_stage(**params: Any) -> Callable[[Setting], Any]:
-    def make(s: Setting) -> Any:
-        epochs = s.epochs(math.ceil(sum(s.counts) / 64))
-        return MetricTwoStageClassifier(**params, **s.network, max_epochs=epochs)
-
-    return make
-
-
-def spmix(s: Setting) -> Any:
-    return SPMixClassifier(**s.network, max_epochs=s.epochs(math.ceil(sum(s.counts) / 64)))
-
-
-def amimv(s: Setting) -> Any:
-    """As many steps of pre-training, 32 anchors each, as the others take of training."""
-    epochs = s.epochs(math.ceil(sum(s.counts) / 32))
-    encoder = AMIMVEncoder(max_epochs=epochs, batch_size=32)
-    return AMIMVClassifier(**s.network, pretrain=encoder)
-
-
-def lmd(s: Setting) -> Any:
-    """Stage two's epochs count."""
-    classifier = LMDClassifier(**s.network)
-    epochs = s.epochs(math.ceil(sum(s.counts) / 64)) - classifier.n_rounds + 1
-    return classifier.set_params(max_epochs=max(1, epochs))
-
-
-def virtual_features(s: Setting) -> Any:
-    return make_pipeline(
-        network()(s),
-        StandardScaler(),
-        BalancedVirtualFeatures(replace=True, random_state=s.seed),
-        LogisticRegression(C=0.01, max_iter=1000),
-    )
-
-
-def flat(X: np.ndarray) -> np.ndarray:
-    return X.reshape(len(X), -1).astype(np.float32) / 255
-
-
-def classical(make_steps: Callable[[int, Any], list[Any]]) -> Callable[[Setting], Any]:
-    def make(s: Setting) -> Any:
-        # SMOTE needs as many neighbours as it interpolates between.
-        k = min(5, min(s.counts) - 1)
-        smote = SMOTE(k_neighbors=k, random_state=s.seed)
-        fallback = RandomOverSampler(random_state=s.seed)
-        return make_pipeline(
-            FunctionTransformer(flat), *make_steps(s.seed, smote if k else fallback)
-        )
-
-    return make
-
-
-def components(seed: int) -> list[Any]:
-    return [StandardScaler(), PCA(0.9, svd_solver="full", whiten=False, random_state=seed)]
-
-
-METHODS: dict[str, Callable[[Setting], Any]] = {
-    "CE": network(),
-    "class weights": network(class_weight="balanced"),
-    "oversampling": network(sampler=RandomOverSampler(), balanced=True),
-    "SPMix sampler": network(sampler=SPMixSampler(), balanced=True),
-    "focal": network(loss="focal"),
-    "class-balanced": network(loss="class_balanced"),
-    "LDAM-DRW": network(loss="ldam"),
-    "balanced softmax": network(loss="balanced_softmax"),
-    "logit adjustment": network(loss="logit_adjusted"),
-    "post-hoc adjustment": network(post_hoc_tau=1.0),
-    "mixup": network(mixup="mixup"),
-    "balanced mixup": network(mixup="balanced"),
-    "CSSN": cssn,
-    "cRT": metric_two_stage(metric_weight=0, rebalance="crt"),
-    "metric two-stage": metric_two_stage(),
-    "LMD": lmd,
-    "SPMix": spmix,
-    "AMIMV": amimv,
-    "virtual features": virtual_features,
-    "balanced forest": classical(
-        lambda seed, _: [
-            BalancedRandomForestClassifier(
-                300, sampling_strategy="all", replacement=True, bootstrap=False, random_state=seed
-            )
-        ]
-    ),
-    "EasyEnsemble": classical(
-        lambda seed, _: [*components(seed), EasyEnsembleClassifier(20, random_state=seed)]
-    ),
-    "SMOTE + SVM": classical(lambda seed, smote: [*components(seed), smote, SVC(C=10)]),
-    "SMOTE + logistic": classical(
-        lambda seed, smote: [*components(seed), smote, LogisticRegression(C=0.01, max_iter=2000)]
-    ),
-    "boosting": classical(
-        lambda seed, _: [
-            *components(seed),
-            HistGradientBoostingClassifier(class_weight="balanced", random_state=seed),
-        ]
-    ),
-}
-
-
-def outside(place: str) -> type:
-    """Class of a classifier, by "module:Class"."""
-    module, _, name = place.partition(":")
-    if not module or not name:
-        raise argparse.ArgumentTypeError(f"{place!r} is not of the form my_module:MyClassifier")
-    if (here := str(Path.cwd())) not in sys.path:  # which workers of joblib are given too
-        sys.path.append(here)
-    try:
-        cls = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise argparse.ArgumentTypeError(f"{module} cannot be imported: {error}") from error
-    if not isinstance(cls, type) or not hasattr(cls, "fit") or not hasattr(cls, "predict"):
-        raise argparse.ArgumentTypeError(f"{module} has no class {name} with fit and predict")
-    if cls.__name__ in METHODS:
-        raise argparse.ArgumentTypeError(f"{name}: a method of the comparison is called so")
-    try:
-        cls().get_params()
-    except Exception as error:
-        raise argparse.ArgumentTypeError(f"{name}().get_params() fails: {error}") from error
-    return cls
-
-
-def made_from(cls: Any, s: Setting) -> Any:
-    """Make a classifier from outside like the networks, as far as it has their parameters."""
-    known = cls().get_params()
-    epochs = s.epochs(math.ceil(sum(s.counts) / known.get("batch_size", 64)))
-    params = {**s.network, "max_epochs": epochs}
-    return cls(**{name: value for name, value in params.items() if name in known})
-
 
 # ---------------------------------------------------------------- data and jobs
 
@@ -303,7 +109,7 @@ def load(folder: str | None, name: str, image_size: int, volume_size: int) -> Bu
         data = make_lesions(
             2000, image_size=image_size, difficulty=0.2, images_per_patient=2, random_state=0
         )
-        return Bunch(**data, split=None, spatial_dims=2)
+        return Bunch(**data, split=None, spatial_dims=2, parts={})
     path = Path(folder or "") / f"{name}.npz"
     with np.load(path, allow_pickle=False) as archive:
         keys = set(archive.files)
@@ -315,23 +121,26 @@ def load(folder: str | None, name: str, image_size: int, volume_size: int) -> Bu
     data = load_npz(path, image_size=size if min(shape[1:3]) > size else None)
     if data.groups is None:
         data.groups = twins  # identical files count as one patient
-    if data.groups is not None:
-        data.groups = group_codes(data.groups, data.target)
     data.spatial_dims = 3 if volumes else 2
+    data.parts = {}  # by seed: all methods and cuts of a process share them
     return data
+
+
+def parts(data: Bunch, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the training and of the test part, all of them."""
+    y = data.target
+    if data.split is not None:
+        return np.flatnonzero(data.split == "train"), np.flatnonzero(data.split == "test")
+    kind = StratifiedKFold if data.groups is None else StratifiedGroupKFold
+    return next(kind(4, shuffle=True, random_state=seed).split(y, y, data.groups))
 
 
 def split(data: Bunch, suite: Suite, cut: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows to train and to test on; the test rows do not depend on the cut."""
     y = data.target
-    if data.split is not None:
-        train, test = np.flatnonzero(data.split == "train"), np.flatnonzero(data.split == "test")
-    elif data.groups is not None:
-        folds = StratifiedGroupKFold(4, shuffle=True, random_state=seed)
-        train, test = next(folds.split(y, y, data.groups))
-    else:
-        folds = StratifiedKFold(4, shuffle=True, random_state=seed)
-        train, test = next(folds.split(y, y))
+    if seed not in data.parts:
+        data.parts[seed] = parts(data, seed)
+    train, test = data.parts[seed]
     rng = np.random.default_rng(seed)
     test = np.sort(rng.permutation(test)[: suite.max_test])
     if cut is not None:
@@ -369,9 +178,9 @@ def jobs(
             if only and name not in only:
                 continue
             data = load(str(folder), name, suite.image_size, suite.volume_size)
+            counts = np.bincount(data.target[split(data, suite, None, seed)[0]])
+            counts = counts[counts > 0]
             for cut in suite.cuts:
-                counts = np.bincount(data.target[split(data, suite, None, seed)[0]])
-                counts = counts[counts > 0]
                 if cut is not None and counts.max() / counts.min() >= cut:
                     continue  # it is as imbalanced already
                 try:
@@ -604,7 +413,8 @@ def run_all(args: argparse.Namespace, folder: str | None) -> list[tuple[Job, str
         from dask.distributed import Client
 
         client = Client(args.dask)
-        client.upload_file(__file__)
+        for name in ("contestants.py", "compare.py"):
+            client.upload_file(str(Path(__file__).with_name(name)))
         backend = {"backend": "dask", "n_jobs": sum(client.nthreads().values())}
     facts, failed = circumstances(), []
     with parallel_config(**backend):

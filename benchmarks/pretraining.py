@@ -35,7 +35,6 @@ from sklearn_medimb import (
     MetricTwoStageClassifier,
     SSLEncoder,
 )
-from sklearn_medimb._data.rows import group_codes
 from sklearn_medimb.datasets import load_npz
 
 SETS = {
@@ -57,7 +56,7 @@ def load(folder: Path, name: str, seed: int) -> Split:
     else:
         data = load_npz(path, image_size=32)
         y = (data.target == 2).astype(int) if name == "ph2_dermoscopy" else data.target
-        groups = np.arange(len(y)) if data.groups is None else group_codes(data.groups, y)
+        groups = np.arange(len(y)) if data.groups is None else data.groups
         folds = StratifiedGroupKFold(4, shuffle=True, random_state=seed)
         a, b = next(folds.split(data.images, y, groups))
         X, y, X_test, y_test = data.images[a], y[a], data.images[b], y[b]

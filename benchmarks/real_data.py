@@ -27,7 +27,6 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from sklearn_medimb import CSSNClassifier, SoftmaxClassifier
-from sklearn_medimb._data.rows import group_codes
 from sklearn_medimb.datasets import load_npz, make_long_tailed
 
 Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -36,7 +35,6 @@ Split = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 def folds(X: np.ndarray, y: np.ndarray, seed: int, groups: Any = None) -> Iterator[Split]:
     """Quarters as test folds; groups stay whole."""
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
-    groups = None if groups is None else group_codes(groups, y)
     for train, test in kind(4, shuffle=True, random_state=seed).split(X, y, groups):
         yield X[train], y[train], X[test], y[test]
 

@@ -26,7 +26,6 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from sklearn_medimb import SoftmaxClassifier, SPMixClassifier
-from sklearn_medimb._data.rows import group_codes
 from sklearn_medimb.datasets import load_npz
 
 SETS = ("ph2_dermoscopy", "wbc_two_sites", "herlev_papsmear", "dr_maculopathy")
@@ -65,7 +64,7 @@ def load(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if name == "dr_maculopathy":
         with np.load(folder / f"{name}.npz", allow_pickle=False) as archive:
             y = archive["grade"].astype(int)
-    return data.images, y, np.arange(len(y)) if data.groups is None else group_codes(data.groups, y)
+    return data.images, y, np.arange(len(y)) if data.groups is None else data.groups
 
 
 def run(folder: Path, name: str, seed: int, method: str, validate: bool) -> dict[str, Any]:

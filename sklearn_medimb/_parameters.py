@@ -17,6 +17,8 @@ gives the constructor its keyword, scikit-learn its constraint, ``help`` its typ
 and ``search_space`` its range, in this class and in all below it. A class that only changes a
 default writes ``lr: float = 1e-4``. Nothing has to be applied: a class body that cannot mean what
 it says is refused when it is read.
+
+Imports nothing of the package.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ An :class:`Augmentation` works in two steps: `draw` takes every random decision 
 from an explicit generator, and `apply` is a pure function of the images and of those draws.
 Both treat the whole batch at once, on its device, and never wait for a value to come back
 from it.
+
+Imports `_parameters`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Pictures of what the methods do."""
+"""Pictures of what the methods do.
+
+Imports `_data`, `mixing`, `over_sampling`, `saliency`.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ its label is k. One formula then serves hard labels, soft labels, sample and cla
     loss = mean_i sum_k mass[i, k] * class_weight[k] * costs[i, k]
 
 where ``mass[i]`` is the one-hot (or mixed) label of sample i times its weight.
+
+Imports `_parameters`.
 """
 
 from __future__ import annotations

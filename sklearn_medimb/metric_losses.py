@@ -4,6 +4,8 @@ All take embeddings e (n, m), which they expect at unit length, and class codes 
 scalar. D is the Euclidean distance, cos the inner product. Where a batch holds nothing to compare
 (one class, or no class twice) losses that compare positives with negatives are 0, with a gradient
 of 0; "contrastive" and "proxy_anchor" have terms for each alone.
+
+Imports nothing of the package.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ decides how much of a partner, usually of a head class, may enter:
 
 with the saliency s of both pictures and i counting patches. What is salient in either picture is
 taken from the tail picture; common background is borrowed.
+
+Imports nothing of the package.
 """
 
 from __future__ import annotations

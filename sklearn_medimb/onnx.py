@@ -4,6 +4,8 @@
 >>> export_onnx(classifier, "classifier.onnx")  # doctest: +SKIP
 >>> session = onnxruntime.InferenceSession("classifier.onnx")  # doctest: +SKIP
 >>> (proba,) = session.run(None, {"images": X.astype("float32")})  # doctest: +SKIP
+
+Imports `_data`, `_machine`, `base`.
 """
 
 from __future__ import annotations

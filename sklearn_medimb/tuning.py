@@ -19,6 +19,8 @@ outlives its process: run it again and it goes on, run it twice and both share t
 ``JournalStorage`` instead of SQLite where the file is on a network). A trial that was running when
 its process died stays RUNNING; once no process is at work, give its parameters another go with
 ``study.enqueue_trial(trial.params)``, as ``examples/optuna_search.py`` does.
+
+Imports `base`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def load(name):
     return module
 
 
-compare, report = load("compare"), load("report")
+contestants, compare, report = load("contestants"), load("compare"), load("report")
 QUICK = compare.Suite(
     10, 8, 80, 60, 0.1, (0, 1, 2), (None, 10), ("SMOTE + logistic", "balanced forest"), ("lesions",)
 )
@@ -43,14 +43,14 @@ def quick(monkeypatch):
     many = compare.make_lesions
     monkeypatch.setattr(compare, "make_lesions", lambda n, **params: many(min(n, 500), **params))
     for method, steps in {
-        "SMOTE + logistic": lambda _, smote: [smote, compare.LogisticRegression(max_iter=50)],
+        "SMOTE + logistic": lambda _, smote: [smote, contestants.LogisticRegression(max_iter=50)],
         "balanced forest": lambda seed, _: [
-            compare.BalancedRandomForestClassifier(
+            contestants.BalancedRandomForestClassifier(
                 10, sampling_strategy="all", replacement=True, bootstrap=False, random_state=seed
             )
         ],
     }.items():
-        monkeypatch.setitem(compare.METHODS, method, compare.classical(steps))
+        monkeypatch.setitem(compare.METHODS, method, contestants.classical(steps))
 
 
 def start(out, *more):
@@ -135,7 +135,7 @@ def test_rows_of_an_earlier_table_count_as_done(tmp_path, quick, monkeypatch, ca
 def test_networks_have_the_same_number_of_steps():
     y = np.repeat([0, 1, 2], [90, 30, 6])
     X = np.random.default_rng(0).integers(0, 256, (126, 8, 8), dtype=np.uint8)
-    setting = compare.Setting(0, 2, (90, 30, 6), 0.1)
+    setting = contestants.Setting(0, 2, (90, 30, 6), 0.1)
     steps = {}
     for name in ("CE", "oversampling", "SPMix", "CSSN", "focal"):
         clf = compare.METHODS[name](setting)
@@ -245,7 +245,7 @@ def test_splits_keep_patients_whole_and_test_rows_uncut():
 
 def test_every_method_makes_a_classifier_of_its_own():
     for make in compare.METHODS.values():
-        setting = compare.Setting(0, 2, (30, 6), 0.5)
+        setting = contestants.Setting(0, 2, (30, 6), 0.5)
         one, two = make(setting), make(setting)
         assert one is not two
         assert hasattr(one, "fit")
@@ -288,6 +288,29 @@ def test_page_follows_from_the_table_and_says_who_loses(tmp_path, monkeypatch):
     assert "| logit adjustment | 1.0 |" in pages[0]
     assert "the first are logit adjustment (0.8" in pages[0]
     assert report.critical_difference(10, 20) == pytest.approx(3.164 * np.sqrt(110 / 120), abs=0.01)
+
+
+def test_page_of_methods_without_the_baselines(tmp_path, monkeypatch):
+    facts = {"commit": "abc", "versions": "v", "hardware": "h", "fit_seconds": 3.0}
+    rows = [
+        {
+            "data": "one", "cut": cut, "seed": 0, "method": method, "n_classes": 2,
+            "imbalance_ratio": ratio, "balanced_accuracy": score, "predict_seconds": 0.1, **facts,
+        }
+        for cut, ratio in (("natural", 6.0), (50, 50.0))
+        for method, score in {"CSSN": 0.7, "focal": 0.6}.items()
+    ]  # fmt: skip
+    path = tmp_path / "results.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(path), "--out", str(tmp_path)])
+    report.main()
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert "the first are CSSN (0.700), focal (0.600). Differences" in page
+    assert "Against" not in page
+    assert "cross-entropy" not in page
 
 
 def test_smoke_suite_runs_and_makes_a_page(tmp_path, monkeypatch):

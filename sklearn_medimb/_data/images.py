@@ -30,8 +30,8 @@ from sklearn_medimb._data.pixel_scale import (
     UNIT_MAX,
     OneScale,
     PixelScale,
-    kind_of,
     on_one_scale,
+    scale_of,
     to_unit_scale,
 )
 
@@ -129,7 +129,7 @@ class Images:
                 f"{image.shape} and dtype {image.dtype}."
             )
         first, known = self._first = self._first or (row, image.dtype)
-        if kind_of(known) != kind_of(image.dtype):
+        if scale_of(known) != scale_of(image.dtype):
             raise ValueError(
                 f"X mixes images whose scales may differ: row {first} has dtype {known}, row {row} "
                 f"has dtype {image.dtype}. Bring them to one dtype."
@@ -276,7 +276,7 @@ def _refuse_mixed_columns(X: Any, image_shape: Sequence[int] | None) -> None:
     """Refuse a table of pixels some of whose columns are uint8: an array of it is on no scale."""
     if image_shape is None or not (hasattr(X, "dtypes") and hasattr(X, "iloc")):
         return
-    kinds = [kind_of(getattr(dtype, "numpy_dtype", dtype)) for dtype in X.dtypes]
+    kinds = [scale_of(getattr(dtype, "numpy_dtype", dtype)) for dtype in X.dtypes]
     if len(set(kinds)) > 1 and set(kinds) & {"uint8", "whole"}:
         odd = next(column for column, kind in enumerate(kinds) if kind != kinds[0])
         raise ValueError(

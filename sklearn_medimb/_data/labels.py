@@ -60,11 +60,9 @@ def read_labels(
         If a label is missing (None, NaN, NaT, NA, masked), or if kinds are mixed.
     """
     column = label_column(y, warn=warn)
-    missing = missing_entries(y)
-    if missing.any():
+    if len(empty := rows_without_entry(y)):
         raise ValueError(
-            f"{name} has no label in row {missing.argmax()} ({missing.sum()} rows in all): "
-            f"{advice}."
+            f"{name} has no label in row {empty[0]} ({len(empty)} rows in all): {advice}."
         )
     if column.dtype == object and not mixed:
         texts = np.array([isinstance(label, str) for label in column.tolist()], dtype=bool)
@@ -73,6 +71,13 @@ def read_labels(
             shown = ", ".join(f"row {row} holds {column[row]!r}" for row in sorted(rows))
             raise ValueError(f"{name} must hold labels of one kind, numbers or strings: {shown}.")
     return column
+
+
+def rows_without_entry(values: Any) -> np.ndarray:
+    """Rows of labels, numbers or scores (n,) or (n, n_columns) in which an entry says nothing."""
+    missing = missing_entries(values)
+    width = max(missing.size // max(len(values), 1), 1)
+    return np.unique(np.flatnonzero(missing) // width)
 
 
 def is_mark(y: np.ndarray) -> np.ndarray:

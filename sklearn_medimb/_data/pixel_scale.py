@@ -51,7 +51,7 @@ def on_one_scale(
     """
     if len({image.dtype for image in images}) == 1:
         return np.stack(images)
-    kinds = [kind_of(image.dtype) for image in images]
+    kinds = [scale_of(image.dtype) for image in images]
     if plain is not None:
         kinds = ["float" if p and k == "whole" else k for p, k in zip(plain, kinds, strict=True)]
     if len(set(kinds)) == 1:
@@ -87,7 +87,7 @@ def on_one_scale(
     )
 
 
-def kind_of(dtype: Any) -> str:
+def scale_of(dtype: Any) -> str:
     """What an image's dtype says of its scale: uint8 and bool count as [0, 1]."""
     if dtype == np.uint8:
         return "uint8"

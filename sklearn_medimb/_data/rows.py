@@ -79,7 +79,7 @@ def group_codes(groups: Any, y: np.ndarray) -> np.ndarray:
     if groups.dtype.kind in "mM":
         kinds = np.full(len(groups), "date")
     else:
-        kinds = np.array([kind_of(entry) for entry in groups.tolist()])
+        kinds = np.array([kind_of_entry(entry) for entry in groups.tolist()])
     if (other := kinds != kinds[:1]).any():
         row = other.argmax()
         raise ValueError(
@@ -113,6 +113,8 @@ def missing_entries(values: Any, *, texts: bool = False) -> np.ndarray:
         missing = np.isnat(entries)
     elif entries.dtype.kind in "biu":
         missing = np.zeros(len(entries), dtype=bool)
+    elif entries.dtype.kind in "fc":
+        missing = np.isnan(entries)
     else:
         found = (_is_missing(entry, texts) for entry in entries.tolist())
         missing = np.fromiter(found, bool, len(entries))
@@ -136,7 +138,7 @@ def _is_missing(entry: Any, texts: bool) -> bool:
         return True
 
 
-def kind_of(entry: Any) -> str:
+def kind_of_entry(entry: Any) -> str:
     """What may be compared with one another."""
     if isinstance(entry, Number) and not isinstance(entry, bool):
         return "number"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.utils import Bunch
 
-from sklearn_medimb._data.pixel_scale import FOLD, kind_of, on_one_scale
+from sklearn_medimb._data.pixel_scale import FOLD, on_one_scale, scale_of
 
 SPLITS = ("train", "val", "test")
 # Images shrink to a tenth at most, blank ones to a thousandth; what is larger and shrinks more than
@@ -143,7 +143,7 @@ def _joined(path: str | os.PathLike[str], parts: dict[str, np.ndarray]) -> np.nd
         if squares and peak > 0:  # a blank split has no scale
             heights[name] = peak, float(np.sqrt(np.mean(squares)))
     apart = f"{str(path)!r} holds {', '.join(described)}: load one split at a time"
-    if len({kind_of(dtype) for dtype in dtypes}) > 1:
+    if len({scale_of(dtype) for dtype in dtypes}) > 1:
         floats = [dtype for dtype in dtypes if dtype.kind == "f"]
         small = all(dtype.itemsize <= 4 for dtype in floats)
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
@@ -111,17 +111,10 @@ def metric_interval(
     '1.00 [0.57, 1.00]'
     """
     y, column = entries(y_true, "y_true"), _Column(y_pred, "y_pred")
+    how = _How(groups, level, n_resamples, random_state)
+    name = scorer_name(metric)
     return _interval(
-        lambda y, rows: metric(y, column[rows]),
-        y,
-        [column],
-        groups,
-        level,
-        n_resamples,
-        random_state,
-        scorer_name(metric),
-        metric,
-        labels,
+        lambda y, rows: metric(y, column[rows]), y, [column], how, name, metric, labels
     )
 
 
@@ -179,18 +172,13 @@ def paired_difference(
             "paired_difference compares predictions; scorer_difference compares models."
         )
     y, a, b = entries(y_true, "y_true"), _Column(pred_a, "pred_a"), _Column(pred_b, "pred_b")
-    return _interval(
-        lambda y, of_a, of_b: _minus(metric(y, a[of_a]), metric(y, b[of_b]), scorer_name(metric)),
-        y,
-        [a, b],
-        groups,
-        level,
-        n_resamples,
-        random_state,
-        scorer_name(metric),
-        metric,
-        labels,
-    )
+    how = _How(groups, level, n_resamples, random_state)
+    name = scorer_name(metric)
+
+    def score(y: np.ndarray, of_a: np.ndarray, of_b: np.ndarray) -> Any:
+        return _minus(metric(y, a[of_a]), metric(y, b[of_b]), name)
+
+    return _interval(score, y, [a, b], how, name, metric, labels)
 
 
 def scorer_interval(
@@ -236,15 +224,9 @@ def scorer_interval(
     y = labels_of(y, "y")
     answered = _Answered(estimator, X, y)
     scorer = _scorer(answered, scoring)
+    how = _How(groups, level, n_resamples, random_state)
     return _interval(
-        lambda y, rows: scorer(answered, rows, y),
-        y,
-        [answered],
-        groups,
-        level,
-        n_resamples,
-        random_state,
-        scorer_name(scoring),
+        lambda y, rows: scorer(answered, rows, y), y, [answered], how, scorer_name(scoring)
     )
 
 
@@ -284,28 +266,29 @@ def scorer_difference(
     y = labels_of(y, "y")
     a, b = _Answered(estimator_a, X, y), _Answered(estimator_b, X, y)
     score_a, score_b = _scorer(a, scoring), _scorer(b, scoring)
-    return _interval(
-        lambda y, of_a, of_b: _minus(
-            score_a(a, of_a, y), score_b(b, of_b, y), scorer_name(scoring)
-        ),
-        y,
-        [a, b],
-        groups,
-        level,
-        n_resamples,
-        random_state,
-        scorer_name(scoring),
-    )
+    how = _How(groups, level, n_resamples, random_state)
+    name = scorer_name(scoring)
+
+    def score(y: np.ndarray, of_a: np.ndarray, of_b: np.ndarray) -> Any:
+        return _minus(score_a(a, of_a, y), score_b(b, of_b, y), name)
+
+    return _interval(score, y, [a, b], how, name)
+
+
+class _How(NamedTuple):
+    """What all four functions are told of the interval itself."""
+
+    groups: Any
+    level: float
+    n_resamples: int
+    random_state: Any
 
 
 def _interval(
     score: Callable[..., Any],
     y: Any,
     columns: list[Any],
-    groups: Any,
-    level: float,
-    n_resamples: int,
-    random_state: Any,
+    how: _How,
     name: str,
     metric: Any = None,
     labels: Any = None,
@@ -320,7 +303,7 @@ def _interval(
     if y.ndim == 2 and y.shape[1] == 1:
         y = y.ravel()
     n, every = len(y), np.arange(len(y))
-    units = every if groups is None else group_codes(groups, np.empty(n))
+    units = every if how.groups is None else group_codes(how.groups, np.empty(n))
     known = {label for column in columns for label in column.labels.tolist()}
     lacking = known - set(y.ravel().tolist())
     hint = f" (The true labels lack {sorted(lacking)}.)" if lacking else ""
@@ -378,9 +361,9 @@ def _interval(
         cells=cells,
         donors=donors,
         alike=len(columns) == 1,
-        level=level,
-        n_resamples=n_resamples,
-        random_state=random_state,
+        level=how.level,
+        n_resamples=how.n_resamples,
+        random_state=how.random_state,
         name=name,
     )
 
@@ -396,19 +379,17 @@ def _minus(a: Any, b: Any, name: str) -> Any:
     return as_numbers(a, name) - as_numbers(b, name)
 
 
-def _with_unseen_labels(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """As `_with_unseen` of predicted labels, where these are each label, itself and another."""
-    return np.concatenate([values, labels, labels, np.roll(labels, -1)])
-
-
-def _with_unseen(values: np.ndarray, labels: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _with_unseen(values: np.ndarray, labels: np.ndarray, y: np.ndarray | None) -> np.ndarray:
     """Scores of every sample, and of three that nobody saw for each label.
 
     The first has the mean scores of a sample with that label, as one of another class may have
     them. The second has the best that any sample got for it. The third is the first but for the
     probability of the label, which is exchanged for the smallest, so that it counts as an error
-    however many guesses are allowed.
+    however many guesses are allowed. Of predicted labels, which need no `y`, the three are each
+    label, itself and another.
     """
+    if y is None:
+        return np.concatenate([values, labels, labels, np.roll(labels, -1)])
     those = [values[y == label] if (y == label).any() else values for label in labels]
     mean = _tied(np.array([rows.mean(axis=0) for rows in those]), values)
     best, worst = values[np.full(len(labels), values.argmin() if values.ndim == 1 else 0)], mean
@@ -457,10 +438,7 @@ class _Column:
         return self.extended[rows]
 
     def extend(self, labels: np.ndarray, y: np.ndarray) -> None:
-        if self.are_labels:
-            self.extended = _with_unseen_labels(self.values, labels)
-        else:
-            self.extended = _with_unseen(self.values, labels, y)
+        self.extended = _with_unseen(self.values, labels, None if self.are_labels else y)
 
     def codes(self) -> np.ndarray | None:
         return _codes(self.values)
@@ -522,11 +500,7 @@ class _Answered(StandIn, ClassifierMixin, BaseEstimator):
 
     def extend(self, labels: np.ndarray, y: np.ndarray) -> None:
         for name, values in self.answers.items():
-            self.extended[name] = (
-                _with_unseen_labels(values, labels)
-                if name == "predict"
-                else _with_unseen(values, labels, y)
-            )
+            self.extended[name] = _with_unseen(values, labels, None if name == "predict" else y)
 
     def codes(self) -> np.ndarray | None:
         return _codes(*self.answers.values()) if len(self.answers) == 1 else None

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from sklearn.utils import column_or_1d
 
-from sklearn_medimb._data.rows import kind_of, missing_entries
+from sklearn_medimb._data.labels import rows_without_entry
+from sklearn_medimb._data.rows import kind_of_entry
 
 Metric = Callable[[np.ndarray, np.ndarray], Any]
 FEW = 10  # values that numbers have at most which are grades, each five times on average
@@ -42,15 +43,11 @@ def entries(values: Any, name: str) -> np.ndarray:
         If an entry is missing (None, NaN, NaT, NA, masked).
     """
     array = np.asarray(values)
-    if array.dtype.kind == "f" and not np.ma.isMaskedArray(values):
-        missing = np.isnan(array)
-    elif array.ndim:
-        missing = missing_entries(values)
-    else:
-        missing = np.zeros(1, dtype=bool)
-    if missing.any():
-        row = int(missing.argmax()) // max(missing.size // max(len(array), 1), 1)
-        raise ValueError(f"{name} has no entry in row {row}: leave such rows out.")
+    if array.ndim:
+        is_plain = array.dtype.kind == "f" and not np.ma.isMaskedArray(values)  # also of a list
+        rows = rows_without_entry(array if is_plain else values)
+        if len(rows):
+            raise ValueError(f"{name} has no entry in row {rows[0]}: leave such rows out.")
     return array
 
 
@@ -74,7 +71,7 @@ def kind_of_entries(values: np.ndarray, name: str) -> str:
         of_dtype = {**dict.fromkeys("biuf", "number"), "U": "string", "S": "bytes"}
         return of_dtype.get(values.dtype.kind, values.dtype.name)
     kinds = [
-        "number" if isinstance(entry, (bool, np.bool_)) else kind_of(entry)
+        "number" if isinstance(entry, (bool, np.bool_)) else kind_of_entry(entry)
         for entry in values.ravel().tolist()
     ]
     if odd := [row for row, kind in enumerate(kinds) if kind != kinds[0]]:

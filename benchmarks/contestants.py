@@ -1,0 +1,205 @@
+"""Contestants of compare.py: methods by name, and classifiers from outside."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from imblearn.ensemble import BalancedRandomForestClassifier, EasyEnsembleClassifier
+from imblearn.over_sampling import SMOTE, RandomOverSampler
+from imblearn.pipeline import make_pipeline
+from sklearn.decomposition import PCA
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.svm import SVC
+
+from sklearn_medimb import (
+    AMIMVClassifier,
+    AMIMVEncoder,
+    BalancedVirtualFeatures,
+    CSSNClassifier,
+    LMDClassifier,
+    MetricTwoStageClassifier,
+    SoftmaxClassifier,
+    SPMixClassifier,
+    SPMixSampler,
+)
+from sklearn_medimb.backbones import ConvNet
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a method may know before it sees an image."""
+
+    seed: int
+    spatial_dims: int
+    counts: tuple[int, ...]  # training images of each class
+    step_share: float
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """What all networks share; narrower for volumes, as 3-D kernels cost more."""
+        backbone = ConvNet((16, 32, 64, 64)) if self.spatial_dims == 3 else "auto"
+        return {
+            "backbone": backbone,
+            "spatial_dims": self.spatial_dims,
+            "random_state": self.seed,
+        }
+
+    def epochs(self, steps_per_epoch: int) -> int:
+        """Passes that make the same number of steps for all: a share of the networks' default."""
+        n_steps = self.step_share * (180 + 60 * min(len(self.counts), 17))
+        return max(1, round(n_steps / max(1, steps_per_epoch)))
+
+
+def network(*, balanced: bool = False, **params: Any) -> Callable[[Setting], Any]:
+    """Make the plain network; `balanced` where a sampler brings all classes to equal size."""
+
+    def make(s: Setting) -> Any:
+        n = len(s.counts) * max(s.counts) if balanced else sum(s.counts)
+        return SoftmaxClassifier(**params, **s.network, max_epochs=s.epochs(math.ceil(n / 64)))
+
+    return make
+
+
+def cssn(s: Setting) -> Any:
+    """As many steps as the others, of two views of each of 32 images instead of 64 images."""
+    epochs = s.epochs(round(sum(s.counts) / max(32, 2 * len(s.counts))))
+    return CSSNClassifier(**s.network, max_epochs=epochs)
+
+
+def metric_two_stage(**params: Any) -> Callable[[Setting], Any]:
+    def make(s: Setting) -> Any:
+        epochs = s.epochs(math.ceil(sum(s.counts) / 64))
+        return MetricTwoStageClassifier(**params, **s.network, max_epochs=epochs)
+
+    return make
+
+
+def spmix(s: Setting) -> Any:
+    return SPMixClassifier(**s.network, max_epochs=s.epochs(math.ceil(sum(s.counts) / 64)))
+
+
+def amimv(s: Setting) -> Any:
+    """As many steps of pre-training, 32 anchors each, as the others take of training."""
+    epochs = s.epochs(math.ceil(sum(s.counts) / 32))
+    encoder = AMIMVEncoder(max_epochs=epochs, batch_size=32)
+    return AMIMVClassifier(**s.network, pretrain=encoder)
+
+
+def lmd(s: Setting) -> Any:
+    """Stage two's epochs count."""
+    classifier = LMDClassifier(**s.network)
+    epochs = s.epochs(math.ceil(sum(s.counts) / 64)) - classifier.n_rounds + 1
+    return classifier.set_params(max_epochs=max(1, epochs))
+
+
+def virtual_features(s: Setting) -> Any:
+    return make_pipeline(
+        network()(s),
+        StandardScaler(),
+        BalancedVirtualFeatures(replace=True, random_state=s.seed),
+        LogisticRegression(C=0.01, max_iter=1000),
+    )
+
+
+def flat(X: np.ndarray) -> np.ndarray:
+    return X.reshape(len(X), -1).astype(np.float32) / 255
+
+
+def classical(make_steps: Callable[[int, Any], list[Any]]) -> Callable[[Setting], Any]:
+    def make(s: Setting) -> Any:
+        # SMOTE needs as many neighbours as it interpolates between.
+        k = min(5, min(s.counts) - 1)
+        smote = SMOTE(k_neighbors=k, random_state=s.seed)
+        fallback = RandomOverSampler(random_state=s.seed)
+        return make_pipeline(
+            FunctionTransformer(flat), *make_steps(s.seed, smote if k else fallback)
+        )
+
+    return make
+
+
+def components(seed: int) -> list[Any]:
+    return [StandardScaler(), PCA(0.9, svd_solver="full", whiten=False, random_state=seed)]
+
+
+METHODS: dict[str, Callable[[Setting], Any]] = {
+    "CE": network(),
+    "class weights": network(class_weight="balanced"),
+    "oversampling": network(sampler=RandomOverSampler(), balanced=True),
+    "SPMix sampler": network(sampler=SPMixSampler(), balanced=True),
+    "focal": network(loss="focal"),
+    "class-balanced": network(loss="class_balanced"),
+    "LDAM-DRW": network(loss="ldam"),
+    "balanced softmax": network(loss="balanced_softmax"),
+    "logit adjustment": network(loss="logit_adjusted"),
+    "post-hoc adjustment": network(post_hoc_tau=1.0),
+    "mixup": network(mixup="mixup"),
+    "balanced mixup": network(mixup="balanced"),
+    "CSSN": cssn,
+    "cRT": metric_two_stage(metric_weight=0, rebalance="crt"),
+    "metric two-stage": metric_two_stage(),
+    "LMD": lmd,
+    "SPMix": spmix,
+    "AMIMV": amimv,
+    "virtual features": virtual_features,
+    "balanced forest": classical(
+        lambda seed, _: [
+            BalancedRandomForestClassifier(
+                300, sampling_strategy="all", replacement=True, bootstrap=False, random_state=seed
+            )
+        ]
+    ),
+    "EasyEnsemble": classical(
+        lambda seed, _: [*components(seed), EasyEnsembleClassifier(20, random_state=seed)]
+    ),
+    "SMOTE + SVM": classical(lambda seed, smote: [*components(seed), smote, SVC(C=10)]),
+    "SMOTE + logistic": classical(
+        lambda seed, smote: [*components(seed), smote, LogisticRegression(C=0.01, max_iter=2000)]
+    ),
+    "boosting": classical(
+        lambda seed, _: [
+            *components(seed),
+            HistGradientBoostingClassifier(class_weight="balanced", random_state=seed),
+        ]
+    ),
+}
+
+
+def outside(place: str) -> type:
+    """Class of a classifier, by "module:Class"."""
+    module, _, name = place.partition(":")
+    if not module or not name:
+        raise argparse.ArgumentTypeError(f"{place!r} is not of the form my_module:MyClassifier")
+    if (here := str(Path.cwd())) not in sys.path:  # which workers of joblib are given too
+        sys.path.append(here)
+    try:
+        cls = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise argparse.ArgumentTypeError(f"{module} cannot be imported: {error}") from error
+    if not isinstance(cls, type) or not hasattr(cls, "fit") or not hasattr(cls, "predict"):
+        raise argparse.ArgumentTypeError(f"{module} has no class {name} with fit and predict")
+    if cls.__name__ in METHODS:
+        raise argparse.ArgumentTypeError(f"{name}: a method of the comparison is called so")
+    try:
+        cls().get_params()
+    except Exception as error:
+        raise argparse.ArgumentTypeError(f"{name}().get_params() fails: {error}") from error
+    return cls
+
+
+def made_from(cls: Any, s: Setting) -> Any:
+    """Make a classifier from outside like the networks, as far as it has their parameters."""
+    known = cls().get_params()
+    epochs = s.epochs(math.ceil(sum(s.counts) / known.get("batch_size", 64)))
+    params = {**s.network, "max_epochs": epochs}
+    return cls(**{name: value for name, value in params.items() if name in known})
