@@ -101,7 +101,7 @@ def study_labels(split: Split, seed: int, n_epochs: int) -> dict[str, Any]:
         known = some >= 0
         for name, encoder in encoders.items():
             rows[f"{name} {fraction:g}"] = score(head(encoder, X, some, seed), X_test, y_test)
-        tuned = AMIMVClassifier(pretrain=encoders["AMIMV"], fine_tune=True, random_state=seed)
+        tuned = AMIMVClassifier(pretrain=encoders["AMIMV"], fine_tune="full", random_state=seed)
         scratch = {
             "CE + cRT": MetricTwoStageClassifier(
                 metric_weight=0, rebalance="crt", random_state=seed

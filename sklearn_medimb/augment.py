@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sklearn_medimb._parameters import Declaring, parameter, within
 
-__all__ = ["AUGMENTATIONS", "Augmentation", "geometry", "resolve_augmentation"]
+__all__ = ["AUGMENTATIONS", "Augmentation", "geometry", "resolve_augmentation", "symmetries"]
 
 _WARPS = ("rotation", "tilt", "shear", "scale", "translate", "crop")
 _SOMETIMES = ("blur", "noise", "cutout")
@@ -662,3 +662,62 @@ def resolve_augmentation(augment: str | Augmentation | None) -> Augmentation:
             f"apply such as Augmentation(), got {augment!r}."
         )
     return augment
+
+
+def symmetries(
+    augmentation: Any, image_shape: tuple[int, ...], n: int
+) -> list[Callable[[Tensor], Tensor]]:
+    """Views of images that, by what an augmentation does, are images of the same thing.
+
+    First images as they are; then, as far as its probabilities are above 0, each flip; where
+    squares are flipped both ways, quarter turns; and flips along several axes.
+
+    Parameters
+    ----------
+    augmentation : Augmentation
+        Any object; one without the parameters of :class:`Augmentation` is taken to flip nothing.
+    image_shape : tuple of int
+        Shape of one image, ``(C, *spatial)``; vectors have but one view.
+    n : int
+        Most views.
+
+    Returns
+    -------
+    views : list of callable
+        Each maps a batch (B, C, *spatial) to one of the same shape, exactly.
+
+    Examples
+    --------
+    >>> from sklearn_medimb.augment import resolve_augmentation, symmetries
+    >>> len(symmetries(resolve_augmentation("medical"), (3, 32, 32), 8))
+    8
+    >>> len(symmetries(resolve_augmentation("light"), (3, 32, 32), 8))
+    2
+    """
+    sides = image_shape[1:]
+    axes = [
+        axis
+        for name, axis in _FLIPS.items()
+        if getattr(augmentation, name, 0.0) and -axis <= len(sides)
+    ]
+    flips = [[axis for k, axis in enumerate(axes) if 2**k & bits] for bits in range(2 ** len(axes))]
+    flips.sort(key=len)
+    single, several = flips[1 : 1 + len(axes)], flips[1 + len(axes) :]
+    views: list[Callable[[Tensor], Tensor]] = [_as_it_is]
+    views += [partial(torch.flip, dims=dims) for dims in single]
+    turned: list[Callable[[Tensor], Tensor]] = []
+    if {-1, -2} <= set(axes) and sides[-1] == sides[-2]:
+        quarter, three = (partial(torch.rot90, k=k, dims=(-2, -1)) for k in (1, 3))
+        turned = [quarter, three]
+        turned += [partial(_turned_and_flipped, dims=[axis]) for axis in (-1, -2)]
+    views += turned[:1]
+    views += [partial(torch.flip, dims=dims) for dims in several]
+    return (views + turned[1:])[:n]
+
+
+def _as_it_is(images: Tensor) -> Tensor:
+    return images
+
+
+def _turned_and_flipped(images: Tensor, dims: list[int]) -> Tensor:
+    return torch.rot90(images, 1, (-2, -1)).flip(dims)

@@ -141,7 +141,7 @@ class _Graph(nn.Module):
             device=torch.device("cpu"),
         )
         self.divisor = 255.0 if classifier.pixel_range_ == "uint8" else 1.0
-        self.scores = classifier._score_function(in_chunks=False)
+        self.scores = classifier._mean_score_function(in_chunks=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Probabilities (n, n_classes) of images (n, C, *spatial)."""

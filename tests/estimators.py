@@ -49,7 +49,7 @@ TINY: dict[str, dict | None] = {
     "AMIMVClassifier": {
         **SHARED,
         "pretrain": AMIMVEncoder(max_epochs=2, batch_size=8),
-        "fine_tune": True,
+        "fine_tune": "full",
     },
     "AMIMVEncoder": SHARED,
     "BalancedSoftmax": None,
@@ -81,7 +81,7 @@ ENCODER = SSLEncoder("byol", max_epochs=2, batch_size=32)
 # Every image estimator, with all the stages that it can have.
 WITH_ALL_STAGES = {
     "AMIMVClassifier": lambda: AMIMVClassifier(
-        **SMALL, pretrain=AMIMVEncoder(max_epochs=2, batch_size=32), fine_tune=True
+        **SMALL, pretrain=AMIMVEncoder(max_epochs=2, batch_size=32), fine_tune="full"
     ),
     "AMIMVEncoder": lambda: AMIMVEncoder(**SMALL),
     "CSSNClassifier": lambda: CSSNClassifier(**SMALL, pretrain=ENCODER),

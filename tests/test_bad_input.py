@@ -57,7 +57,7 @@ def make(cls=SoftmaxClassifier, **params):
     if cls is CSSNClassifier:
         tiny["n_tokens"] = 4
     if cls is AMIMVClassifier:
-        tiny |= {"pretrain": None, "fine_tune": True}
+        tiny |= {"pretrain": None, "fine_tune": "full"}
     return cls(**{**tiny, **params})
 
 

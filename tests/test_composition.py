@@ -86,7 +86,7 @@ CASES = {
         {
             **NETWORK,
             "pretrain": AMIMVEncoder(max_epochs=1, batch_size=18, augment="none"),
-            "fine_tune": True,
+            "fine_tune": "full",
         },
         WIDTHS,
         LR,

@@ -35,7 +35,11 @@ simulated = pytest.mark.skipif(REAL, reason="looks into the simulation")
 # What makes a fit short, one row per public estimator; all else is as by default. None is for
 # those that have no device: heads and samplers of vectors.
 SHORT: dict[str, dict | None] = {
-    "AMIMVClassifier": {"pretrain": AMIMVEncoder(max_epochs=1), "fine_tune": True, "max_epochs": 1},
+    "AMIMVClassifier": {
+        "pretrain": AMIMVEncoder(max_epochs=1),
+        "fine_tune": "full",
+        "max_epochs": 1,
+    },
     "AMIMVEncoder": {"max_epochs": 1},
     "BalancedSoftmax": None,
     "BalancedVirtualFeatures": None,

@@ -465,7 +465,7 @@ SCALED = {
     "spmix, gpaco": lambda **p: SPMixClassifier(**p, contrast="gpaco", pairing="code"),
     "metric two-stage": lambda **p: MetricTwoStageClassifier(**p, metric_weight=1.0),
     "lmd": lambda **p: LMDClassifier(**p, relation_start=0.0, n_rounds=2),
-    "amimv": lambda **p: AMIMVClassifier(**p, pretrain=None, fine_tune=True),
+    "amimv": lambda **p: AMIMVClassifier(**p, pretrain=None, fine_tune="full"),
 }
 
 

@@ -159,7 +159,7 @@ def test_every_parameter_and_fitted_attribute_is_documented(name, tiny, blobs):
     elif hasattr(cls, "predict"):
         estimator.set_params(**tiny, early_stopping=True)
         if cls is AMIMVClassifier:
-            estimator.set_params(pretrain=AMIMVEncoder(max_epochs=1), fine_tune=True)
+            estimator.set_params(pretrain=AMIMVEncoder(max_epochs=1), fine_tune="full")
         estimator.fit(X, y)
     elif hasattr(cls, "fit_resample"):
         estimator.fit_resample(X if cls is SPMixSampler else X.reshape(len(X), -1), y)

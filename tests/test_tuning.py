@@ -345,7 +345,7 @@ def test_folds_of_a_cross_validation_are_averaged(vectors):
 def test_stages_of_one_fit_are_one_fold(vectors):
     trial = RecordingTrial()
     pretrain = AMIMVEncoder(max_epochs=2)
-    scored = {"pretrain": pretrain, "fine_tune": True, "max_epochs": 3, "early_stopping": True}
+    scored = {"pretrain": pretrain, "fine_tune": "full", "max_epochs": 3, "early_stopping": True}
     AMIMVClassifier(**scored, callbacks=[OptunaPruning(trial)]).fit(*vectors)
     assert len(trial.reports) == 3  # no validation score while it pre-trains
     trial = RecordingTrial()

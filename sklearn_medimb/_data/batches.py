@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sklearn_medimb._data.cached import CachedImages
 from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.pixel_scale import to_unit_scale
 from sklearn_medimb._data.plans import Plan
@@ -68,6 +69,21 @@ class Preprocessor:
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Whole path without augmentation, as used at predict."""
         return self.normalise(to_unit_scale(self.upload(rows), self.dtype))
+
+
+class Untouched(Preprocessor):
+    """For what a network has encoded already."""
+
+    def __init__(self, like: Preprocessor) -> None:
+        self.__dict__.update(vars(like))
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        """Leave it as it is."""
+        return images
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Leave it where it is."""
+        return rows
 
 
 @dataclass(frozen=True)
@@ -133,7 +149,8 @@ class Batches:
     def _resident_copy(self) -> torch.Tensor | None:
         """All training rows on the accelerator, in their stored dtype, where they fit."""
         device = self.preprocess.device
-        if device.type != "cuda" or not self.images.in_blocks:
+        encoded = isinstance(self.images, CachedImages)
+        if device.type != "cuda" or not self.images.in_blocks or encoded:
             return None
         n_bytes = (
             len(self.rows) * int(np.prod(self.images.image_shape)) * self.images.dtype.itemsize
@@ -167,6 +184,8 @@ class Batches:
     def gather(self, picks: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Images of some training rows on the unit scale, and their targets, on the device."""
         index = self.preprocess.upload(torch.from_numpy(picks))
+        if isinstance(self.images, CachedImages):
+            return self.images.in_every_view(self.rows[picks]), self.targets[index]
         if self.resident is not None:
             raw = self.resident[index]
         else:
@@ -179,16 +198,29 @@ class Batches:
     def draw(self, images: torch.Tensor, augmentation: Augmentation) -> dict[str, Any] | None:
         """What `augmentation` will do to images; None where they stay as they are."""
         # Vectors are not augmented. Of the caller's own augmentations, draw and apply are asked.
-        if images.ndim < 4 or getattr(augmentation, "is_identity", False):
+        still = getattr(augmentation, "is_identity", False)
+        if isinstance(self.images, CachedImages):
+            n_views = 1 if still else self.images.n_views
+            how: dict[str, Any] = {"generator": self.generator, "device": self.generator.device}
+            return {"view": torch.randint(n_views, (len(images),), **how)}
+        if images.ndim < 4 or still:
             return None
         with redirected(not isinstance(augmentation, Augmentation)):
             return augmentation.draw(len(images), tuple(images.shape[1:]), self.generator)
 
     def view(self, images: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
         """One augmented copy of images, still on the unit scale."""
-        params = self.draw(images, augmentation)
+        return self.moved(images, augmentation, self.draw(images, augmentation))
+
+    def moved(
+        self, images: torch.Tensor, augmentation: Augmentation, params: dict[str, Any] | None
+    ) -> torch.Tensor:
+        """Images as `augmentation` changes them, by what was drawn."""
         if params is None:
             return images
+        if isinstance(self.images, CachedImages):
+            index = torch.arange(len(images), device=images.device)
+            return images[index, params["view"].to(images.device)]
         with redirected(not isinstance(augmentation, Augmentation)):
             return augmentation.apply(images, params)
 

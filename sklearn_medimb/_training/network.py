@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from sklearn_medimb._data.batches import image_format
 from sklearn_medimb._machine import distributed
 from sklearn_medimb._machine.randomness import Draws, current_draws, drawing_from
-from sklearn_medimb.backbones import as_features
+from sklearn_medimb.backbones import as_features, stages_of
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -27,7 +28,8 @@ class Trunk(nn.Module):
     In training it may see a batch in parts: in shares of several processes, or, where memory ran
     out, a few images at a time, which backward encodes once more. Its output, and so the loss, is
     that of the whole batch either way; batch normalisation takes the statistics of each part.
-    `divisible` is False where the images of a batch mix inside the backbone.
+    `divisible` is False where the images of a batch mix inside the backbone. Where `given_encoded`
+    it is given what it made itself, earlier, and passes that on.
 
     Parameters
     ----------
@@ -52,6 +54,9 @@ class Trunk(nn.Module):
         self.input_shape = input_shape
         self.autocast = autocast
         self.frozen: list[nn.Module] = []
+        self.held: list[nn.Parameter] = []
+        self.keeps_statistics = False
+        self.given_encoded = False
         self.keep_frozen()
         self.micro_batch: int | None = None
         self.divisible = True
@@ -62,7 +67,43 @@ class Trunk(nn.Module):
 
     def keep_frozen(self) -> None:
         """Note which layers are frozen now: in training, too, their running statistics stay."""
-        self.frozen = [layer for layer in _frozen_layers(self.backbone) if _has_statistics(layer)]
+        layers = _frozen_layers(self.backbone)
+        if self.keeps_statistics:
+            norms = (m for m in self.backbone.modules() if isinstance(m, BATCH_NORMS))
+            layers = chain(layers, norms)
+        self.frozen = [layer for layer in layers if _has_statistics(layer)]
+
+    def hold(self, n_trained: int | None) -> None:
+        """Keep all but the last stages as they are; None trains every one that may be."""
+        for weight in self.held:
+            weight.requires_grad_(True)
+        stages = stages_of(self.backbone)
+        first = [] if n_trained is None else stages[: max(len(stages) - n_trained, 0)]
+        self.held = [w for part in first for w in part.parameters() if w.requires_grad]
+        for weight in self.held:
+            weight.requires_grad_(False)
+        self.keep_frozen()
+
+    @contextmanager
+    def wholly_held(self, held: bool = True) -> Iterator[None]:
+        """Train none of it for a while, if so asked."""
+        weights = [w for w in self.backbone.parameters() if held and w.requires_grad]
+        for weight in weights:
+            weight.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for weight in weights:
+                weight.requires_grad_(True)
+
+    @contextmanager
+    def passing(self, encoded: bool) -> Iterator[None]:
+        """Be given what it has encoded earlier, or images, for a while."""
+        before, self.given_encoded = self.given_encoded, encoded
+        try:
+            yield
+        finally:
+            self.given_encoded = before
 
     @property
     def learns(self) -> bool:
@@ -109,7 +150,8 @@ class Trunk(nn.Module):
         like = next(self.parameters(), torch.empty(0))
         blank = torch.zeros(1, *self.input_shape, dtype=like.dtype, device=like.device)
         try:
-            return self.eval()(blank)
+            with self.passing(encoded=False):
+                return self.eval()(blank)
         finally:
             self.train(training)
 
@@ -129,6 +171,8 @@ class Trunk(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Encode a batch of normalised images."""
+        if self.given_encoded:
+            return images
         if not (self.training and self.divisible):
             return self._encode(images)
         return distributed.share_out(self._encode_in_parts, images)
@@ -227,9 +271,11 @@ class SoftmaxNetwork(nn.Module):
         self.n_features = as_features(trunk.probe()).shape[1]
         self.head = head(self.n_features)
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
-        """Embedding of shape (n, n_features)."""
+    def encoded(self, images: torch.Tensor) -> torch.Tensor:
+        """What it needs of the trunk's output: with this in the place of images it goes on."""
         return as_features(self.trunk(images))
+
+    features = encoded
 
     def forward(self, images: torch.Tensor) -> Output:
         """Features and logits."""

@@ -21,7 +21,7 @@ class Stage:
     The backbone learns at ``backbone_lr * lr``. `forward` takes the place of the network's own
     forward pass: (network, batch) to its output. `optimizer` holds skorch's parameters of another
     optimiser than the estimator's. Where `validated` is False no validation score decides on the
-    stage's epochs.
+    stage's epochs. Where `on_encoded` the trunk is frozen and batches hold what it made of images.
     """
 
     criterion: Criterion
@@ -36,6 +36,7 @@ class Stage:
     forward: Callable[[nn.Module, Any], Any] | None = None
     optimizer: dict[str, Any] | None = None
     validated: bool = True
+    on_encoded: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.criterion, Criterion):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -60,6 +61,12 @@ class _Guess(ClassifierMixin, BaseEstimator):
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         scores = self.predict_proba(X)
         return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
+
+
+def mean_scores(scores: list[torch.Tensor]) -> torch.Tensor:
+    """Logarithms of the mean probabilities of several class scores (n, n_classes)."""
+    log_p = torch.stack([part.log_softmax(dim=1) for part in scores])
+    return log_p.logsumexp(dim=0) - math.log(len(scores))
 
 
 class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
@@ -189,7 +196,17 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
 
     def _scores(self, images: Images) -> np.ndarray:
         """Class scores of images, shape (n, n_classes)."""
-        return self._map(images, self._score_function()).cpu().numpy().astype(np.float64)
+        forward = self._mean_score_function()
+        return self._map(images, forward).cpu().numpy().astype(np.float64)
+
+    def _mean_score_function(
+        self, *, in_chunks: bool = True
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Class scores whose softmax is the mean of those of all views."""
+        views, forward = self._symmetries(), self._score_function(in_chunks=in_chunks)
+        if len(views) == 1:
+            return forward
+        return lambda batch: mean_scores([forward(view(batch)) for view in views])
 
     def _sizes(self) -> dict[str, int]:
         return {**super()._sizes(), "n_classes": len(self.classes_)}
@@ -453,9 +470,9 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
             f"({why})"
         )
 
-    def _n_epochs(self, n_samples: int) -> int:
+    def _n_epochs(self, n_samples: int, *, on_encoded: bool = False) -> int:
         """Epochs to train; "auto" gives small sets enough steps and large ones ten epochs."""
-        if self.max_epochs != "auto":
+        if self.max_epochs != "auto" and not (on_encoded and self.fine_tune_ == "head_first"):
             return self.max_epochs
         n_steps = 180 + 60 * min(len(self.classes_), 17)
         if len(self.image_shape_) == 1:  # an MLP on vectors settles sooner

@@ -108,19 +108,22 @@ class Trains(KeepsWeights):
         if self.verbose and main:
             label = f"{type(self).__name__} {stage.name}".rstrip()
             callbacks.append(ProgressBar(label, n_left * stage.steps_per_epoch))
-        net.run(
-            stage.batches,
-            n_left,
-            [cb for cb in callbacks if cb is not None],
-            last,
-            validated=scorer is not None,
-        )
+        trunk: Trunk = net.module_.trunk
+        with trunk.wholly_held(stage.on_encoded), trunk.passing(stage.on_encoded):
+            net.run(
+                stage.batches,
+                n_left,
+                [cb for cb in callbacks if cb is not None],
+                last,
+                validated=scorer is not None,
+            )
 
     @contextmanager
     def _settling(self, stages: list[Stage], train: TrainingSet) -> Iterator[None]:
         """Warn where the running statistics of a given backbone do not fit the training images."""
         trunk: Trunk = self.net_.module_.trunk
-        n_steps = sum(stage.n_epochs * stage.steps_per_epoch for stage in stages)
+        through = [stage for stage in stages if not stage.on_encoded]
+        n_steps = sum(stage.n_epochs * stage.steps_per_epoch for stage in through)
         left = trunk.statistics_left(n_steps) if self._brings_weights else 0.0
         yield
         if left < 0.05 or not n_steps:  # without a step the network is wanted as it is

@@ -26,7 +26,7 @@ from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb._training.views import ViewBatches, Views
 from sklearn_medimb.augment import resolve_augmentation
 from sklearn_medimb.backbones import as_features
-from sklearn_medimb.base._image_estimator import BaseImageEstimator
+from sklearn_medimb.base._image_estimator import BaseImageEstimator, Fit
 
 if TYPE_CHECKING:
     from typing import Self
@@ -149,6 +149,14 @@ class BaseImageEncoder(BaseImageEstimator):
     def _check_parameters(self) -> None:
         super()._check_parameters()
         self._augmentations()
+        if self.fine_tune in ("frozen", "head_first"):
+            raise ValueError(
+                f"fine_tune={self.fine_tune!r} leaves {type(self).__name__} nothing to train: it "
+                'has no head. Choose "full", or a number of stages.'
+            )
+
+    def _chosen_fine_tuning(self, fit: Fit) -> str | int:
+        return "full" if self.fine_tune == "auto" else self.fine_tune
 
     def _augmentations(self) -> tuple[Any, Any]:
         """The two kinds of hard view."""
@@ -188,7 +196,7 @@ class BaseImageEncoder(BaseImageEstimator):
         n_views = len(views.online) + len(views.target)
         return n_views * min(self.batch_size, n_samples)
 
-    def _n_epochs(self, n_samples: int) -> int:
+    def _n_epochs(self, n_samples: int, *, on_encoded: bool = False) -> int:
         """Epochs to train; "auto" gives small sets enough steps."""
         if self.max_epochs != "auto":
             return self.max_epochs

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,10 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from sklearn_medimb._data.batches import Context
+from sklearn_medimb._data.batches import Context, Untouched
+from sklearn_medimb._data.cached import CachedImages
 from sklearn_medimb._data.images import Images, channel_statistics, check_pixel_range, read_images
+from sklearn_medimb._data.pixel_scale import UNIT_MAX
 from sklearn_medimb._data.plans import n_batches
 from sklearn_medimb._machine import distributed
 from sklearn_medimb._machine.fitted import all_or_nothing
@@ -35,7 +38,7 @@ from sklearn_medimb._training.checkpoint import Checkpoint, data_digest, fingerp
 from sklearn_medimb._training.criterion import Criterion
 from sklearn_medimb._training.net import Net
 from sklearn_medimb._training.stage import Stage, TrainingSet
-from sklearn_medimb.augment import resolve_augmentation
+from sklearn_medimb.augment import resolve_augmentation, symmetries
 from sklearn_medimb.backbones import classifier_head
 from sklearn_medimb.base._course import Trains
 
@@ -116,7 +119,7 @@ class BaseImageEstimator(Trains):
         """Courses of training before the method's own, on a fresh network."""
         return []
 
-    def _n_epochs(self, n_samples: int) -> int:
+    def _n_epochs(self, n_samples: int, *, on_encoded: bool = False) -> int:
         raise NotImplementedError
 
     # ---------------------------------------------------------------- one fit
@@ -172,24 +175,83 @@ class BaseImageEstimator(Trains):
     ) -> tuple[TrainingSet, list[Stage], BestEpoch | None]:
         """Split the rows, make the net and the stages; wait for memory on the device."""
         fresh = fit.previous is None
+        self.fine_tune_ = self._chosen_fine_tuning(fit)
         train, held = self._training_rows(fit.data, fit.groups, fit.rng, fit.partial)
         if fresh:
             self._normalise(train)
         self.net_ = self._make_net(fit.device, fit.previous)
+        trunk = self.net_.module_.trunk
+        trunk.keeps_statistics = self._known_start is not None
+        trunk.hold(self.fine_tune_ if isinstance(self.fine_tune_, int) else None)
         if distributed.world_size() == 1:  # a launcher has given the others their GPUs
             memory.enter_context(
                 waiting_for_memory(fit.device, lambda: self._training_bytes(train))
             )
         context = Context(self._preprocessor(), self._views(), fit.rng, fit.generator)
-        n_epochs = 1 if fit.partial else self._n_epochs(len(train.rows))
         stages = self._pretraining(train, context) if self._begins(fit) else []
-        own = self._stages(train, n_epochs, context)
+        own, train = self._own_stages(fit, train, context)
         if fit.partial:
             own = [replace(own[0], lr_schedule="constant"), *own[1:]]
         if self.net_.last_criterion is not None:
             for stage in own:
                 stage.criterion.go_on(self.net_.last_criterion)
         return train, stages + own, self._best_epoch(fit.X, fit.y, held, train)
+
+    def _own_stages(
+        self, fit: Fit, train: TrainingSet, context: Context
+    ) -> tuple[list[Stage], TrainingSet]:
+        """Courses of the method: on what the frozen backbone makes of images, on these, or both.
+
+        With them comes the training set of the last one.
+        """
+        n, n_epochs = len(train.rows), 1 if fit.partial else self._n_epochs(len(train.rows))
+        if self.fine_tune_ not in ("frozen", "head_first"):
+            return self._stages(train, n_epochs, context), train
+        encoded, frozen = (
+            self._encoded(train),
+            replace(context, preprocess=Untouched(context.preprocess)),
+        )
+        if self.fine_tune_ == "head_first":
+            n_epochs = self._n_epochs(n, on_encoded=True)
+        with self.net_.module_.trunk.wholly_held():
+            first = self._stages(encoded, n_epochs, frozen)
+        first = [replace(stage, on_encoded=True) for stage in first]
+        if self.fine_tune_ == "frozen":
+            return first, encoded
+        first = [
+            replace(stage, name=f"head, {stage.name}".rstrip(", "), validated=False)
+            for stage in first
+        ]
+        return first + self._stages(train, self._n_epochs(n), context), train
+
+    def _encoded(self, train: TrainingSet) -> TrainingSet:
+        """Give the same images as the backbone, which will not change, leaves them."""
+        module, views = self.net_.module_, self._symmetries()
+        encoded = getattr(module, "encoded", module.trunk)
+
+        def of(part: TrainingSet) -> TrainingSet:
+            def encode(rows: np.ndarray, view: int) -> torch.Tensor:
+                return self._map(part.images, partial(_seen, encoded, views[view]), rows)
+
+            rows = part.rows
+            if part.unlabelled is not None:
+                rows = np.concatenate([rows, part.unlabelled])
+            return replace(part, images=CachedImages(part.images, rows, encode, len(views)))
+
+        return replace(of(train), natural=None if train.natural is None else of(train.natural))
+
+    def _symmetries(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
+        """Views of an image that predictions average."""
+        n = self.n_views
+        if n == "auto":
+            n = 1 if self._known_start is None else 4
+        augment = self.augment[0] if isinstance(self.augment, tuple) else self.augment
+        return symmetries(resolve_augmentation(augment), self.image_shape_, n)
+
+    @property
+    def n_views_(self) -> int:
+        """Views of an image that predictions average."""
+        return len(self._symmetries())
 
     def _begins(self, fit: Fit) -> bool:
         """Whether this fit begins with weights that no fit has trained, and trains them."""
@@ -219,6 +281,11 @@ class BaseImageEstimator(Trains):
 
     def _check_parameters(self) -> None:
         """Refuse what `_parameter_constraints` cannot express."""
+        if isinstance(self.fine_tune, bool):
+            raise ValueError(
+                f"fine_tune={self.fine_tune} says too little: choose one of "
+                '"auto", "full", "head_first", "frozen", or a number of stages.'
+            )
         resolve_callbacks(self.callbacks, self)
         start = self._start
         if start is not None and not start._was_fitted:
@@ -249,8 +316,32 @@ class BaseImageEstimator(Trains):
         """Images of a step of the most demanding stage."""
         return self._images_per_step(len(train.rows))
 
+    def _given_statistics(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean and deviation by which channels are normalised, where the images do not say it."""
+        how, start, peak = self.normalize, self._known_start, self.pixel_range_
+        on_unit_scale = peak == "uint8" or (isinstance(peak, float) and peak <= UNIT_MAX)
+        if how == "auto":
+            how = (start.mean, start.std) if start is not None and on_unit_scale else "data"
+        if how == "data":
+            return None
+        if not on_unit_scale:
+            raise ValueError(
+                f"normalize={how!r} is for uint8 and floats in [0, 1], but X goes up to "
+                f'{self.pixel_range_:g}: bring X to that scale, or leave normalize="auto".'
+            )
+        return channel_pair(IMAGENET if how == "imagenet" else how, self.image_shape_[0])
+
+    def _chosen_fine_tuning(self, fit: Fit) -> str | int:
+        """How the backbone is trained, with "auto" resolved."""
+        chosen = self.fine_tune
+        if chosen == "auto":
+            chosen = "full" if self._known_start is None else "head_first"
+        if chosen == "head_first" and (fit.partial or fit.previous is not None):
+            return "full"  # the head is there
+        return chosen
+
     def _normalise(self, train: TrainingSet) -> None:
-        """Set the channel statistics: of the training rows, or those of a fitted start."""
+        """Set the channel statistics: of the training rows, of a start, or those given."""
         start = self._start
         if start is None:
             mean, std = channel_statistics(
@@ -259,10 +350,9 @@ class BaseImageEstimator(Trains):
                 train.weight,
                 block=inference_block(train.images.image_shape, torch.device("cpu")),
             )
-            self.pixel_mean_ = mean
-            self.pixel_std_ = std
             if self.pixel_range_ is None:
                 self.pixel_range_ = train.images.peak
+            self.pixel_mean_, self.pixel_std_ = self._given_statistics() or (mean, std)
             return
         if not start.__sklearn_is_fitted__():
             raise ValueError(
@@ -285,7 +375,10 @@ class BaseImageEstimator(Trains):
         self, criterion: Criterion, batches: Any, n_epochs: int, n_steps: int, **others: Any
     ) -> Stage:
         """Course of training at the rates of the constructor."""
-        rates = {"lr": self.lr, "lr_schedule": self.lr_schedule, "backbone_lr": self.backbone_lr}
+        share = self.backbone_lr
+        if share == "auto":
+            share = 1.0 if self._known_start is None else 0.1
+        rates = {"lr": self.lr, "lr_schedule": self.lr_schedule, "backbone_lr": share}
         return Stage(criterion, batches, n_epochs, n_steps, **{**rates, **others})
 
     # ---------------------------------------------------------------- inference
@@ -316,6 +409,9 @@ class BaseImageEstimator(Trains):
         It gives a tensor with a row for each image, or a tuple of such tensors.
         """
         module, prepare = self.net_.module_, self._preprocessor()
+        encoded = isinstance(images, CachedImages)
+        if encoded:
+            prepare = Untouched(prepare)
         module.eval()
         block = inference_block(images.image_shape, prepare.device)
         rows = np.arange(len(images)) if rows is None else rows
@@ -324,7 +420,7 @@ class BaseImageEstimator(Trains):
             # Matrix products of other sizes round otherwise: with whole blocks only, the result
             # for one row of vectors does not depend on the rows beside it.
             rows = np.pad(rows, (0, -n % block), mode="edge")
-        with torch.inference_mode(), one_thread_in_workers():
+        with torch.inference_mode(), one_thread_in_workers(), module.trunk.passing(encoded):
             result = in_blocks(
                 len(rows), block, lambda part: forward(prepare(images.rows(rows[part])))
             )
@@ -334,6 +430,20 @@ class BaseImageEstimator(Trains):
         for part in parts:
             self._refuse_non_finite(part, rows)
         return parts if isinstance(result, tuple) else parts[0]
+
+    def _map_views(
+        self,
+        images: Images,
+        forward: Callable[[torch.Tensor], Any],
+        rows: np.ndarray | None = None,
+    ) -> list[Any]:
+        """Apply `forward` to images in each view that predictions average."""
+        if isinstance(images, CachedImages):
+            parts = [images.in_view(k) for k in range(images.n_views)]
+            return [self._map(part, forward, rows) for part in parts]
+        return [
+            self._map(images, partial(_seen, forward, view), rows) for view in self._symmetries()
+        ]
 
     def _refuse_non_finite(self, result: torch.Tensor, rows: np.ndarray) -> None:
         """Refuse output that no answer can be made of; one look for all rows."""
@@ -361,8 +471,8 @@ class BaseImageEstimator(Trains):
             Features before the classification head.
         """
         check_is_fitted(self)
-        images = self._read(X)
-        return self._map(images, self.net_.module_.features).cpu().numpy()
+        parts = self._map_views(self._read(X), self.net_.module_.features)
+        return torch.stack(parts).mean(dim=0).cpu().numpy()
 
     @property
     def backbone_(self) -> nn.Module:
@@ -380,6 +490,45 @@ class BaseImageEstimator(Trains):
         tags.input_tags.three_d_array = True
         tags.transformer_tags.preserves_dtype = []
         return tags
+
+
+def _seen(
+    forward: Callable[[torch.Tensor], Any],
+    view: Callable[[torch.Tensor], torch.Tensor],
+    batch: torch.Tensor,
+) -> Any:
+    return forward(view(batch))
+
+
+# Of ImageNet's training images, red, green and blue.
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def channel_pair(given: Any, n_channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of each channel; gray images have the mean of those of red, green, blue.
+
+    Parameters
+    ----------
+    given : pair of float or of sequences of float
+        Mean and standard deviation.
+    n_channels : int
+        Channels of the images.
+    """
+    try:
+        mean, std = (np.atleast_1d(np.asarray(part, dtype=np.float64)) for part in given)
+        if n_channels == 1 and len(mean) == 3:
+            mean, std = mean.mean(keepdims=True), std.mean(keepdims=True)
+        if np.ptp(mean) == 0 == np.ptp(std):
+            mean, std = mean[:1], std[:1]
+        mean, std = (np.broadcast_to(part, n_channels).copy() for part in (mean, std))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"normalize={given!r} must be a mean and a standard deviation, one or one per channel, "
+            f"of which there are {n_channels}."
+        ) from error
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+        raise ValueError(f"normalize={given!r} must be finite, with standard deviations above 0.")
+    return mean, std
 
 
 def _mixed(seed: int, n_epochs: int) -> int:

@@ -17,7 +17,7 @@ from sklearn_medimb._machine.runtime import resolve_precision
 from sklearn_medimb._training.callbacks import resolve_callbacks
 from sklearn_medimb._training.net import Net
 from sklearn_medimb._training.network import Trunk
-from sklearn_medimb.backbones import Backbone, make_backbone, recipe_of
+from sklearn_medimb.backbones import Backbone, Start, make_backbone, recipe_of
 from sklearn_medimb.base._shared import SharedParameters
 
 # What the estimator decides about its skorch net; everything else may come in `net_params`.
@@ -66,6 +66,12 @@ class MakesNetworks(SharedParameters):
     def _brings_weights(self) -> bool:
         """Whether the backbone is a module, or a recipe with weights."""
         return _brings_weights(self.backbone)
+
+    @property
+    def _known_start(self) -> Start | None:
+        """What is known of the weights that the backbone brings from elsewhere."""
+        recipe = recipe_of(self.backbone)
+        return recipe.start if isinstance(recipe, Backbone) else None
 
     @property
     def _start(self) -> Any:
@@ -202,7 +208,7 @@ class MakesNetworks(SharedParameters):
         if params["optimizer"] is torch.optim.AdamW:
             params.setdefault("optimizer__fused", True)
         params.setdefault("optimizer__weight_decay", self.weight_decay)
-        if self.backbone_lr != 1 and "optimizer__param_groups" in params:
+        if self.backbone_lr not in (1, "auto") and "optimizer__param_groups" in params:
             raise ValueError(
                 f"backbone_lr={self.backbone_lr} and the optimizer__param_groups of net_params "
                 "both set learning rates: leave one of them."

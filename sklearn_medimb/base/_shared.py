@@ -54,6 +54,23 @@ class SharedParameters(
         normalisation are the start. Parameters of a module with ``requires_grad=False`` stay as
         they are, and so do the running statistics of layers that are frozen; a
         :class:`~sklearn.frozen.FrozenEstimator` only keeps its estimator fitted in clones.
+    normalize
+        Mean and standard deviation by which channels are normalised. "auto": those that a backbone
+        with weights of elsewhere was trained with, where images are uint8 or floats in [0, 1], and
+        else those of the training images, which is "data". "imagenet", or numbers of your own, one
+        or one per channel, on the scale [0, 1].
+    fine_tune
+        What is trained of a backbone that was trained before. "full": everything. "frozen": no
+        weight and no running statistic of it; it encodes each training image once, in `n_views`
+        views, and epochs run on that: a hundred times faster. "head_first": that, then everything
+        (A. Kumar et al., ICLR 2022); `max_epochs` counts the latter. n: its last n stages. "auto":
+        "head_first" where `backbone` begins with weights of elsewhere, as "efficientnet_lite0"
+        does, else "full".
+    n_views
+        Views of an image that predictions average: as it is, flipped, turned by quarters, as far as
+        `augment` says that these change nothing (both flips for quarter turns, of square images);
+        at most 8. Frozen backbones learn from the same views. "auto" is 4 where `backbone` begins
+        with weights of elsewhere, else 1.
     max_epochs
         Passes over the training images. "auto" aims at 180 steps and 60 more per class, up to 17
         classes (a third of that for vectors), and at least 10 epochs.
@@ -62,7 +79,8 @@ class SharedParameters(
     lr
         Peak learning rate of AdamW.
     backbone_lr
-        Learning rate of the backbone as a share of `lr`; below 1 for one that was trained before.
+        Learning rate of the backbone as a share of `lr`. "auto" is 0.1 where it begins with weights
+        of elsewhere, else 1.
     weight_decay
         Decoupled weight decay.
     lr_schedule
@@ -127,6 +145,8 @@ class SharedParameters(
         Mean of each channel in the training images; uint8 counts as [0, 1].
     pixel_std_
         Standard deviation of each channel, likewise.
+    fine_tune_
+        What was trained of the backbone: `fine_tune`, with "auto" resolved.
     pixel_range_
         "uint8", or the largest absolute value of float images: guards against images that are 255
         times too bright or too dark later on, lazy ones included.
@@ -150,10 +170,26 @@ class SharedParameters(
         kind="str, Backbone, nn.Module or class",
         positional=True,
     )
+    normalize: Any = parameter(
+        one_of("auto", "data", "imagenet"),
+        tuple,
+        list,
+        default="auto",
+        kind='{"auto", "data", "imagenet"} or (mean, std)',
+    )
+    fine_tune: Any = parameter(
+        integers(1),
+        one_of("auto", "full", "head_first", "frozen"),
+        default="auto",
+        kind='{"auto", "full", "head_first", "frozen"} or int',
+    )
+    n_views: Any = parameter(
+        integers(1), one_of("auto"), default="auto", kind='int or "auto"', search=[1, 4]
+    )
     max_epochs: Any = parameter(integers(1), one_of("auto"), default="auto")
     batch_size: Any = parameter(integers(1), default=64, search=(16, 128, "log"))
     lr: float = parameter(above(0), default=2e-3, search=(2e-4, 2e-2, "log"))
-    backbone_lr: float = parameter(at_least(0), default=1.0)
+    backbone_lr: Any = parameter(at_least(0), one_of("auto"), default="auto")
     weight_decay: float = parameter(at_least(0), default=1e-2, search=(1e-5, 1e-1, "log"))
     lr_schedule: str = parameter(one_of(*SCHEDULES), default="one_cycle", search=True)
     augment: Any = parameter(
@@ -203,6 +239,7 @@ class SharedParameters(
     pixel_mean_: np.ndarray = learned("ndarray of float of shape (n_channels,)", predicts=True)
     pixel_std_: np.ndarray = learned("ndarray of float of shape (n_channels,)", predicts=True)
     pixel_range_: str | float | None = learned("str, float or None")
+    fine_tune_: str | int = learned("str or int")
     random_seed_: int = learned("int")
     n_samples_fit_: int = learned("int")
     n_features_in_: int = learned("int")

@@ -22,7 +22,7 @@ from sklearn_medimb._machine.runtime import one_thread_in_workers
 from sklearn_medimb._parameters import learned, one_of, parameter
 from sklearn_medimb._training.criterion import Criterion, LabelCriterion
 from sklearn_medimb._training.stage import TrainingSet
-from sklearn_medimb.base._classifier import BaseImageClassifier
+from sklearn_medimb.base._classifier import BaseImageClassifier, mean_scores
 from sklearn_medimb.losses import LabelLoss, class_weights, of_unit_mean
 from sklearn_medimb.rebalance import HEADS, RebalancedHead, resolve_head
 
@@ -107,13 +107,21 @@ class TwoStageClassifier(BaseImageClassifier):
         """
         self.class_prior_ = self._prior(train)
         natural = train if train.natural is None else train.natural
-        features = self._features(natural.images, natural.rows)
-        return {"head_": self._fit_head(self._head(), features, natural.y)}
+        features = self._features_in_views(natural.images, natural.rows)
+        n, n_views, _ = features.shape
+        y = np.repeat(natural.y, n_views)
+        return {"head_": self._fit_head(self._head(), features.reshape(n * n_views, -1), y)}
 
     def _features(self, images: Images, rows: np.ndarray | None = None) -> np.ndarray:
         """Features in evaluation mode, float64, which the heads work in."""
         features = self._map(images, self.net_.module_.features, rows)
         return features.cpu().numpy().astype(np.float64)
+
+    def _features_in_views(self, images: Images, rows: np.ndarray | None = None) -> np.ndarray:
+        """Features of each view that predictions average, (n, n_views, d)."""
+        features = self.net_.module_.features
+        parts = self._map_views(images, features, rows)
+        return torch.stack(parts, dim=1).cpu().numpy().astype(np.float64)
 
     def _stage_one_head(self) -> dict[str, Any]:
         """Linear head that stage one leaves behind, as keywords for a head's fit."""
@@ -168,8 +176,10 @@ class TwoStageClassifier(BaseImageClassifier):
         with all_or_nothing(self), one_thread_in_workers():
             data, _ = self._check_training(X, y, fresh=False)
             chosen = self._head() if rebalance is None else rebalance
-            features = self._features(data.images, data.rows)
-            self.head_ = self._fit_head(chosen, features, data.y)
+            features = self._features_in_views(data.images, data.rows)
+            n, n_views, _ = features.shape
+            y = np.repeat(data.y, n_views)
+            self.head_ = self._fit_head(chosen, features.reshape(n * n_views, -1), y)
         return self
 
     @property
@@ -185,7 +195,13 @@ class TwoStageClassifier(BaseImageClassifier):
         return [*epochs, {name: value for name, value in head.items() if np.isscalar(value)}]
 
     def _scores(self, images: Images) -> np.ndarray:
-        return head_logits(self.head_, self._features(images))
+        features = self._features_in_views(images)
+        n, n_views, _ = features.shape
+        scores = head_logits(self.head_, features.reshape(n * n_views, -1))
+        if n_views == 1:
+            return scores
+        parts = torch.from_numpy(scores).unflatten(0, (n, n_views)).unbind(dim=1)
+        return mean_scores(list(parts)).numpy()
 
     def _score_function(self, *, in_chunks: bool = True) -> Callable[[torch.Tensor], torch.Tensor]:
         """For exported graphs: `_scores` asks the head itself, whatever it is, in float64."""

@@ -352,9 +352,9 @@ class AMIMVClassifier(TwoStageClassifier):
         What classifies the features: a head by name, as in
         :class:`~sklearn_medimb.MetricTwoStageClassifier`, or any scikit-learn classifier.
     fine_tune
-        Whether the labelled images train the network further, by cross-entropy, before the head is
-        fitted. Epochs, rates, `sampler` and early stopping concern this course; the encoder has its
-        own.
+        Whether, and how far, the labelled images train the network further, by cross-entropy,
+        before the head is fitted; "frozen": not at all. Epochs, rates, `sampler` and early stopping
+        concern this course; the encoder has its own.
 
     See Also
     --------
@@ -364,8 +364,8 @@ class AMIMVClassifier(TwoStageClassifier):
     Notes
     -----
     Binary labels -1 and 1 are read as two classes, with a warning: with one labelled class there
-    would be nothing to learn. Features are frozen unless ``fine_tune=True``; the head decides how
-    rare classes fare, so it is balanced by default.
+    would be nothing to learn. Features are frozen unless `fine_tune` says otherwise; the
+    head decides how rare classes fare, so it is balanced by default.
 
     References
     ----------
@@ -394,7 +394,7 @@ class AMIMVClassifier(TwoStageClassifier):
         kind="str or classifier",
         search=list(HEADS),
     )
-    fine_tune: bool = parameter("boolean", default=False, search=True)
+    fine_tune: Any = "frozen"
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any, *, groups: Any = None, classes: Any = None) -> Self:
@@ -477,14 +477,14 @@ class AMIMVClassifier(TwoStageClassifier):
         return super()._pretrainer()
 
     def _holds_out(self) -> bool:
-        return self.fine_tune and self.early_stopping
+        return self.fine_tune != "frozen" and self.early_stopping
 
     def _head(self) -> Any:
         return self.head
 
     def _stage_one_head(self) -> dict[str, Any]:
         # Without fine-tuning the network's own head has learned nothing.
-        return super()._stage_one_head() if self.fine_tune else {}
+        return {} if self.fine_tune_ == "frozen" else super()._stage_one_head()
 
     def _stages(self, train: TrainingSet, n_epochs: int, context: Context) -> list[Stage]:
-        return super()._stages(train, n_epochs, context) if self.fine_tune else []
+        return [] if self.fine_tune_ == "frozen" else super()._stages(train, n_epochs, context)

@@ -231,6 +231,11 @@ class CSSNNetwork(nn.Module):
         """Tokens of shape (n, 1 + L, C)."""
         return as_tokens(self.trunk(images), self.max_tokens)
 
+    def encoded(self, images: torch.Tensor) -> torch.Tensor:
+        """Tokens; of pairs those of both images, one after the other."""
+        pair = images.chunk(2, dim=1) if self.reference == "paired" else (images,)
+        return torch.cat([self.tokens(image) for image in pair], dim=1)
+
     def encode(self, images: torch.Tensor) -> EncodedImages:
         """Encode images, or pairs of them: a pair lies in the channels."""
         if self.reference != "paired":
@@ -385,8 +390,8 @@ class CSSNClassifier(BaseImageClassifier):
     Attributes
     ----------
     support_indices_
-        Rows of X in the support bank. Images that `sampler` made are supports, with the number -1,
-        only where their class has no others.
+        Rows of X in the support bank, once for each view that predictions average. Images that
+        `sampler` made are supports, with the number -1, only where their class has no others.
     support_codes_
         Their classes, as positions in ``classes_``.
     support_weights_
@@ -633,11 +638,13 @@ class CSSNClassifier(BaseImageClassifier):
             picks.append(chosen)
             weights.append(counts / counts.sum())
         rows = np.concatenate(picks)
-        bank = self._encode(train.images, train.rows[rows])
+        banks = self._map_views(train.images, self.net_.module_.encode, train.rows[rows])
+        bank = EncodedImages(*(torch.cat(parts) for parts in zip(*banks, strict=True)))
+        rows = np.tile(rows, len(banks))
         return {
             "support_indices_": origin[rows],
             "support_codes_": train.y[rows],
-            "support_weights_": np.concatenate(weights),
+            "support_weights_": np.tile(np.concatenate(weights), len(banks)) / len(banks),
             "support_patches_": bank.patches.contiguous().cpu().numpy(),
             "support_embeddings_": bank.embedding.contiguous().cpu().numpy(),
         }
@@ -732,8 +739,8 @@ class CSSNClassifier(BaseImageClassifier):
             largest.
         """
         check_is_fitted(self)
-        forward = self._score_function(combined=False)
-        return np.exp(self._map(self._read(X), forward).cpu().numpy().astype(np.float64))
+        parts = self._map_views(self._read(X), self._score_function(combined=False))
+        return torch.stack(parts).double().exp().mean(dim=0).cpu().numpy()
 
     def pair_proba(self, XA: Any, XB: Any) -> np.ndarray:
         """Probability that the i-th image of `XA` and the i-th of `XB` are of one class.

@@ -602,7 +602,7 @@ class LMDClassifier(TwoStageClassifier):
         """Relation-aware representation learning."""
         label_loss = self._label_loss(train)
         weights = self.batch_relation_weight, self.channel_relation_weight, self.consistency_weight
-        if not any(weights):
+        if not (any(weights) and self.net_.module_.trunk.learns):  # features that stay agree
             criterion = LabelCriterion(label_loss)
             return self._stage(criterion, batches, n_epochs, n_steps, name=STAGE_ONE)
         net = self.net_

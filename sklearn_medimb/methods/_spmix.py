@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from sklearn_medimb._data.batches import Context
+from sklearn_medimb._data.cached import CachedImages
 from sklearn_medimb._data.images import warn_of_flat_images
 from sklearn_medimb._data.layout import as_pixels
 from sklearn_medimb._data.plans import class_balanced, n_batches, shuffled
@@ -71,6 +72,7 @@ class MixingNetwork(SoftmaxNetwork):
     def __init__(self, trunk: Trunk, head: Callable[[int], nn.Module], layer: str | None) -> None:
         super().__init__(trunk, head)
         self.layer = default_layer(trunk.backbone) if layer == "auto" else layer
+        self.encoded_grid = tuple(trunk.probe().shape[2:])  # of a frozen trunk its output is mixed
         trunk.divisible = self.layer is None
         sides = as_pixels(torch.empty(1, *trunk.input_shape)).shape[2:]
         self.patch: tuple[int, ...] = (1,) * len(sides)
@@ -79,6 +81,10 @@ class MixingNetwork(SoftmaxNetwork):
             self.grid = tuple(-(-s // p) for s, p in zip(sides, self.patch, strict=True))
         else:
             self.grid = self._grid(self.layer, tuple(sides))
+
+    def encoded(self, images: torch.Tensor) -> torch.Tensor:
+        """Whole output of the trunk, which is then mixed in the place of an inner layer's."""
+        return self.trunk(images)
 
     def _grid(self, layer: str, sides: tuple[int, ...]) -> tuple[int, ...]:
         """Patches along each axis of what the layer gives."""
@@ -122,7 +128,7 @@ class MixingNetwork(SoftmaxNetwork):
         else:
             rows = images if others is None else torch.cat([images, others])
             mix = partial(self.mix, ratio=ratio, partners=partners, n=len(images))
-            if self.layer is None:
+            if self.layer is None or self.trunk.given_encoded:
                 features = self.features(mix(rows))
             else:
                 layer = self.trunk.backbone.get_submodule(self.layer)
@@ -138,11 +144,14 @@ class MixingNetwork(SoftmaxNetwork):
         What comes after the n images of all views, those that only lend, ends here.
         """
         n_views, n_mixed = len(ratio) // len(partners), len(partners)
+        how = self.patch, self.grid
+        if self.trunk.given_encoded:
+            how = (1,) * len(self.encoded_grid), self.encoded_grid
         parts: list[torch.Tensor] = []
         views = rows[:n].chunk(n_views), rows[n:].tensor_split(n_views), ratio.chunk(n_views)
         for x, others, r in zip(*views, strict=True):
             x_h = (torch.cat([x, others]) if len(others) else x)[partners]
-            parts += [_mixed(x[:n_mixed], x_h, r, self.patch, self.grid), x[n_mixed:]]
+            parts += [_mixed(x[:n_mixed], x_h, r, *how), x[n_mixed:]]
         return torch.cat(parts)
 
 
@@ -430,7 +439,14 @@ class SPMixClassifier(OneStageClassifier):
                 return shuffled(n, size, rng, self._least)
             return class_balanced(y, size, steps, rng)
 
-        grid = self.net_.module_.grid
+        encoded, network = isinstance(train.images, CachedImages), self.net_.module_
+        grid = network.encoded_grid if encoded else network.grid
+        if not grid:
+            raise ValueError(
+                f"fine_tune={self.fine_tune_!r} mixes what the frozen backbone gives, and "
+                f"{type(network.trunk.backbone).__name__} gives no map (n, C, H, W): choose "
+                'fine_tune="full".'
+            )
         return MixedViews(
             self._label_batches(train, plan, context),
             Partners(train.rows, y, np.ones_like(natural) if self.pairing == "code" else natural),
@@ -456,7 +472,10 @@ class SPMixClassifier(OneStageClassifier):
             return pooled(found, sides).mul(255).round().to(torch.uint8)
 
         precision = self.net_.dtype
-        found = maps_of(train.images, train.rows, detect, device, dtype=precision, clip=True)
+        images = train.images
+        if isinstance(images, CachedImages):
+            images = images.images
+        found = maps_of(images, train.rows, detect, device, dtype=precision, clip=True)
         return found.to(device)
 
     def _ratio(self, s_t: torch.Tensor, s_h: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:

@@ -183,9 +183,7 @@ class MixedViews:
     ) -> dict[str, torch.Tensor]:
         """Augmented images, and the shares of the mix from maps moved alike."""
         params = self.batches.draw(images, augment)
-        if params is not None:
-            images = augment.apply(images, params)
-        images = self.batches.preprocess.normalise(images)
+        images = self.batches.preprocess.normalise(self.batches.moved(images, augment, params))
         view = {"images": images[:size]}
         if len(images) > size:
             view["others"] = images[size:]

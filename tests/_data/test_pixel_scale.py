@@ -48,7 +48,7 @@ def make(cls=SoftmaxClassifier, **params):
     if cls is CSSNClassifier:
         params = {"n_tokens": 4, **params}
     if cls is AMIMVClassifier:
-        params = {"pretrain": None, "fine_tune": True, **params}
+        params = {"pretrain": None, "fine_tune": "full", **params}
     return cls(**{**SHARED, **params})
 
 

@@ -172,7 +172,7 @@ PAIR_OF_IMAGES = {"reference": "paired", "spatial_dims": 2, "batch_size": 8}
         (SSLEncoder(), 2 * 60),
         (SSLEncoder("moco", batch_size=20), 2 * 20),
         (SSLEncoder("byol", batch_size=20), 4 * 20),
-        (AMIMVClassifier(fine_tune=True), 4 * 60),
+        (AMIMVClassifier(fine_tune="full"), 4 * 60),
         (SoftmaxClassifier(pretrain=SSLEncoder("byol", max_epochs=1, batch_size=8)), 60),
         (CSSNClassifier(pretrain="simclr"), 2 * 60),
     ],

@@ -58,7 +58,7 @@ from tests.helpers import (
 
 # One row per public image classifier: what makes it small, and train its backbone.
 CLASSIFIERS = {
-    AMIMVClassifier: {"pretrain": None, "fine_tune": True},
+    AMIMVClassifier: {"pretrain": None, "fine_tune": "full"},
     CSSNClassifier: {},
     LMDClassifier: {"n_rounds": 2},
     MetricTwoStageClassifier: {},

@@ -147,7 +147,7 @@ def make(name: str, **params: Any) -> Any:
     }
     if name == "AMIMVClassifier":
         encoder = AMIMVEncoder(max_epochs=1, batch_size=16, augment="none")
-        common |= {"pretrain": encoder, "fine_tune": True}
+        common |= {"pretrain": encoder, "fine_tune": "full"}
     return clone(PUBLIC[name](**{**common, **params}))
 
 

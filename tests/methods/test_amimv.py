@@ -751,7 +751,7 @@ class Counting(LogisticRegression):
         return super().fit(X, y)
 
 
-@pytest.mark.parametrize("fine_tune", [False, True])
+@pytest.mark.parametrize("fine_tune", ["frozen", "full"])
 def test_unlabelled_rows_serve_pre_training_only(fine_tune, data, monkeypatch):
     X, y = data
     some, seen, trained = half(y), spy_on_rows(monkeypatch), set()
@@ -769,8 +769,8 @@ def test_unlabelled_rows_serve_pre_training_only(fine_tune, data, monkeypatch):
     assert np.allclose(clf.head_.X_, clf.transform(X[some >= 0]), atol=1e-5)
     prepared = clf._preprocessor()(torch.from_numpy(X[some >= 0]))
     labelled = {image.numpy().tobytes() for image in prepared.contiguous()}
-    assert trained == (labelled if fine_tune else set())
-    assert stages(clf) == [PRETRAINING] + [""] * (2 if fine_tune else 0)
+    assert trained == (labelled if fine_tune == "full" else set())
+    assert stages(clf) == [PRETRAINING] + [""] * (2 if fine_tune == "full" else 0)
     assert clf.class_counts_.tolist() == np.bincount(y[some >= 0]).tolist()
 
 
@@ -892,7 +892,7 @@ def test_the_default_head_is_balanced_and_unknown_ones_are_named(data):
 def test_fine_tuning_trains_the_network_and_is_left_out_otherwise(data):
     X, y = data
     frozen = make_classifier(lr=1e-2).fit(X, half(y))
-    tuned = make_classifier(lr=1e-2, fine_tune=True).fit(X, half(y))
+    tuned = make_classifier(lr=1e-2, fine_tune="full").fit(X, half(y))
     assert stages(frozen) == [PRETRAINING]
     assert stages(tuned) == [PRETRAINING, "", ""]
     one, two = backbone_state(frozen), backbone_state(tuned)
@@ -910,7 +910,7 @@ def test_early_stopping_holds_out_labelled_rows_of_whole_groups(data):
         assert np.array_equal(y[held[-1]], y_held)
         return 0.5
 
-    params = {"fine_tune": True, "early_stopping": True, "scoring": scoring}
+    params = {"fine_tune": "full", "early_stopping": True, "scoring": scoring}
     make_classifier(**params, head=Counting(max_iter=5000)).fit(X, some)
     assert len(held[0]) == 6  # a fifth of the labelled rows
     assert (some[held[0]] >= 0).all()
@@ -930,7 +930,7 @@ def test_unlabelled_images_of_patients_held_out_are_held_out_too(data, monkeypat
         held.extend(place[image.tobytes()] for image in X_held)
         return 0.5
 
-    params = {"fine_tune": True, "early_stopping": True, "scoring": scoring}
+    params = {"fine_tune": "full", "early_stopping": True, "scoring": scoring}
     make_classifier(**params).fit(X, half(y), groups=groups)
     assert not set(groups[held]) & set(groups[seen[0][1]])
 
@@ -950,7 +950,7 @@ def test_the_sampler_resamples_fine_tuning_and_neither_pre_training_nor_the_head
     X, y = data
     seen = spy_on_rows(monkeypatch)
     clf = make_classifier(
-        fine_tune=True, sampler=RandomOverSampler(), head=Counting(max_iter=5000)
+        fine_tune="full", sampler=RandomOverSampler(), head=Counting(max_iter=5000)
     ).fit(X, half(y))  # fmt: skip
     assert sorted(seen[0][1].tolist()) == list(range(60))
     assert sorted(clf.head_.y_) == sorted(y[half(y) >= 0])
@@ -991,9 +991,9 @@ def test_a_warm_start_keeps_the_network_and_makes_another_head(data):
 
 def test_a_crash_in_pre_training_or_fine_tuning_resumes_to_the_same_result(data, tmp_path):
     X, y = data
-    whole = make_classifier(fine_tune=True).fit(X, half(y))
+    whole = make_classifier(fine_tune="full").fit(X, half(y))
     for epoch in (1, 2):
-        params = {"fine_tune": True, "checkpoint_dir": tmp_path}
+        params = {"fine_tune": "full", "checkpoint_dir": tmp_path}
         with pytest.raises(RuntimeError, match="power cut"):
             make_classifier(**params, callbacks=[CrashAfter(epoch)]).fit(X, half(y))
         resumed = make_classifier(**params).fit(X, half(y))
@@ -1018,7 +1018,7 @@ def test_few_labels_suffice_where_the_backbone_sees_the_classes(data):
     augment = Augmentation(noise=0.2, noise_probability=1)  # flips would hide the class
     pretrain = AMIMVEncoder(max_epochs=10, batch_size=16, lr=1e-2, augment=augment)
     clf = make_classifier(
-        pretrain=pretrain, fine_tune=True, max_epochs=10, lr=1e-2, augment=augment
+        pretrain=pretrain, fine_tune="full", max_epochs=10, lr=1e-2, augment=augment
     ).fit(X, few)  # fmt: skip
     assert clf.score(X_test, y_test) > 0.8
 

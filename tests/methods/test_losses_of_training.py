@@ -46,7 +46,7 @@ TRAININGS = {
     "SPMix, supcon": SPMixClassifier(**SMALL, contrast=SUPCON, pairing="code"),
     "AMIMV": AMIMVEncoder(**SMALL),
     "AMIMV, fine-tuned": AMIMVClassifier(
-        **SMALL, pretrain=AMIMVEncoder(max_epochs=1), fine_tune=True
+        **SMALL, pretrain=AMIMVEncoder(max_epochs=1), fine_tune="full"
     ),
     **{
         method: SSLEncoder(method, **SMALL)

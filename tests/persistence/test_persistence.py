@@ -72,7 +72,7 @@ SMALL = {
 }
 # What a class needs beyond that to be small; a new public class need not be here.
 OTHERS = {
-    "AMIMVClassifier": {"pretrain": AMIMVEncoder(max_epochs=1, batch_size=16), "fine_tune": True},
+    "AMIMVClassifier": {"pretrain": AMIMVEncoder(max_epochs=1, batch_size=16), "fine_tune": "full"},
     "LMDClassifier": {"n_rounds": 2},
 }
 TRANSFORMER = ViT(width=16, depth=1, n_heads=2)

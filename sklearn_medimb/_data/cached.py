@@ -1,0 +1,79 @@
+"""Images as a network that does not change leaves them: encoded once, for every epoch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from sklearn_medimb._data.images import Images
+
+
+class CachedImages(Images):
+    """What a frozen network makes of some rows of images, in a few views of each.
+
+    It stands where :class:`Images` would. It is made when it is first asked for, and lies on the
+    device of the network.
+
+    Parameters
+    ----------
+    images : Images
+        The images themselves.
+    rows : ndarray of int
+        Those that will be asked for.
+    encode : callable
+        ``encode(rows, view)`` gives a tensor with an entry for each row, in one of the views.
+    n_views : int
+        Number of views; the first is the image as it is.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        rows: np.ndarray,
+        encode: Callable[[np.ndarray, int], torch.Tensor],
+        n_views: int,
+    ) -> None:
+        self.__dict__.update(vars(images))
+        self.images = images
+        self.known = np.unique(rows)
+        self.encode = encode
+        self.n_views = n_views
+        self.view = 0
+        self._views: torch.Tensor | None = None
+
+    @property
+    def views(self) -> torch.Tensor:
+        """All of them: (n, n_views, ...)."""
+        if self._views is None:
+            for view in range(self.n_views):
+                part = self.encode(self.known, view)
+                if self._views is None:
+                    self._views = part.new_empty(len(part), self.n_views, *part.shape[1:])
+                self._views[:, view] = part
+            assert self._views is not None
+        return self._views
+
+    def rows(self, rows: np.ndarray) -> torch.Tensor:
+        """Some rows as they are, (n, ...)."""
+        return self.views[self._places(rows), self.view]
+
+    def in_view(self, view: int) -> CachedImages:
+        """Give the same images where another view stands for what they are."""
+        assert self.views is not None  # made once, for all
+        other = copy.copy(self)
+        other.view = view
+        return other
+
+    def in_every_view(self, rows: np.ndarray) -> torch.Tensor:
+        """Some rows in all views, (n, n_views, ...)."""
+        return self.views[self._places(rows)]
+
+    def _places(self, rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.searchsorted(self.known, rows)).to(self.views.device)
+
+    def conclude(self) -> None:
+        """Refuse lazy images, all of them read by now, that are on a darker scale throughout."""
+        self.images.conclude()

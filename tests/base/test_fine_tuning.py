@@ -1,0 +1,281 @@
+"""Networks that were trained elsewhere: frozen, head first, in part; their statistics and views."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from torch import nn
+
+from sklearn_medimb import SSLEncoder
+from sklearn_medimb._training.network import Trunk
+from sklearn_medimb.backbones import ConvNet, Start, stages_of
+from sklearn_medimb.persistence import load, save
+from tests.estimators import SUPERVISED
+from tests.helpers import CrashAfter
+
+
+class Started(ConvNet):
+    """A small network that passes for one with weights of elsewhere."""
+
+    @property
+    def start(self):
+        return Start(mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), image_size=16, digest="test")
+
+
+BACKBONE = Started(widths=(4, 8))
+TINY = {"backbone": BACKBONE, "max_epochs": 2, "batch_size": 16, "random_state": 0}
+MORE = {"LMDClassifier": {"n_rounds": 2}}
+
+
+def make(name, **params):
+    return SUPERVISED[name](**{**TINY, **MORE.get(name, {}), **params})
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    X = rng.integers(0, 256, (36, 16, 16, 3), dtype=np.uint8)
+    y = np.repeat(["common", "rare"], [24, 12])
+    X[y == "rare"] //= 2
+    return X, y
+
+
+class Passes:
+    """Counts the images that trunks encode."""
+
+    def __init__(self, monkeypatch):
+        self.training = self.inference = 0
+        encode = Trunk._encode
+
+        def counted(trunk, images):
+            if trunk.training:
+                self.training += len(images)
+            else:
+                self.inference += len(images)
+            return encode(trunk, images)
+
+        monkeypatch.setattr(Trunk, "_encode", counted)
+
+
+def state(clf):
+    return {k: v.clone() for k, v in clf.net_.module_.trunk.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", sorted(SUPERVISED))
+def test_frozen_networks_keep_every_bit_and_encode_each_image_once(name, data, monkeypatch):
+    X, y = data
+    passes = Passes(monkeypatch)
+    made = []
+    make_net = SUPERVISED[name]._make_net
+
+    def kept(self, *args, **kwargs):
+        net = make_net(self, *args, **kwargs)
+        made.append({k: v.clone() for k, v in net.module_.trunk.state_dict().items()})
+        return net
+
+    monkeypatch.setattr(SUPERVISED[name], "_make_net", kept)
+    clf = make(name, fine_tune="frozen", max_epochs=5).fit(X, y)
+    for key, value in state(clf).items():
+        assert torch.equal(value, made[0][key]), key
+    assert all(p.grad is None for p in clf.net_.module_.trunk.parameters())
+    assert passes.training == 0
+    n_blank = passes.inference - len(X) * clf.n_views_
+    assert 0 <= n_blank < 20  # of one blank image each, for shapes
+    assert len(clf.history_) >= 5
+    assert clf.fine_tune_ == "frozen"
+    before = clf.predict_proba(X)
+    np.testing.assert_allclose(pickle.loads(pickle.dumps(clf)).predict_proba(X), before, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(SUPERVISED))
+def test_a_head_comes_first_and_then_everything_moves(name, data, monkeypatch):
+    X, y = data
+    passes = Passes(monkeypatch)
+    clf = make(name).fit(X, y)
+    assert clf.fine_tune_ == "head_first"  # "auto", as the backbone brings weights
+    stages = [str(row.get("stage")) for row in clf.history_]
+    first = [k for k, stage in enumerate(stages) if stage.startswith("head")]
+    assert first == list(range(len(first)))
+    assert 10 <= len(first) < len(stages)
+    assert passes.training > 0
+    start = clone(clf).set_params(fine_tune="frozen").fit(X, y)
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(state(clf).values(), state(start).values(), strict=True)
+    ]
+    assert any(moved)
+
+
+def test_rates_of_zero_are_frozen_to_rounding(data):
+    X, y = data
+    params = {"n_views": 1, "augment": "none", "precision": "float64", "max_epochs": 4}
+    frozen = make("SoftmaxClassifier", **params, fine_tune="frozen").fit(X, y)
+    still = make("SoftmaxClassifier", **params, fine_tune="full", backbone_lr=0).fit(X, y)
+    np.testing.assert_allclose(frozen.predict_proba(X), still.predict_proba(X), atol=1e-9)
+    for a, b in zip(state(frozen).values(), state(still).values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_only_the_last_stages_are_trained(data):
+    X, y = data
+    frozen = make("SoftmaxClassifier", fine_tune="frozen").fit(X, y)
+    clf = make("SoftmaxClassifier", fine_tune=1, max_epochs=4).fit(X, y)
+    stages = stages_of(clf.net_.module_.trunk.backbone)
+    then = stages_of(frozen.net_.module_.trunk.backbone)
+    weighty = [k for k, stage in enumerate(stages) if any(True for _ in stage.parameters())]
+    assert len(weighty) > 1
+    for k, (now, before) in enumerate(zip(stages, then, strict=True)):
+        pairs = zip(now.parameters(), before.parameters(), strict=True)
+        moved = any(not torch.equal(a, b) for a, b in pairs)
+        assert moved == (k == len(stages) - 1 and k in weighty)
+
+
+def test_statistics_of_a_start_are_kept(data):
+    X, y = data
+    clf = make("SoftmaxClassifier", fine_tune="full", max_epochs=3).fit(X, y)
+    norms = [m for m in clf.net_.module_.trunk.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert all(int(m.num_batches_tracked) == 0 for m in norms)
+    plain = make("SoftmaxClassifier", backbone=ConvNet(widths=(4, 8)), max_epochs=3).fit(X, y)
+    norms = [m for m in plain.net_.module_.trunk.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert plain.fine_tune_ == "full"
+    assert all(int(m.num_batches_tracked) > 0 for m in norms)
+
+
+@pytest.mark.parametrize("name", sorted(SUPERVISED))
+def test_predictions_are_means_over_views(name, data):
+    X, y = data
+    clf = make(name, fine_tune="frozen", precision="float64").fit(X, y)
+    assert clf.n_views_ == 4
+    views = [X, X[:, :, ::-1], X[:, ::-1], np.rot90(X, 1, (1, 2))]
+    several = clf.predict_proba(X)
+    embedded = clf.transform(X)
+    clf.set_params(n_views=1)
+    assert clf.n_views_ == 1
+    parts = [clf.predict_proba(np.ascontiguousarray(view)) for view in views]
+    np.testing.assert_allclose(several, np.mean(parts, axis=0), atol=1e-9)
+    parts = [clf.transform(np.ascontiguousarray(view)) for view in views]
+    np.testing.assert_allclose(embedded, np.mean(parts, axis=0), atol=1e-9)
+    assert not np.allclose(several, clf.predict_proba(X))
+
+
+def test_views_of_a_symmetric_image_change_nothing(data):
+    X, y = data
+    clf = make("SoftmaxClassifier", fine_tune="frozen", precision="float64").fit(X, y)
+    part = np.maximum(X, X[:, ::-1])
+    part = np.maximum(part, part[:, :, ::-1])
+    part = np.maximum(part, part.transpose(0, 2, 1, 3))
+    several = clf.predict_proba(part)
+    np.testing.assert_allclose(several, clf.set_params(n_views=1).predict_proba(part), atol=1e-9)
+
+
+def test_views_are_those_that_the_augmentation_says_are_harmless(data):
+    X, y = data
+    clf = make("SoftmaxClassifier", fine_tune="frozen", n_views=8, augment="light").fit(X, y)
+    assert clf.n_views_ == 2  # it flips left and right alone
+    clf = make("SoftmaxClassifier", fine_tune="frozen", n_views=8, augment="none").fit(X, y)
+    assert clf.n_views_ == 1
+    clf = make("SoftmaxClassifier", fine_tune="frozen", n_views=8).fit(X[:, :12], y)
+    assert clf.n_views_ == 4  # quarter turns are for squares
+
+
+@pytest.mark.parametrize("name", sorted(SUPERVISED))
+def test_training_resumes_in_either_course(name, data, tmp_path):
+    X, y = data
+    whole = make(name, fine_tune="head_first", max_epochs=3).fit(X, y)
+    n_first = sum(str(row.get("stage")).startswith("head") for row in whole.history_)
+    for n_epochs in (2, n_first + 1):
+        params = {"fine_tune": "head_first", "max_epochs": 3, "checkpoint_dir": tmp_path}
+        with pytest.raises(RuntimeError):
+            make(name, **params, callbacks=[CrashAfter(n_epochs)]).fit(X, y)
+        again = make(name, **params).fit(X, y)
+        np.testing.assert_array_equal(again.predict_proba(X), whole.predict_proba(X))
+
+
+@pytest.mark.parametrize("name", sorted(SUPERVISED))
+def test_files_and_early_stopping(name, data, tmp_path):
+    X, y = data
+    clf = make(name, fine_tune="frozen", early_stopping=True, max_epochs=3).fit(X, y)
+    assert [row for row in clf.history_ if "valid_score" in row]
+    save(clf, tmp_path / "model")
+    back = load(tmp_path / "model", trusted=[Started])
+    np.testing.assert_allclose(back.predict_proba(X), clf.predict_proba(X), rtol=1e-5, atol=1e-7)
+    assert back.fine_tune_ == "frozen"
+
+
+@pytest.mark.parametrize(
+    ("normalize", "mean", "std"),
+    [
+        ("auto", (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)),
+        ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ((0.1, 0.2), (0.1,) * 3, (0.2,) * 3),
+        (([0.1, 0.2, 0.3], 0.5), (0.1, 0.2, 0.3), (0.5,) * 3),
+    ],
+)
+def test_channels_are_normalised_as_asked(normalize, mean, std, data):
+    X, y = data
+    for pixels in (X, X / 255):
+        clf = make("SoftmaxClassifier", normalize=normalize, fine_tune="frozen").fit(pixels, y)
+        np.testing.assert_allclose(clf.pixel_mean_, mean)
+        np.testing.assert_allclose(clf.pixel_std_, std)
+
+
+def test_gray_images_have_the_mean_of_the_channels(data):
+    X, y = data
+    clf = make("SoftmaxClassifier", fine_tune="frozen").fit(X[..., 0], y)
+    np.testing.assert_allclose(clf.pixel_mean_, [0.4])
+    np.testing.assert_allclose(clf.pixel_std_, [0.25])
+
+
+def test_images_on_another_scale_are_normalised_by_themselves(data):
+    X, y = data
+    clf = make("SoftmaxClassifier", fine_tune="frozen").fit(X * 10.0 - 500, y)
+    np.testing.assert_allclose(clf.pixel_mean_, (X * 10.0 - 500).mean(axis=(0, 1, 2)))
+    clf = make("SoftmaxClassifier", fine_tune="frozen", normalize="data").fit(X, y)
+    np.testing.assert_allclose(clf.pixel_mean_, X.mean(axis=(0, 1, 2)) / 255)
+    with pytest.raises(ValueError, match="normalize="):
+        make("SoftmaxClassifier", normalize="imagenet").fit(X * 10.0, y)
+
+
+@pytest.mark.parametrize(
+    "normalize", [(0, 0), (0, -1), (0, 1, 2), ([0, 1], 1), ("a", 1), (np.nan, 1)]
+)
+def test_statistics_that_cannot_be_are_refused(normalize, data):
+    X, y = data
+    with pytest.raises(ValueError, match="normalize="):
+        make("SoftmaxClassifier", normalize=normalize).fit(X, y)
+
+
+@pytest.mark.parametrize("fine_tune", [True, False, 0, "head", 1.5])
+def test_other_words_are_refused(fine_tune, data):
+    with pytest.raises(ValueError, match="fine_tune"):
+        make("SoftmaxClassifier", fine_tune=fine_tune).fit(*data)
+
+
+def test_encoders_have_no_head_to_train(data):
+    X, _ = data
+    for fine_tune in ("frozen", "head_first"):
+        with pytest.raises(ValueError, match="fine_tune"):
+            SSLEncoder(backbone=BACKBONE, fine_tune=fine_tune).fit(X)
+    encoder = SSLEncoder(backbone=BACKBONE, max_epochs=1, batch_size=16, random_state=0).fit(X)
+    assert encoder.fine_tune_ == "full"
+
+
+def test_further_training_keeps_the_head(data):
+    X, y = data
+    clf = make("SoftmaxClassifier", warm_start=True).fit(X, y)
+    n = len(clf.history_)
+    clf.fit(X, y)
+    assert [row.get("stage") for row in clf.history_[n:]] == [None] * 2
+
+
+def test_portions_train_a_frozen_network(data):
+    X, y = data
+    clf = make("SoftmaxClassifier", fine_tune="frozen")
+    for _ in range(3):
+        clf.partial_fit(X, y, classes=np.unique(y))
+    assert len(clf.history_) == 3
