@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
