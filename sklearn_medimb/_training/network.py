@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from sklearn_medimb._data.batches import image_format
 from sklearn_medimb._machine import distributed
 from sklearn_medimb._machine.randomness import Draws, current_draws, drawing_from
-from sklearn_medimb.backbones import as_features, stages_of
+from sklearn_medimb.backbones import as_features, pyramid_of, stages_of
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -29,7 +29,8 @@ class Trunk(nn.Module):
     out, a few images at a time, which backward encodes once more. Its output, and so the loss, is
     that of the whole batch either way; batch normalisation takes the statistics of each part.
     `divisible` is False where the images of a batch mix inside the backbone. Where `given_encoded`
-    it is given what it made itself, earlier, and passes that on.
+    it is given what it made itself, earlier, and passes that on. `at_all_depths` makes it features
+    of several depths.
 
     Parameters
     ----------
@@ -56,6 +57,7 @@ class Trunk(nn.Module):
         self.frozen: list[nn.Module] = []
         self.held: list[nn.Parameter] = []
         self.keeps_statistics = False
+        self.at_all_depths = False
         self.given_encoded = False
         self.keep_frozen()
         self.micro_batch: int | None = None
@@ -178,10 +180,11 @@ class Trunk(nn.Module):
         return distributed.share_out(self._encode_in_parts, images)
 
     def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        run = partial(of_all_depths, self.backbone) if self.at_all_depths else self.backbone
         if self.autocast is None:
-            return self.backbone(images)
+            return run(images)
         with torch.autocast(images.device.type, self.autocast):
-            output = self.backbone(images)
+            output = run(images)
         return output.to(images.dtype)
 
     def _encode_in_parts(self, images: torch.Tensor) -> torch.Tensor:
@@ -197,6 +200,18 @@ class Trunk(nn.Module):
             "context_fn": partial(_first_and_second_pass, self.backbone),
         }
         return torch.cat([checkpoint(self._encode, part, **how) for part in parts])
+
+
+def of_all_depths(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Features of a convolutional backbone at several depths, of any other one its features.
+
+    Of each map that it gives before the resolution is halved, the last three, the mean over its
+    places and, but for the last, their standard deviation.
+    """
+    *shallow, last = pyramid_of(backbone, images)
+    places = [output.flatten(2) for output in shallow]
+    spread = [part.std(dim=2, correction=0) for part in places]
+    return torch.cat([*(part.mean(dim=2) for part in places), *spread, as_features(last)], dim=1)
 
 
 def _frozen_layers(module: nn.Module, parent: bool = False) -> Iterator[nn.Module]:
@@ -263,11 +278,24 @@ class Output(NamedTuple):
 
 
 class SoftmaxNetwork(nn.Module):
-    """Backbone, pooled features, head."""
+    """Backbone, pooled features, head.
 
-    def __init__(self, trunk: Trunk, head: Callable[[int], nn.Module]) -> None:
+    Parameters
+    ----------
+    trunk : Trunk
+        The backbone.
+    head : callable
+        Number of features to a head.
+    at_all_depths : bool, default=False
+        Whether features come from three depths of the backbone, or from its end alone.
+    """
+
+    def __init__(
+        self, trunk: Trunk, head: Callable[[int], nn.Module], *, at_all_depths: bool = False
+    ) -> None:
         super().__init__()
         self.trunk = trunk
+        trunk.at_all_depths = at_all_depths
         self.n_features = as_features(trunk.probe()).shape[1]
         self.head = head(self.n_features)
 

@@ -581,7 +581,10 @@ class LMDClassifier(TwoStageClassifier):
 
     def _make_network(self, trunk: Callable[..., Any]) -> nn.Module:
         n_classes = len(self.classes_)
-        return LMDNetwork(trunk(), lambda n_features: nn.Linear(n_features, n_classes))
+        depths = self._known_start is not None
+        return LMDNetwork(
+            trunk(), lambda n_features: nn.Linear(n_features, n_classes), at_all_depths=depths
+        )
 
     def _images_per_step(self, n_samples: int) -> int:
         return 2 * super()._images_per_step(n_samples)  # with the weak views, for the teacher

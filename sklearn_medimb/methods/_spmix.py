@@ -187,6 +187,8 @@ def default_layer(backbone: nn.Module) -> str:
     for name in ("patch_embed", "layer3"):
         if name in children:
             return name
+    if isinstance(stages := children.get("stages"), nn.Sequential) and len(stages) > 4:
+        return f"stages.{len(stages) - 3}"  # of an EfficientNet: the last at stride 16
     if isinstance(backbone, nn.Sequential) and not isinstance(backbone[0], nn.Flatten):
         return list(children)[min(2, max(len(backbone) - 2, 0))]
     raise ValueError(
