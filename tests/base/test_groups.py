@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def patients(rows: Any) -> set[str]:
 class Mixer(SPMixSampler):
     """Keeps books; with ``mix_prob=0`` new images are copies, whose greys still name them."""
 
-    seen: list[tuple[list[int], Any, Mixer]]
+    seen: ClassVar[list[tuple[list[int], Any, Mixer]]]
 
     def fit_resample(self, X, y, *, groups=None, maps=None):
         result = super().fit_resample(X, y, groups=groups, maps=maps)
