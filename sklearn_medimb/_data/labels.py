@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from sklearn.utils import column_or_1d
+from sklearn.utils.validation import _num_samples
 
 from sklearn_medimb._data.rows import are_known, as_entries, missing_entries
 
@@ -76,7 +77,7 @@ def read_labels(
 def rows_without_entry(values: Any) -> np.ndarray:
     """Rows of labels, numbers or scores (n,) or (n, n_columns) in which an entry says nothing."""
     missing = missing_entries(values)
-    width = max(missing.size // max(len(values), 1), 1)
+    width = max(missing.size // max(_num_samples(values), 1), 1)
     return np.unique(np.flatnonzero(missing) // width)
 
 
