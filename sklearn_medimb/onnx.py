@@ -13,6 +13,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +28,26 @@ import sklearn_medimb
 from sklearn_medimb._data.batches import Preprocessor
 from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.layout import Layout
+from sklearn_medimb._data.resize import axis_weights, combine, resized_shape, resolve_size
 from sklearn_medimb._machine.runtime import replacing
 from sklearn_medimb.base._classifier import BaseImageClassifier
 
 
-def export_onnx(classifier: Any, path: str | os.PathLike[str]) -> None:
+def export_onnx(
+    classifier: Any,
+    path: str | os.PathLike[str],
+    *,
+    image_shape: Sequence[int] | None = None,
+) -> None:
     """Write what ``predict_proba`` computes as an ONNX graph.
 
     The graph has one input and one output:
 
     - "images", float32 of shape (n, C, *spatial), or (n, d) for vectors, any n: pixel values on
-      the scale of the training images, not normalised. Of a classifier fitted to uint8 images they
-      count from 0 to 255. Pairs (``reference="paired"`` of CSSN) lie in the channels, (n, 2 C,
-      *spatial). Flattened images, and those with the channels last, are to be brought to that
-      shape.
+      the scale of the training images, neither normalised nor resized (`image_size`). Of a
+      classifier fitted to uint8 images they count from 0 to 255. Pairs (``reference="paired"`` of
+      CSSN) lie in the channels, (n, 2 C, *spatial). Flattened images, and those with the channels
+      last, are to be brought to that shape.
     - "probabilities", float32 of shape (n, n_classes), in the order of ``classes_``.
 
     Its metadata hold JSON texts: "classes", "image_shape" (C, *spatial), "pixels" ("0 to 255" or
@@ -52,6 +60,9 @@ def export_onnx(classifier: Any, path: str | os.PathLike[str]) -> None:
         ``LogisticRegression``.
     path : str or path-like
         File to write; an older one is replaced when the new one is complete.
+    image_shape : tuple of int, default=None
+        (C, *spatial) of the images that the graph takes, of a classifier with `image_size`; None
+        is the shape of the first image of ``fit``, ``input_shape_``.
 
     Raises
     ------
@@ -61,7 +72,8 @@ def export_onnx(classifier: Any, path: str | os.PathLike[str]) -> None:
         If it is not fitted.
     ValueError
         If its head cannot become part of a graph, or its backbone only for one number of images;
-        or if a class of one's own predicts otherwise than by its ``_score_function``.
+        or if a class of one's own predicts otherwise than by its ``_score_function``; if it does
+        not take images of `image_shape`.
     ImportError
         If onnx or onnxscript is not installed.
 
@@ -89,14 +101,15 @@ def export_onnx(classifier: Any, path: str | os.PathLike[str]) -> None:
     if not isinstance(classifier, BaseImageClassifier):
         raise TypeError(f"{type(classifier).__name__} is no image classifier of sklearn_medimb.")
     check_is_fitted(classifier)
+    shape = _input_shape(classifier, image_shape)
     copied = _on_cpu(classifier)
-    graph = _Graph(copied).eval()
-    if not _predicts(graph, copied):
+    graph = _Graph(copied, shape).eval()
+    if not _predicts(graph, copied, shape):
         raise ValueError(
             f"{type(classifier).__name__} overrides predict_proba, or changes what _score_function "
             "gives, and a graph holds no more than that function: make the change there."
         )
-    blank = torch.zeros(2, *classifier.image_shape_)
+    blank = torch.zeros(2, *shape)
     with warnings.catch_warnings():  # of torch to its own developers
         warnings.simplefilter("ignore")
         program: Any = torch.onnx.export(
@@ -116,7 +129,7 @@ def export_onnx(classifier: Any, path: str | os.PathLike[str]) -> None:
         )
     facts = {
         "classes": classifier.classes_.tolist(),
-        "image_shape": list(classifier.image_shape_),
+        "image_shape": list(shape),
         "pixels": "0 to 255" if classifier.pixel_range_ == "uint8" else "as in training",
         "estimator": type(classifier).__name__,
         "sklearn_medimb": sklearn_medimb.__version__,
@@ -130,7 +143,7 @@ def export_onnx(classifier: Any, path: str | os.PathLike[str]) -> None:
 class _Graph(nn.Module):
     """From pixels to class probabilities."""
 
-    def __init__(self, classifier: Any) -> None:
+    def __init__(self, classifier: Any, shape: tuple[int, ...]) -> None:
         super().__init__()
         net = classifier.net_
         self.network = net.module_  # so that its weights belong to the graph
@@ -140,29 +153,54 @@ class _Graph(nn.Module):
             dtype=net.dtype,
             device=torch.device("cpu"),
         )
-        self.divisor = 255.0 if classifier.pixel_range_ == "uint8" else 1.0
+        self.whole = classifier.pixel_range_ == "uint8"
+        self.divisor = 255.0 if self.whole else 1.0
+        self.weights: list[torch.Tensor | None] = []
+        resize = resolve_size(classifier.image_size)
+        if resize is not None and shape != classifier.image_shape_:
+            matrices = axis_weights(shape[1:], classifier.image_shape_[1:], resize.aspect)
+            self.weights = [None if m is None else torch.from_numpy(m) for m in matrices]
         self.scores = classifier._mean_score_function(in_chunks=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Probabilities (n, n_classes) of images (n, C, *spatial)."""
-        images = images.to(self.prepare.dtype) / self.divisor
+        images = images.to(self.prepare.dtype)
+        if self.weights:
+            images = combine(images, self.weights, whole=self.whole)
+        images = images / self.divisor
         return self.scores(self.prepare.normalise(images)).softmax(dim=1).float()
 
 
-def _predicts(graph: _Graph, classifier: Any) -> bool:
+def _input_shape(classifier: Any, given: Sequence[int] | None) -> tuple[int, ...]:
+    """Shape of an image that the graph takes."""
+    resize, fitted = resolve_size(classifier.image_size), classifier.image_shape_
+    known = fitted if resize is None else getattr(classifier, "input_shape_", fitted)
+    shape = known if given is None else tuple(given)
+    good = all(isinstance(side, Integral) and int(side) > 0 for side in shape)
+    if good and len(shape) == len(fitted) and resized_shape(shape, resize) == fitted:
+        return tuple(int(side) for side in shape)
+    raise ValueError(
+        f"Images of shape {shape} do not come to {fitted}, as those in fit, by image_size="
+        f"{classifier.image_size}: set image_shape, or image_size, to what fits."
+    )
+
+
+def _predicts(graph: _Graph, classifier: Any, shape: tuple[int, ...]) -> bool:
     """Whether the graph and the classifier give the same probabilities: tried on noise."""
     if type(classifier).predict_proba is not BaseImageClassifier.predict_proba:
         return False
-    shape = classifier.image_shape_
     mean, std = (
         part.reshape(-1, *[1] * (len(shape) - 1))
         for part in (classifier.pixel_mean_, classifier.pixel_std_)
     )
     noise = np.random.default_rng(0).standard_normal((2, *shape))
     pixels = (mean + std * noise).astype(np.float32)
-    scores = classifier._scores(Images(pixels, Layout(shape), pixels.dtype))
+    if graph.whole:
+        pixels = (255 * pixels).clip(0, 255).astype(np.uint8)
+    resize = resolve_size(classifier.image_size)
+    scores = classifier._scores(Images(pixels, Layout(shape), pixels.dtype, resize=resize))
     with torch.inference_mode():
-        found = graph(torch.from_numpy(pixels * np.float32(graph.divisor)))
+        found = graph(torch.from_numpy(pixels.astype(np.float32)))
     return np.allclose(found, softmax(scores, axis=1), atol=1e-2)
 
 

@@ -79,7 +79,7 @@ def test_signature_has_what_all_share_then_ones_own_then_the_machine():
     )
     assert list(Child().get_params()) == sorted(["trunk", "rate", "kind", "n", "seed"])
     names = list(inspect.signature(CSSNClassifier).parameters)
-    assert names[0] == "backbone"
+    assert names[:2] == ["backbone", "image_size"]
     assert names.index("fine_tune") < names.index("max_epochs") < names.index("batch_size")
     assert names.index("augment") < names.index("lam") < names.index("device")
     assert list(inspect.signature(SSLEncoder).parameters)[:2] == ["method", "backbone"]

@@ -32,7 +32,7 @@ def is_lazy(X: Any) -> bool:
     return all(hasattr(X, name) for name in names) and X.ndim > 2
 
 
-class _ImageRows:
+class ImageRows:
     """Some rows of a source of images, in some order."""
 
     rows: np.ndarray
@@ -64,7 +64,7 @@ class _ImageRows:
         return self._read(int(rows))
 
 
-class ExtendedImages(_ImageRows):
+class ExtendedImages(ImageRows):
     """A lazy container followed by images in memory, as a lazy container.
 
     Parameters
@@ -89,13 +89,33 @@ class ExtendedImages(_ImageRows):
         return self.data[row] if row < n else self.extra[row - n]
 
 
-class DatasetImages(_ImageRows):
+class ImageList(ImageRows):
+    """Images of several sizes, in memory.
+
+    Parameters
+    ----------
+    images : list of ndarray
+        With the same number of axes.
+    """
+
+    def __init__(self, images: list[np.ndarray]) -> None:
+        self.images = images
+        self.rows = np.arange(len(images))
+        self.dtype = np.result_type(*{image.dtype for image in images})
+        self._image_shape = images[0].shape
+
+    def _read(self, row: int) -> np.ndarray:
+        return self.images[row]
+
+
+class DatasetImages(ImageRows):
     """The images of a torch data set, read on demand: an ``X`` for every estimator.
 
     An item is an image (array, tensor, PIL image), a tuple or list that begins with one, or a
     mapping with the key "image". Labels in the items are ignored: pass them as ``y``. All images
-    must have the shape of the first, whether they are uint8 included, which is checked as they
-    are read. PIL images are read as gray, RGB or RGBA, whatever their mode.
+    must have the shape of the first (with ``image_size=``, the number of channels), whether they
+    are uint8 included, which is checked as they are read. PIL images are read as gray, RGB or
+    RGBA, whatever their mode.
 
     ``X[i]`` reads an image; a slice, mask or index array gives a further container, so that
     scikit-learn's cross-validation reads nothing it does not need.
@@ -162,7 +182,7 @@ class DatasetImages(_ImageRows):
         return as_pixel_array(item)
 
 
-class MappedImages(_ImageRows):
+class MappedImages(ImageRows):
     """The images of a ``.npy`` file, left on disk and read batch by batch: an ``X`` for every tool.
 
     A selection of rows, as cross-validation makes it, copies no image, and what travels to another
@@ -371,7 +391,7 @@ def as_pixel_array(image: Any) -> np.ndarray:
     if isinstance(image, np.ndarray) and image.dtype.kind == "O":
         image = image.tolist()
     if holds_images(image):
-        return on_one_scale([as_pixel_array(part) for part in image], name="image")
+        return np.stack(on_one_scale([as_pixel_array(part) for part in image], name="image"))
     return np.asarray(image)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from sklearn.utils import check_array
 from sklearn.utils.validation import _num_samples, validate_data
 
 from sklearn_medimb._data.containers import (
+    ImageList,
     MappedImages,
     as_list,
     from_torch,
@@ -34,8 +35,10 @@ from sklearn_medimb._data.pixel_scale import (
     scale_of,
     to_unit_scale,
 )
+from sklearn_medimb._data.resize import Resize, resample, resized_shape, resolve_size
 
 BROKEN = 1e6  # so many times the typical largest value of an image is no pixel
+AT_ONCE = 2**20  # values of images of their own size in memory at a time, beside one image
 
 
 class Images:
@@ -53,6 +56,8 @@ class Images:
         Largest absolute value of floats, as far as they have been read.
     scale : PixelScale, default=None
         What lazy floats must agree with as they are read.
+    resize : Resize, default=None
+        The size that rows come to; None where all have the one of `layout`.
     """
 
     def __init__(
@@ -63,12 +68,15 @@ class Images:
         *,
         peak: float = 0.0,
         scale: PixelScale | None = None,
+        resize: Resize | None = None,
     ) -> None:
         self.data = data
         self.layout = layout
         self.dtype = dtype
         self.peak = peak
         self.scale = scale
+        self.resize = resize
+        self.image_shape = resized_shape(layout.shape, resize)
         self.one_scale = OneScale()
         self.lazy = not isinstance(data, np.ndarray)
         self.in_blocks = isinstance(data, (np.ndarray, MappedImages))
@@ -77,13 +85,10 @@ class Images:
     def __len__(self) -> int:
         return len(self.data)
 
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        """Shape of one canonical image."""
-        return self.layout.shape
-
     def rows(self, rows: np.ndarray) -> torch.Tensor:
         """Read some rows: a CPU tensor ``(n, C, *spatial)`` in the stored dtype."""
+        if self.resize is not None:
+            return self._resized(rows, self.resize)
         if self.in_blocks:
             # A block copy: NumPy's take is faster here than torch's fancy indexing, and the copy is
             # writable even where the caller's array is a read-only memory map.
@@ -91,13 +96,69 @@ class Images:
         else:
             images = [self._announced(one_image(self.data, int(row)), row) for row in rows]
             block = np.stack(images)
-        if self.lazy:
-            block, peak = _cast(block, self.dtype, names=rows)
-            self.peak = max(self.peak, peak)
-            self.check_one_scale(block, rows, peak)
-            if self.scale is not None:
-                self.scale.check(block, rows, peak)
-        return self.layout.canonical(torch.from_numpy(block))
+        return self.layout.canonical(torch.from_numpy(self._checked(block, rows, self.layout)))
+
+    def _checked(self, block: np.ndarray, rows: np.ndarray, layout: Layout) -> np.ndarray:
+        """Images as they were read, in the dtype of the batches; what is lazy is looked at now."""
+        if not self.lazy:
+            return block
+        block, peak = _cast(block, self.dtype, names=rows)
+        self.peak = max(self.peak, peak)
+        self._check_one_scale(block, rows, peak, layout)
+        if self.scale is not None:
+            self.scale.check(block, rows, peak)
+        return block
+
+    def _resized(self, rows: np.ndarray, resize: Resize) -> torch.Tensor:
+        """Read some rows, each brought to its size."""
+        kind = torch.from_numpy(np.empty(0, self.dtype)).dtype
+        resized = torch.empty((len(rows), *self.image_shape), dtype=kind)
+        looks = self.lazy and self.dtype != np.uint8
+        some = torch.empty((len(rows), self.image_shape[0], *[16] * len(self.image_shape[1:])))
+        for places, block in self._in_own_size(rows):
+            layout = self.layout if self.in_blocks else self.layout.of(block.shape[1:])
+            block = self._checked(block, rows[places], layout)
+            pixels = layout.canonical(torch.from_numpy(block))
+            resized[places] = resample(pixels, self.image_shape[1:], resize.aspect)
+            if looks:
+                some[places] = _grid(pixels, some.shape[2:]).float()
+        if looks and len(rows):  # what only many images show, in pixels as they were given
+            peak = float(some.abs().max())
+            pairs = (2, -1) if self.layout.paired else (-1,)
+            layout = Layout((*pairs, *some.shape[2:]), paired=self.layout.paired)
+            self._check_one_scale(some.numpy(), rows, peak, layout)
+        return resized
+
+    def _in_own_size(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Images of one size, few at a time, and their places in `rows`."""
+        if self.in_blocks:
+            step = max(1, AT_ONCE // math.prod(self.layout.view))
+            for start in range(0, len(rows), step):
+                places = np.arange(start, min(start + step, len(rows)))
+                yield places, self.data.take(rows[places], axis=0)
+            return
+        held: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+        n_values = 0
+        for place, row in enumerate(rows):
+            image = self._announced(one_image(self.data, int(row)), row)
+            held.setdefault(image.shape, []).append((place, image))
+            n_values += image.size
+            if n_values >= AT_ONCE or place == len(rows) - 1:
+                for found in held.values():
+                    places, images = zip(*found, strict=True)
+                    yield np.array(places), np.stack(images)
+                held, n_values = {}, 0
+
+    def in_memory(self) -> Images:
+        """Resize what is in memory once, for all epochs; what is read on demand stays there."""
+        if self.resize is None or (self.lazy and not isinstance(self.data, ImageList)):
+            return self
+        resized = np.empty((len(self), *self.image_shape), self.dtype)
+        step = max(1, AT_ONCE // math.prod(self.image_shape))
+        for start in range(0, len(self), step):
+            part = np.arange(start, min(start + step, len(self)))
+            resized[part] = self.rows(part).numpy()
+        return self.holding(resized, Layout(self.image_shape))
 
     def holding(self, data: Any, layout: Layout) -> Images:
         """Give other rows of the same images, or mixes of them, the same bounds."""
@@ -105,12 +166,18 @@ class Images:
         other.one_scale = self.one_scale
         return other
 
-    def check_one_scale(self, block: np.ndarray, rows: np.ndarray, peak: float) -> None:
+    def check_one_scale(self) -> None:
+        """Refuse images in memory on different scales."""
+        self._check_one_scale(self.data, np.arange(len(self)), self.peak, self.layout)
+
+    def _check_one_scale(
+        self, block: np.ndarray, rows: np.ndarray, peak: float, layout: Layout
+    ) -> None:
         """Refuse rows on different scales; of vectors every entry has its own."""
         if len(self.image_shape) == 1 or self.dtype == np.uint8:
             return
-        block = block.reshape(len(block), *self.layout.view)
-        for images in (block[:, 0], block[:, 1]) if self.layout.paired else (block,):
+        block = block.reshape(len(block), *layout.view)
+        for images in (block[:, 0], block[:, 1]) if layout.paired else (block,):
             self.one_scale.check(images, rows, peak, self.lazy)
 
     def conclude(self) -> None:
@@ -123,6 +190,16 @@ class Images:
         shape, dtype = tuple(self.data.shape[1:]), np.dtype(self.data.dtype)
         # uint8 is divided by 255 and nothing else is, so that neither may stand in for the other.
         same_kind = image.dtype.kind in "buif" and (image.dtype == np.uint8) == (dtype == np.uint8)
+        if self.resize is not None and image.shape != shape:
+            try:
+                self.layout.of(image.shape)
+            except ValueError as error:
+                raise ValueError(
+                    f"Row {row} of X has shape {image.shape}, beside images of shape {shape}: "
+                    "image_size brings images to one size, but the order of their axes and their "
+                    "channels must be the same (of gray volumes, set spatial_dims=3)."
+                ) from error
+            shape = image.shape
         if image.shape != shape or not same_kind:
             raise ValueError(
                 f"X announces images of shape {shape} and dtype {dtype}, but row {row} has shape "
@@ -137,6 +214,13 @@ class Images:
         return image
 
 
+def _grid(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Pixels of images ``(n, C, *spatial)`` where a grid of this size meets them."""
+    for axis, n in enumerate(size, start=2):
+        images = images.index_select(axis, torch.linspace(0, images.shape[axis] - 1, n).long())
+    return images
+
+
 def read_images(
     estimator: Any,
     X: Any,
@@ -147,6 +231,7 @@ def read_images(
     spatial_dims: int | None = None,
     paired: bool = False,
     float_dtype: type[np.floating] | None = np.float32,
+    image_size: Any = None,
 ) -> Images:
     """Validate `X` for `estimator` and find its axes.
 
@@ -163,6 +248,8 @@ def read_images(
         As in :func:`infer_layout`.
     float_dtype : {numpy.float32, numpy.float64} or None
         What everything that is not uint8 is read as; None keeps the dtype of `X`.
+    image_size : int, tuple of int, Resize or None, default=None
+        The size that images come to; None refuses images of several sizes.
 
     Returns
     -------
@@ -177,9 +264,10 @@ def read_images(
     TypeError
         If `X` is sparse, not numeric, or a data set that can only be iterated.
     """
+    resize = resolve_size(image_size)
     X = one_column(X)
     _refuse_mixed_columns(X, image_shape)
-    X = as_array(wrap_dataset(X), float_dtype)
+    X = as_array(wrap_dataset(X), float_dtype, of_any_size=resize is not None)
     if not is_lazy(X) and getattr(X, "ndim", 2) <= 2:
         X = validate_data(estimator, X, reset=reset, dtype="numeric", ensure_all_finite=False)
     elif not is_lazy(X):
@@ -199,13 +287,15 @@ def read_images(
         spatial_dims=spatial_dims,
         paired=paired,
     )
+    shape = resized_shape(layout.shape, resize)
     if reset:
         if X.ndim > 2:  # validate_data saw two axes at most
             estimator.__dict__.pop("feature_names_in_", None)
         estimator.n_features_in_ = math.prod(layout.shape)
-    elif layout.shape != tuple(getattr(estimator, "image_shape_", layout.shape)):
+    elif shape != tuple(getattr(estimator, "image_shape_", shape)):
+        changed = "" if resize is None else f", {shape} by image_size={resize.size}"
         raise ValueError(
-            f"X holds images of shape {layout.shape} (channels first), but "
+            f"X holds images of shape {layout.shape}{changed} (channels first), but "
             f"{type(estimator).__name__} was fitted on images of shape "
             f"{tuple(estimator.image_shape_)}: resize or crop X, or check data_format."
         )
@@ -218,9 +308,11 @@ def read_images(
     peak = 0.0
     if not is_lazy(X):
         X, peak = _cast(X, dtype)
-    images = Images(X, layout, dtype, peak=peak)
+    if shape == layout.shape and isinstance(X, (np.ndarray, MappedImages)):
+        resize = None
+    images = Images(X, layout, dtype, peak=peak, resize=resize)
     if not images.lazy:
-        images.check_one_scale(X, np.arange(len(X)), peak)
+        images.check_one_scale()
     return images
 
 
@@ -234,7 +326,9 @@ def warn_of_flat_images(estimator: Any, images: Images) -> None:
         )
 
 
-def as_array(X: Any, float_dtype: type[np.floating] | None = None) -> Any:
+def as_array(
+    X: Any, float_dtype: type[np.floating] | None = None, *, of_any_size: bool = False
+) -> Any:
     """Turn tensors and lists of images into arrays, on one scale; leave the rest to scikit-learn.
 
     Parameters
@@ -243,10 +337,12 @@ def as_array(X: Any, float_dtype: type[np.floating] | None = None) -> Any:
         An object array or a column of a table whose entries are images counts as a list of them.
     float_dtype : {numpy.float32, numpy.float64} or None, default=None
         dtype of uint8 images that stand beside floats; None is float64.
+    of_any_size : bool, default=False
+        Whether images of several sizes may stand beside one another.
 
     Returns
     -------
-    X : ndarray or the object given
+    X : ndarray, ImageList where sizes differ, or the object given
         See :func:`on_one_scale`.
     """
     given = from_torch(one_column(X))
@@ -257,19 +353,30 @@ def as_array(X: Any, float_dtype: type[np.floating] | None = None) -> Any:
         return given
     images = [one_image(X, row) for row in range(len(X))]
     shapes = [image.shape for image in images]
-    odd = next((row for row, shape in enumerate(shapes) if shape != shapes[0]), None)
-    if odd is not None:
-        if is_picture(X[0]) and is_picture(X[odd]) and X[0].mode != X[odd].mode:
-            raise ValueError(
-                f"X is a list of images of different modes: row 0 is {X[0].mode}, row {odd} is "
-                f"{X[odd].mode}. Convert them to one mode first."
-            )
-        raise ValueError(
-            f"X is a list of images of different sizes: row 0 has shape {shapes[0]}, row {odd} "
-            f"has shape {shapes[odd]}. Resize them to one size first."
-        )
     plain = [isinstance(entry, (list, tuple)) and not holds_images(entry) for entry in X]
-    return on_one_scale(images, plain, float_dtype)
+    odd = next((row for row, shape in enumerate(shapes) if shape != shapes[0]), None)
+    if odd is None:
+        return np.stack(on_one_scale(images, plain, float_dtype))
+    if of_any_size and len(shapes[0]) > 1:
+        n_axes = [len(shape) for shape in shapes]
+        if len(set(n_axes)) == 1:
+            return ImageList(list(on_one_scale(images, plain, float_dtype)))
+        odd = next(row for row, n in enumerate(n_axes) if n != n_axes[0])
+    if is_picture(X[0]) and is_picture(X[odd]) and X[0].mode != X[odd].mode:
+        raise ValueError(
+            f"X is a list of images of different modes: row 0 is {X[0].mode}, row {odd} is "
+            f"{X[odd].mode}. Convert them to one mode first."
+        )
+    raise ValueError(
+        f"X is a list of images of different {'numbers of axes' if of_any_size else 'sizes'}: row "
+        f"0 has shape {shapes[0]}, row {odd} has shape {shapes[odd]}. "
+        + (
+            "Bring them to one."
+            if of_any_size
+            else "Resize them to one size first, or let "
+            "image_size= of the classifier or encoder do it."
+        )
+    )
 
 
 def _refuse_mixed_columns(X: Any, image_shape: Sequence[int] | None) -> None:

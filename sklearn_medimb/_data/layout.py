@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
@@ -46,6 +46,22 @@ class Layout:
         if self.channels_last:
             image = (image[-1], *image[:-1])
         return (2 * image[0], *image[1:]) if self.paired else image
+
+    def of(self, shape: tuple[int, ...]) -> Layout:
+        """Layout of images of another size, whose axes mean the same.
+
+        Raises
+        ------
+        ValueError
+            If they do not: the number of axes, of channels or of images of a case is another.
+        """
+        missing = len(self.view) - len(shape)  # gray images may come without an axis of channels
+        at = int(self.paired)
+        other = replace(self, view=(*shape[:at], *(1,) * missing, *shape[at:]))
+        same = len(other.view) == len(self.view) and other.view[:at] == self.view[:at]
+        if not same or 0 in shape or other.shape[0] != self.shape[0]:
+            raise ValueError("axes or channels differ.")
+        return other
 
     def canonical(self, batch: torch.Tensor) -> torch.Tensor:
         """Bring a batch in the caller's layout to ``(n, C, *spatial)``; a view where possible."""

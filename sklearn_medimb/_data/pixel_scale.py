@@ -20,8 +20,8 @@ def on_one_scale(
     plain: Sequence[bool] | None = None,
     float_dtype: type[np.floating] | None = None,
     name: str = "row",
-) -> np.ndarray:
-    """Stack images, each of them on the scale that its own dtype has.
+) -> Sequence[np.ndarray]:
+    """Bring images of several dtypes to one scale: that which its own dtype has.
 
     uint8 counts as [0, 1] and so does bool; other numbers are taken as they are. uint8 and bool
     may stand beside one another, and beside floats within [0, 1]; what else is mixed would be
@@ -31,7 +31,7 @@ def on_one_scale(
     Parameters
     ----------
     images : sequence of ndarray
-        Of one shape.
+        Of any shapes.
     plain : sequence of bool, default=None
         Which of them come from Python's numbers, of which whole ones count as floats.
     float_dtype : {numpy.float32, numpy.float64} or None, default=None
@@ -41,8 +41,8 @@ def on_one_scale(
 
     Returns
     -------
-    stacked : ndarray
-        uint8 where that loses nothing.
+    images : sequence of ndarray
+        uint8 where that loses nothing; those given where they are on one scale.
 
     Raises
     ------
@@ -50,12 +50,12 @@ def on_one_scale(
         If the scales differ; the message names the rows.
     """
     if len({image.dtype for image in images}) == 1:
-        return np.stack(images)
+        return images
     kinds = [scale_of(image.dtype) for image in images]
     if plain is not None:
         kinds = ["float" if p and k == "whole" else k for p, k in zip(plain, kinds, strict=True)]
     if len(set(kinds)) == 1:
-        return np.stack(images)
+        return images
 
     def described(row: int) -> str:
         return f"{name} {row} has dtype {images[row].dtype}"
@@ -79,12 +79,8 @@ def on_one_scale(
             )
     if "float" in kinds:
         levels = (np.arange(256) / 255).astype(float_dtype or np.float64)
-        return np.stack(
-            [levels[i] if k == "uint8" else i for i, k in zip(images, kinds, strict=True)]
-        )
-    return np.stack(
-        [i if k == "uint8" else i * np.uint8(255) for i, k in zip(images, kinds, strict=True)]
-    )
+        return [levels[i] if k == "uint8" else i for i, k in zip(images, kinds, strict=True)]
+    return [i if k == "uint8" else i * np.uint8(255) for i, k in zip(images, kinds, strict=True)]
 
 
 def scale_of(dtype: Any) -> str:

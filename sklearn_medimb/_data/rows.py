@@ -16,7 +16,7 @@ from imblearn.over_sampling.base import BaseOverSampler
 from imblearn.under_sampling import RandomUnderSampler
 from sklearn.base import clone
 
-from sklearn_medimb._data.containers import ExtendedImages
+from sklearn_medimb._data.containers import ExtendedImages, ImageRows
 from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.layout import Layout
 from sklearn_medimb._data.pixel_scale import FOLD
@@ -432,15 +432,15 @@ def _resample_images(
 ) -> tuple[Images, np.ndarray]:
     """Let a sampler of images see them as they are, and tell it where their axes are."""
     X: Any
-    shape, layout = images.image_shape, images.layout
+    shape, layout, data = images.image_shape, images.layout, images.data
     if images.lazy and layout.paired:
         raise ValueError(
             f"sampler={type(sampler).__name__} does not read lazy pairs: pass X as an array."
         )
+    if images.resize is not None:
+        data, layout = _ResizedImages(images), Layout(shape)
     if images.lazy:
-        X = ExtendedImages(
-            images.data, np.empty((0, *images.data.shape[1:]), images.data.dtype), rows
-        )
+        X = ExtendedImages(data, np.empty((0, *data.shape[1:]), data.dtype), rows)
     else:
         X, layout = images.rows(rows).numpy(), Layout(shape)
     sampler.set_params(image_shape=None)
@@ -454,3 +454,16 @@ def _resample_images(
         name = type(sampler).__name__
         drawn = np.ascontiguousarray(_checked_pixels(name, X, drawn), dtype=images.dtype)
     return images.holding(drawn, layout), labels
+
+
+class _ResizedImages(ImageRows):
+    """Lazy images, each of them brought to its size as it is read."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+        self.rows = np.arange(len(images))
+        self.dtype = images.dtype
+        self._image_shape = images.image_shape
+
+    def _read(self, row: int) -> np.ndarray:
+        return self.images.rows(np.array([row]))[0].numpy()

@@ -255,7 +255,7 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         groups: Any = None,
         classes: Any = None,
     ) -> tuple[TrainingSet, np.ndarray | None]:
-        images = self._read(X, reset=fresh)
+        images = self._read(X, reset=fresh).in_memory()
         if y is None:
             raise ValueError(
                 f"This {type(self).__name__} estimator requires y to be passed, but the target y "

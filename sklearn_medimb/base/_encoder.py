@@ -174,7 +174,7 @@ class BaseImageEncoder(BaseImageEstimator):
     def _check_training(  # type: ignore[override]
         self, X: Any, y: Any, *, fresh: bool
     ) -> tuple[TrainingSet, np.ndarray | None]:
-        images = self._read(X, reset=fresh)
+        images = self._read(X, reset=fresh).in_memory()
         if len(images) < 2:
             raise ValueError(
                 f"{type(self).__name__} needs at least 2 images to tell apart, but found 1 sample: "

@@ -22,6 +22,7 @@ from sklearn_medimb._data.cached import CachedImages
 from sklearn_medimb._data.images import Images, channel_statistics, check_pixel_range, read_images
 from sklearn_medimb._data.pixel_scale import UNIT_MAX
 from sklearn_medimb._data.plans import n_batches
+from sklearn_medimb._data.resize import resolve_size
 from sklearn_medimb._machine import distributed
 from sklearn_medimb._machine.fitted import all_or_nothing
 from sklearn_medimb._machine.gpu_queue import ALL_MEMORY, waiting_for_memory
@@ -286,6 +287,7 @@ class BaseImageEstimator(Trains):
                 f"fine_tune={self.fine_tune} says too little: choose one of "
                 '"auto", "full", "head_first", "frozen", or a number of stages.'
             )
+        resolve_size(self.image_size)
         resolve_callbacks(self.callbacks, self)
         start = self._start
         if start is not None and not start._was_fitted:
@@ -394,7 +396,10 @@ class BaseImageEstimator(Trains):
             spatial_dims=self.spatial_dims,
             paired=getattr(self, "reference", None) == "paired",
             float_dtype=np.float64 if self.precision == "float64" else np.float32,
+            image_size=self.image_size,
         )
+        if reset:
+            self.input_shape_ = images.layout.shape
         check_pixel_range(self, images, reset=reset)
         return images
 

@@ -14,6 +14,7 @@ from sklearn.utils._param_validation import HasMethods
 from torch import nn
 
 from sklearn_medimb._data.layout import INPUT_CONSTRAINTS
+from sklearn_medimb._data.resize import MAX_SIDE, Resize
 from sklearn_medimb._parameters import (
     Declaring,
     above,
@@ -54,6 +55,11 @@ class SharedParameters(
         normalisation are the start. Parameters of a module with ``requires_grad=False`` stay as
         they are, and so do the running statistics of layers that are frozen; a
         :class:`~sklearn.frozen.FrozenEstimator` only keeps its estimator fitted in clones.
+    image_size
+        Size that all images come to, in ``fit`` and later on, so that X may hold images of several
+        sizes: one number, one for each spatial axis, or a
+        :class:`~sklearn_medimb.datasets.Resize`, which can also pad or crop where sides have
+        another ratio. Antialiased bicubic, as in Pillow. None: images have one size, and keep it.
     normalize
         Mean and standard deviation by which channels are normalised. "auto": those that a backbone
         with weights of elsewhere was trained with, where images are uint8 or floats in [0, 1], and
@@ -140,7 +146,10 @@ class SharedParameters(
     n_iter_
         Epochs trained.
     image_shape_
-        Shape of one image, ``(C, *spatial)``, or ``(d,)`` for vectors.
+        Shape of one image, ``(C, *spatial)``, or ``(d,)`` for vectors; with `image_size` of one
+        that has this size.
+    input_shape_
+        The same of the first image of X as it was given, before `image_size`.
     pixel_mean_
         Mean of each channel in the training images; uint8 counts as [0, 1].
     pixel_std_
@@ -155,7 +164,7 @@ class SharedParameters(
     n_samples_fit_
         Images given to the first ``fit``.
     n_features_in_
-        Values per image.
+        Values per image, before `image_size`.
     feature_names_in_
         Column names where X was a DataFrame.
     """
@@ -169,6 +178,15 @@ class SharedParameters(
         default="auto",
         kind="str, Backbone, nn.Module or class",
         positional=True,
+    )
+    image_size: Any = parameter(
+        integers(1, MAX_SIDE),
+        tuple,
+        list,
+        Resize,
+        None,
+        default=None,
+        kind="int, tuple of int, Resize or None",
     )
     normalize: Any = parameter(
         one_of("auto", "data", "imagenet"),
@@ -236,6 +254,7 @@ class SharedParameters(
     history_: list[dict[str, Any]] = learned("list of dict")
     n_iter_: int = learned("int")
     image_shape_: tuple[int, ...] = learned("tuple of int")
+    input_shape_: tuple[int, ...] = learned("tuple of int")
     pixel_mean_: np.ndarray = learned("ndarray of float of shape (n_channels,)", predicts=True)
     pixel_std_: np.ndarray = learned("ndarray of float of shape (n_channels,)", predicts=True)
     pixel_range_: str | float | None = learned("str, float or None")

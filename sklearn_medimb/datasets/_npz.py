@@ -147,10 +147,8 @@ def _joined(path: str | os.PathLike[str], parts: dict[str, np.ndarray]) -> np.nd
         floats = [dtype for dtype in dtypes if dtype.kind == "f"]
         small = all(dtype.itemsize <= 4 for dtype in floats)
         try:
-            return on_one_scale(
-                [image for part in parts.values() for image in part],
-                float_dtype=np.float32 if small else np.float64,
-            )
+            images = [image for part in parts.values() for image in part]
+            return np.stack(on_one_scale(images, float_dtype=np.float32 if small else np.float64))
         except ValueError as error:
             raise ValueError(f"{apart}, and bring them to one scale. ({error})") from error
     columns = list(zip(*heights.values(), strict=True))  # of peaks, and of levels

@@ -798,7 +798,8 @@ class CSSNClassifier(BaseImageClassifier):
         place counts by how much the log-odds of the predicted class fall, exactly as `predict`
         computes them, and those of each neighbour likewise. So the maps depend on the image and
         on all weights. They say what the classifier uses, not what a disease looks like; and
-        two places that can stand in for one another are both small.
+        two places that can stand in for one another are both small. With `image_size`, boxes are
+        in pixels of the resized image.
 
         Parameters
         ----------

@@ -24,6 +24,7 @@ MODULES = (
     "sklearn_medimb",
     "sklearn_medimb.augment",
     "sklearn_medimb.backbones",
+    "sklearn_medimb.datasets",
     "sklearn_medimb.losses",
     "sklearn_medimb.methods",
     "sklearn.discriminant_analysis",

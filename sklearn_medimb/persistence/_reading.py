@@ -235,7 +235,14 @@ def _check_types(cls: type, state: dict[str, Any], fitted: bool) -> None:
         MAX_SIDE
     ):
         odd.append("image_shape_")
-    elif state.get("n_features_in_", n := math.prod(shape)) != n:
+    given = state.get("input_shape_", shape)  # files before image_size lack it
+    if not (
+        isinstance(given, tuple)
+        and all(type(side) is int and 0 < side <= MAX_SIDE for side in given[1:])
+        and (len(given), given[:1]) == (len(shape), shape[:1])
+    ):
+        odd.append("input_shape_")
+    elif state.get("n_features_in_", n := math.prod(given)) != n:
         odd.append("n_features_in_")
     if not all(isinstance(row, dict) for row in state.get("history_", [])):
         odd.append("history_")

@@ -10,9 +10,9 @@ containers that load on demand, rare classes, patients, persistence and random s
 >>> check_image_estimator(tiny)  # doctest: +SKIP
 
 The estimator comes as its user configured it, small and fast. The checks set no more than
-``random_state``, ``image_shape``, ``data_format``, ``spatial_dims``, ``early_stopping``,
-``scoring``, ``warm_start`` and ``precision``, always on a clone, and leave out what an estimator
-does not have.
+``random_state``, ``image_shape``, ``image_size``, ``data_format``, ``spatial_dims``,
+``early_stopping``, ``scoring``, ``warm_start`` and ``precision``, always on a clone, and leave out
+what an estimator does not have.
 Checks that compare two computations which round differently ask for float64.
 """
 
@@ -256,7 +256,7 @@ class LazyImages:
 
 def _prepare(estimator: Any, **params: Any) -> Any:
     """Clone, with neutral layout parameters, a seed, and those of `params` that it has."""
-    layout = {"image_shape": None, "data_format": "auto", "spatial_dims": None}
+    layout = {"image_shape": None, "image_size": None, "data_format": "auto", "spatial_dims": None}
     wanted = {"random_state": 0, **layout, **params}
     known = estimator.get_params(deep=False)
     return clone(estimator).set_params(**{k: v for k, v in wanted.items() if k in known})
