@@ -115,8 +115,9 @@ def resample(images: torch.Tensor, size: Sequence[int], aspect: str = "stretch")
     -------
     resized : tensor of shape (n, C, *size)
         Of the dtype of `images`; `images` themselves where they have this size. uint8 is rounded
-        and clipped after each axis, the last one first, as Pillow does. Of floats every channel of
-        an image stays within its range.
+        and clipped after each axis, as Pillow does, and in its order: the last axis first, unless
+        the one before it loses more than twice as many pixels. Of floats every channel of an image
+        stays within its range.
     """
     sides = tuple(images.shape[2:])
     if sides == tuple(size):
@@ -151,8 +152,13 @@ def combine(
         floats.
     """
     axes = tuple(range(2, images.ndim))
+    fewer = [0 if m is None else m.shape[1] - m.shape[0] for m in weights]
+    order = list(reversed(axes))
+    if len(order) > 1 and fewer[-2] > 2 * max(fewer[-1], 0):
+        order[:2] = order[1::-1]
     pixels = images
-    for axis, matrix in reversed(list(zip(axes, weights, strict=True))):
+    for axis in order:
+        matrix = weights[axis - 2]
         if matrix is None:
             continue
         pixels = _along(pixels, matrix, axis)

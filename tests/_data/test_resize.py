@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.base import BaseEstimator
 
 from sklearn_medimb._data.images import read_images
 from sklearn_medimb._data.layout import infer_layout
@@ -18,12 +19,13 @@ SIZES = [
     ((5, 200), (64, 63)),
     ((64, 64), (64, 31)),
     ((201, 96), (33, 77)),
+    ((300, 211), (33, 77)),
     ((1, 9), (4, 4)),
     ((7, 7), (1, 1)),
 ]
 
 
-class Estimator:
+class Estimator(BaseEstimator):
     """Receives what reading sets."""
 
 
