@@ -68,7 +68,8 @@ def with_backbone(value):
 def with_image_shape(*shape, more=lambda tree: None):
     def edit(tree, *_):
         shape_ = {"tuple": list(shape)}
-        tree["state"].update(image_shape_=shape_, n_features_in_=int(np.prod(shape, dtype=object)))
+        n = int(np.prod(shape, dtype=object))
+        tree["state"].update(image_shape_=shape_, input_shape_=shape_, n_features_in_=n)
         more(tree)
 
     return edit

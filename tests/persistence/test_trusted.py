@@ -335,7 +335,9 @@ FORGERIES = {
         {"estimator": {"class": "outside_methods.Stem", "params": {"dilations": [1] * 100_000}}},
     ),
     "many pixels": lambda tree, *_: tree["state"].update(
-        image_shape_={"tuple": [3, 60_000, 60_000]}, n_features_in_=3 * 60_000**2
+        image_shape_={"tuple": [3, 60_000, 60_000]},
+        input_shape_={"tuple": [3, 60_000, 60_000]},
+        n_features_in_=3 * 60_000**2,
     ),
 }
 
