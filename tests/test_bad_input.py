@@ -32,6 +32,7 @@ from sklearn_medimb.losses import (
     LDAMLoss,
     LogitAdjustedLoss,
 )
+from sklearn_medimb.methods import SupportBank
 from tests.estimators import CLASSIFIERS, IMAGE_ESTIMATORS
 
 RNG = np.random.default_rng(0)
@@ -154,9 +155,10 @@ CSSN = [
     ("pair_weighting", "inverse"),
     ("aux_weight", -1),
     ("pair_view", "both"),
-    ("n_support", 0),
-    ("support_strategy", "nearest"),
-    ("n_support_draws", 0),
+    ("bank", "nearest"),
+    ("bank", SupportBank(n=0)),
+    ("bank", SupportBank("nearest")),
+    ("bank", SupportBank(n_draws=0)),
     ("symmetric", 2),
     ("backbone_lr", -1),
     ("batch_size", 1),

@@ -5,7 +5,7 @@ Imports `_data`, `_machine`, `_parameters`, `_training`, `augment`, `backbones`,
 """
 
 from sklearn_medimb.methods._amimv import AMIMVClassifier, AMIMVEncoder
-from sklearn_medimb.methods._cssn import CSSNClassifier
+from sklearn_medimb.methods._cssn import CSSNClassifier, SupportBank
 from sklearn_medimb.methods._lmd import LMDClassifier
 from sklearn_medimb.methods._metric_two_stage import MetricTwoStageClassifier
 from sklearn_medimb.methods._self_supervised import SSLEncoder
@@ -23,4 +23,5 @@ __all__ = [
     "SPMixClassifier",
     "SSLEncoder",
     "SoftmaxClassifier",
+    "SupportBank",
 ]

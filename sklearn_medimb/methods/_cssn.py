@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_consistent_length, check_is_fitted
 from torch import nn
 
@@ -26,7 +27,15 @@ from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.plans import class_balanced
 from sklearn_medimb._machine.randomness import Dropout
 from sklearn_medimb._machine.runtime import in_blocks, inference_block, one_thread_in_workers
-from sklearn_medimb._parameters import at_least, integers, learned, one_of, parameter, within
+from sklearn_medimb._parameters import (
+    Declaring,
+    at_least,
+    integers,
+    learned,
+    one_of,
+    parameter,
+    within,
+)
 from sklearn_medimb._training.criterion import Criterion
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb._training.stage import TrainingSet
@@ -332,6 +341,66 @@ class CSSNLoss(Criterion):
         return 0.5 * (target / positive + (1 - target) / (1 - positive))
 
 
+STRATEGIES = ("random", "all", "medoid")
+
+
+class SupportBank(Declaring, BaseEstimator):
+    """Which training images of a class are its supports.
+
+    Parameters
+    ----------
+    strategy
+        Random draws, every training image, or the images closest to their class's mean embedding.
+    n
+        Supports per class and draw; a smaller class gives all its images. "all" knows no limit.
+    n_draws
+        Random draws that are averaged.
+    """
+
+    strategy: str = parameter(one_of(*STRATEGIES), default="random", positional=True)
+    n: int = parameter(integers(1), default=10, search=(3, 30))
+    n_draws: int = parameter(integers(1), default=5, search=(1, 10))
+
+    def choose(
+        self, members: np.ndarray, embedding: torch.Tensor | None, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Choose among the rows of a class.
+
+        Parameters
+        ----------
+        members : ndarray of int
+            Its rows.
+        embedding : tensor of shape (n_rows, d) or None
+            Class embeddings of all rows, for "medoid".
+        rng : numpy.random.Generator
+            For random draws.
+
+        Returns
+        -------
+        rows : ndarray of int
+            The supports among them.
+        weights : ndarray of float
+            Share of each in the mean score of the class.
+        """
+        n = min(self.n, len(members))
+        counts = np.ones(len(members), dtype=int)
+        if self.strategy == "random":
+            # The mean over draws of a draw's mean score is a weighted mean over their union.
+            draws = [rng.choice(members, n, replace=False) for _ in range(self.n_draws)]
+            members, counts = np.unique(draws, return_counts=True)
+        elif self.strategy == "medoid":
+            assert embedding is not None
+            centre = embedding[members].mean(dim=0, keepdim=True)
+            nearness = class_cosines(embedding[members], centre)[:, 0]
+            members, counts = members[nearness.topk(n).indices.cpu().numpy()], counts[:n]
+        return members, counts / counts.sum()
+
+
+def resolve_bank(bank: Any) -> SupportBank:
+    """Turn what a user may pass as `bank` into its settings."""
+    return SupportBank(bank) if isinstance(bank, str) else bank
+
+
 def _log_odds(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """Log-odds of one class against all others, from log scores (n, n_classes) up to a constant."""
     others = scores.scatter(1, label[:, None], -torch.inf).logsumexp(dim=1)
@@ -375,12 +444,9 @@ class CSSNClassifier(BaseImageClassifier):
     pair_view
         Augment each image twice per step, once as query and once as support, or afresh for every
         member of every pair: 2 n or the published 2 n^2 encodings for the same n^2 pairs.
-    n_support
-        Supports per class and draw; a smaller class gives all its images.
-    support_strategy
-        Random draws, every training image, or the images closest to their class's mean embedding.
-    n_support_draws
-        Random draws that are averaged.
+    bank
+        Which training images are supports: "random" draws, "all", or those closest to their class's
+        mean ("medoid"); or a :class:`~sklearn_medimb.methods.SupportBank`, which says how many.
     symmetric
         Whether to average z(q, s) and z(s, q) at predict.
     batch_size
@@ -452,11 +518,13 @@ class CSSNClassifier(BaseImageClassifier):
     )
     decision: str = parameter(one_of("auto", "patch", "combined"), default="auto", search=True)
     pair_view: str = parameter(one_of("image", "pair"), default="image")
-    n_support: int = parameter(integers(1), default=10, search=(3, 30))
-    support_strategy: str = parameter(
-        one_of("random", "all", "medoid"), default="random", search=True
+    bank: Any = parameter(
+        one_of(*STRATEGIES),
+        SupportBank,
+        default="random",
+        kind='{"random", "all", "medoid"} or SupportBank',
+        search=list(STRATEGIES),
     )
-    n_support_draws: int = parameter(integers(1), default=5, search=(1, 10))
     symmetric: bool = parameter("boolean", default=False, search=True)
     batch_size: Any = parameter(
         integers(2), one_of("auto"), default="auto", search=["auto", 16, 32, 64]
@@ -495,7 +563,7 @@ class CSSNClassifier(BaseImageClassifier):
         two with dropout of their own. The score is the mean over a class's supports, theirs the
         sum: the same where all classes have 10 images. The last epoch is kept, theirs the best on
         the data that is tested on. Supports are drawn from the seed; their test values are means
-        over five such draws: ``n_support_draws=5`` averages the scores instead.
+        over five such draws: ``bank=SupportBank(n_draws=5)`` averages the scores instead.
 
         Parameters
         ----------
@@ -520,7 +588,7 @@ class CSSNClassifier(BaseImageClassifier):
             "pair_weighting": None,
             "aux_weight": 0.0,
             "pair_view": "pair",
-            "n_support_draws": 1,
+            "bank": SupportBank(n_draws=1),
             "augment": Augmentation(
                 horizontal_flip=0.5,
                 vertical_flip=0.5,
@@ -549,6 +617,7 @@ class CSSNClassifier(BaseImageClassifier):
 
     def _check_parameters(self) -> None:
         super()._check_parameters()
+        resolve_bank(self.bank)._validate_params()
         if self.reference == "paired" and self.pretrain is not None:
             raise ValueError(
                 'reference="paired" stacks two images, which encoders do not read: pre-train on '
@@ -613,40 +682,27 @@ class CSSNClassifier(BaseImageClassifier):
     def _inference_state(self, train: TrainingSet) -> dict[str, Any]:
         """Choose the supports and encode each of them once."""
         rng = np.random.default_rng(self.random_seed_)
-        picks, weights, everything = [], [], None
         origin = train.rows if train.origin is None else train.origin
-        if self.support_strategy == "medoid":
-            everything = self._encode(train.images, train.rows).embedding
+        bank = resolve_bank(self.bank)
+        embedding = None
+        if bank.strategy == "medoid":
+            embedding = self._encode(train.images, train.rows).embedding
+        chosen = []
         for label in range(len(self.classes_)):
             members = np.flatnonzero(train.y == label)
             if (origin[members] >= 0).any():  # images of patients rather than made ones
                 members = members[origin[members] >= 0]
-            n = min(self.n_support, len(members))
-            if self.support_strategy == "all":
-                chosen, counts = members, np.ones(len(members), dtype=int)
-            elif everything is not None:
-                centre = everything[members].mean(dim=0, keepdim=True)
-                nearness = class_cosines(everything[members], centre)[:, 0]
-                chosen, counts = (
-                    members[nearness.topk(n).indices.cpu().numpy()],
-                    np.ones(n, dtype=int),
-                )
-            else:
-                # The mean over draws of a draw's mean score is a weighted mean over their union.
-                draws = [rng.choice(members, n, replace=False) for _ in range(self.n_support_draws)]
-                chosen, counts = np.unique(draws, return_counts=True)
-            picks.append(chosen)
-            weights.append(counts / counts.sum())
-        rows = np.concatenate(picks)
+            chosen.append(bank.choose(members, embedding, rng))
+        rows, weights = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
         banks = self._map_views(train.images, self.net_.module_.encode, train.rows[rows])
-        bank = EncodedImages(*(torch.cat(parts) for parts in zip(*banks, strict=True)))
+        encoded = EncodedImages(*(torch.cat(parts) for parts in zip(*banks, strict=True)))
         rows = np.tile(rows, len(banks))
         return {
             "support_indices_": origin[rows],
             "support_codes_": train.y[rows],
-            "support_weights_": np.tile(np.concatenate(weights), len(banks)) / len(banks),
-            "support_patches_": bank.patches.contiguous().cpu().numpy(),
-            "support_embeddings_": bank.embedding.contiguous().cpu().numpy(),
+            "support_weights_": np.tile(weights, len(banks)) / len(banks),
+            "support_patches_": encoded.patches.contiguous().cpu().numpy(),
+            "support_embeddings_": encoded.embedding.contiguous().cpu().numpy(),
         }
 
     def _encode(self, images: Images, rows: np.ndarray | None = None) -> EncodedImages:

@@ -13,6 +13,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from sklearn_medimb import CSSNClassifier
 from sklearn_medimb.backbones import ConvNet, ViT
+from sklearn_medimb.methods import SupportBank
 from sklearn_medimb.methods._cssn import (
     CSSNHead,
     CSSNLoss,
@@ -283,11 +284,11 @@ class TestTraining:
         assert rates(module.head, module.classifier) == {1e-2}
 
     def test_published_settings(self):
-        clf = CSSNClassifier.published(n_support=3)
+        clf = CSSNClassifier.published(bank=SupportBank(n=3))
         assert isinstance(clf.backbone, ViT)
         assert clf.get_params()["backbone__width"] == 384
         assert (clf.batch_size, clf.pair_view, clf.class_link) == (8, "pair", "double_sigmoid")
-        assert (clf.class_loss_weight, clf.aux_weight, clf.n_support) == (0.01, 0.0, 3)
+        assert (clf.class_loss_weight, clf.aux_weight, clf.bank.n) == (0.01, 0.0, 3)
 
     def test_published_settings_run(self, blobs):
         small = ViT(patch_size=4, width=24, depth=1, n_heads=2)
@@ -332,7 +333,7 @@ class TestSupports:
     @pytest.fixture
     def fitted(self, tiny, blobs):
         return CSSNClassifier(
-            **tiny, n_support=4, n_support_draws=3, decision="patch", reference="self"
+            **tiny, bank=SupportBank(n=4, n_draws=3), decision="patch", reference="self"
         ).fit(*blobs)
 
     def test_bank_holds_each_class_and_names_its_rows(self, fitted, blobs):
@@ -361,7 +362,7 @@ class TestSupports:
     @pytest.mark.parametrize("strategy", ["random", "all", "medoid"])
     def test_strategies(self, tiny, blobs, strategy):
         X, y = blobs
-        clf = CSSNClassifier(**tiny, n_support=5, support_strategy=strategy).fit(X, y)
+        clf = CSSNClassifier(**tiny, bank=SupportBank(strategy, n=5)).fit(X, y)
         counts = [int((clf.support_labels_ == k).sum()) for k in range(3)]
         if strategy == "all":
             assert counts == [36, 16, 8]

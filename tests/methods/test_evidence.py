@@ -15,6 +15,7 @@ from torch import nn
 from sklearn_medimb import CSSNClassifier
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.datasets import MappedImages, make_lesions
+from sklearn_medimb.methods import SupportBank
 from sklearn_medimb.methods._evidence import Places
 from sklearn_medimb.persistence import load, save
 from tests.helpers import make_blobs
@@ -128,7 +129,7 @@ class TestWhatIsMeasured:
 
     @pytest.fixture
     def fitted(self, tiny, blobs):
-        return CSSNClassifier(**tiny, n_support=4, n_support_draws=2).fit(*blobs)
+        return CSSNClassifier(**tiny, bank=SupportBank(n=4, n_draws=2)).fit(*blobs)
 
     @pytest.mark.parametrize("decision", ["patch", "combined"])
     @pytest.mark.parametrize("symmetric", [False, True])

@@ -202,15 +202,13 @@ PUBLISHED: dict[tuple[type, str], dict[str, Any]] = {
         "brightness": Differs("brightness shifts, theirs multiplies", augment__brightness=0.15),
         "mean and deviation": Differs("theirs by mean 0.46 and deviation 0.1582"),
         "grey images": Differs("grey images keep their one channel"),
-        "n_support": 10,
-        "support_strategy": "random",
-        "n_support_draws": 1,
+        "bank__n": 10,
+        "bank__strategy": "random",
+        "bank__n_draws": 1,
         "seed of the supports": Differs(
-            "Supports are drawn from the seed", support_strategy="random", random_state=None
+            "Supports are drawn from the seed", bank__strategy="random", random_state=None
         ),
-        "five draws": Differs(
-            "their test values are means over five such draws", n_support_draws=1
-        ),
+        "five draws": Differs("their test values are means over five such draws", bank__n_draws=1),
         "sum over supports": Differs("mean over a class's supports, theirs the sum"),
         "choice of the epoch": Differs(
             "theirs the best on the data that is tested on", early_stopping=False
