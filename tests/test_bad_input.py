@@ -32,7 +32,6 @@ from sklearn_medimb.losses import (
     LDAMLoss,
     LogitAdjustedLoss,
 )
-from sklearn_medimb.methods import SupportBank
 from tests.estimators import CLASSIFIERS, IMAGE_ESTIMATORS
 
 RNG = np.random.default_rng(0)
@@ -156,9 +155,6 @@ CSSN = [
     ("aux_weight", -1),
     ("pair_view", "both"),
     ("bank", "nearest"),
-    ("bank", SupportBank(n=0)),
-    ("bank", SupportBank("nearest")),
-    ("bank", SupportBank(n_draws=0)),
     ("symmetric", 2),
     ("backbone_lr", -1),
     ("batch_size", 1),

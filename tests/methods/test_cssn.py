@@ -426,3 +426,10 @@ class TestSupports:
         clf = CSSNClassifier(**tiny).fit(X, y)
         assert (clf.support_labels_ == 1).sum() == 1
         assert np.isfinite(clf.predict_proba(X)).all()
+
+
+@pytest.mark.parametrize("bank", [SupportBank("near"), SupportBank(n=0), SupportBank(n_draws=0)])
+def test_banks_that_cannot_be_are_refused(bank):
+    X, y = np.zeros((4, 16, 16), dtype=np.uint8), [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="SupportBank"):
+        CSSNClassifier(bank=bank).fit(X, y)
