@@ -45,7 +45,7 @@ def main() -> None:
     args = parser.parse_args()
 
     data = make_lesions([120, 60, 40], image_size=32, difficulty=0.0, random_state=0)
-    clf = SoftmaxClassifier(ConvNet((16, 32)), max_epochs=15, random_state=0)
+    clf = SoftmaxClassifier(ConvNet((16, 32)), max_epochs=5, random_state=0)
     if args.fit:
         clf.fit(data.images, data.target)
         rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
