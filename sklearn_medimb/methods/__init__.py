@@ -8,6 +8,7 @@ from sklearn_medimb.methods._amimv import AMIMVClassifier, AMIMVEncoder
 from sklearn_medimb.methods._cssn import CSSNClassifier, SupportBank
 from sklearn_medimb.methods._lmd import LMDClassifier
 from sklearn_medimb.methods._metric_two_stage import MetricTwoStageClassifier
+from sklearn_medimb.methods._pretrained_features import PretrainedFeatures
 from sklearn_medimb.methods._self_supervised import SSLEncoder
 from sklearn_medimb.methods._softmax import SoftmaxClassifier
 from sklearn_medimb.methods._spmix import SPMixClassifier
@@ -20,6 +21,7 @@ __all__ = [
     "Contrast",
     "LMDClassifier",
     "MetricTwoStageClassifier",
+    "PretrainedFeatures",
     "SPMixClassifier",
     "SSLEncoder",
     "SoftmaxClassifier",
