@@ -61,6 +61,7 @@ TINY: dict[str, dict | None] = {
     "LogitAdjustment": None,
     "MetricTwoStageClassifier": SHARED,
     "NearestClassMean": None,
+    "PretrainedFeatures": {"backbone": ConvNet(widths=(4, 8))},
     "SPMixClassifier": SHARED,
     "SPMixSampler": {},
     "SSLEncoder": SHARED,

@@ -50,6 +50,7 @@ SHORT: dict[str, dict | None] = {
     "LogitAdjustment": None,
     "MetricTwoStageClassifier": {"max_epochs": 1},
     "NearestClassMean": None,
+    "PretrainedFeatures": {"backbone": "auto"},
     "SPMixClassifier": {"max_epochs": 1},
     "SPMixSampler": {},
     "SSLEncoder": {"max_epochs": 1},
