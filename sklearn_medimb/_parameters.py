@@ -15,8 +15,9 @@ Parameters
 
 gives the constructor its keyword, scikit-learn its constraint, ``help`` its type, default and text,
 and ``search_space`` its range, in this class and in all below it. A class that only changes a
-default writes ``lr: float = 1e-4``. Nothing has to be applied: a class body that cannot mean what
-it says is refused when it is read.
+default writes ``lr: float = 1e-4``; ``class Plain(SoftmaxClassifier, without=["lr"])`` has no such
+parameter, and its default for a constant. Nothing has to be applied: a class body that cannot mean
+what it says is refused when it is read.
 
 Imports nothing of the package.
 """
@@ -27,7 +28,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_origin
@@ -175,11 +176,21 @@ class Declaring:
     _search_space: ClassVar[dict[str, Any]]
     # What the body of a class itself says.
     _own: ClassVar[dict[str, Any]] = {}
+    _without: ClassVar[tuple[str, ...]] = ()
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, without: Iterable[str] = (), **kwargs: Any) -> None:
+        """Read the body of a class.
+
+        Parameters
+        ----------
+        without : iterable of str
+            Parameters of the classes above that mean nothing here: their defaults become constants.
+        **kwargs : object
+            For other bases.
+        """
         super().__init_subclass__(**kwargs)
         _refuse_mixins(cls)
-        cls._own = _declarations(cls)
+        cls._own, cls._without = _declarations(cls), tuple(without)
         for name in cls._own:
             delattr(cls, name)
         cls._declared, cls._learned = {}, {}
@@ -190,6 +201,12 @@ class Declaring:
                 cls._declared = {k: replace(v, positional=False) for k, v in cls._declared.items()}
             cls._declared |= parameters
             cls._learned |= {k: v for k, v in own.items() if isinstance(v, Learned)}
+            for name in vars(base).get("_without", ()):
+                if name not in cls._declared:
+                    raise TypeError(f"{cls.__name__}: no class above declares {name!r}.")
+                default = cls._declared.pop(name).default
+                if base is cls:
+                    setattr(cls, name, default)
         constraints = {k: list(v.allowed) for k, v in cls._declared.items()}
         ranges = {k: v.search for k, v in cls._declared.items() if v.search is not None}
         # A class with a constructor of its own may have tables of its own, as scikit-learn does.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from imblearn.base import BaseSampler
 from sklearn.base import BaseEstimator
 
@@ -39,7 +41,24 @@ CLASSIFIERS = public(BaseImageClassifier)
 SUPERVISED = {name: cls for name, cls in CLASSIFIERS.items() if name != "AMIMVClassifier"}
 ENCODERS = {name: cls for name, cls in IMAGE_ESTIMATORS.items() if name not in CLASSIFIERS}
 SAMPLERS = public(BaseSampler)
+# Those that train, and so have epochs.
+TRAINED = {name: cls for name, cls in IMAGE_ESTIMATORS.items() if "max_epochs" in cls._declared}
 HEADS = public(RebalancedHead)
+
+
+def taken(cls: type, params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters that a class has, of some that most have."""
+    return {name: value for name, value in params.items() if name in cls._declared}
+
+
+# What default settings are to a test where the class's own are for images of real size.
+DEFAULTS = {"PretrainedFeatures": {"backbone": "auto"}}
+
+
+def by_default(name: str, **params: Any) -> Any:
+    """Make a public class as its default settings have it, as far as tiny images allow."""
+    return getattr(sklearn_medimb, name)(**{**DEFAULTS.get(name, {}), **params})
+
 
 SHARED = {"backbone": ConvNet(widths=(4, 8)), "max_epochs": 3, "batch_size": 8}
 
@@ -79,7 +98,7 @@ SMALL = {
 }
 ENCODER = SSLEncoder("byol", max_epochs=2, batch_size=32)
 
-# Every image estimator, with all the stages that it can have.
+# Every image estimator that trains, with all the stages that it can have.
 WITH_ALL_STAGES = {
     "AMIMVClassifier": lambda: AMIMVClassifier(
         **SMALL, pretrain=AMIMVEncoder(max_epochs=2, batch_size=32), fine_tune="full"

@@ -43,7 +43,7 @@ from sklearn.utils.validation import has_fit_parameter
 from sklearn_medimb import AMIMVEncoder, SoftmaxClassifier, SPMixSampler
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.rebalance import RebalancedHead
-from tests.estimators import PUBLIC, SUPERVISED
+from tests.estimators import PUBLIC, SUPERVISED, taken
 from tests.helpers import make_blobs
 
 try:
@@ -104,6 +104,11 @@ CASES = {
     "MetricTwoStageClassifier": Case(NETWORK, WIDTHS, LR),
     "NearestClassMean": Case(
         {}, {"temperature": [0.1, 1.0]}, {"temperature": loguniform(1e-2, 1e1)}
+    ),
+    "PretrainedFeatures": Case(
+        {**taken(PUBLIC["PretrainedFeatures"], NETWORK), "at_all_depths": False},
+        WIDTHS,
+        {"at_all_depths": [True, False]},
     ),
     "SPMixClassifier": Case(NETWORK, WIDTHS, LR),
     "SPMixSampler": Case(

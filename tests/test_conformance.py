@@ -35,13 +35,13 @@ from sklearn_medimb.utils.estimator_checks import (
     make_images,
     parametrize_with_image_checks,
 )
-from tests.estimators import PUBLIC, SHARED, TINY
+from tests.estimators import PUBLIC, SHARED, TINY, by_default
 
 
 def default_estimators(samplers: bool = False) -> list[BaseEstimator]:
     """Defaults, as the checks ask: arithmetic in float64, draws that can be repeated."""
     made = []
-    for cls in PUBLIC.values():
+    for name, cls in PUBLIC.items():
         known = cls().get_params()
         # scikit-learn demands agreement to 1e-9 between weighted and repeated rows.
         params = {"precision": "float64"} if "precision" in known else {}
@@ -49,7 +49,7 @@ def default_estimators(samplers: bool = False) -> list[BaseEstimator]:
             params["random_state"] = 0
         elif samplers:
             continue
-        made.append(cls(**params))
+        made.append(by_default(name, **params))
     return made
 
 

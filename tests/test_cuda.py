@@ -25,7 +25,7 @@ from sklearn_medimb._training.callbacks import SaveCheckpoint
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet, ViT
 from sklearn_medimb.persistence import load, save
-from tests.estimators import PUBLIC
+from tests.estimators import DEFAULTS, PUBLIC, TRAINED
 from tests.helpers import make_blobs
 from tests.simulated_cuda import CudaTensor, SimulatedCuda
 
@@ -50,7 +50,7 @@ SHORT: dict[str, dict | None] = {
     "LogitAdjustment": None,
     "MetricTwoStageClassifier": {"max_epochs": 1},
     "NearestClassMean": None,
-    "PretrainedFeatures": {"backbone": "auto"},
+    "PretrainedFeatures": DEFAULTS["PretrainedFeatures"],
     "SPMixClassifier": {"max_epochs": 1},
     "SPMixSampler": {},
     "SSLEncoder": {"max_epochs": 1},
@@ -59,7 +59,7 @@ SHORT: dict[str, dict | None] = {
     "TauNormalization": None,
     "VirtualFeatureCalibration": None,
 }
-TRAINED = [name for name, params in SHORT.items() if params]
+NETWORKS = [name for name, params in SHORT.items() if params]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The features have all but collapsed"),
@@ -117,7 +117,7 @@ def test_every_estimator_has_a_short_configuration():
     assert with_device == {name for name, params in SHORT.items() if params is not None}
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_fit_runs_on_the_device_and_its_model_anywhere(
     name, cuda, reserved, images, monkeypatch, tmp_path
 ):
@@ -134,7 +134,7 @@ def test_a_fit_runs_on_the_device_and_its_model_anywhere(
     state = [*module.parameters(), *module.buffers()]
     assert {tensor.device.type for tensor in state} == {"cuda"}
     assert all(copy.device.type == "cuda" and copy.dtype == torch.uint8 for copy in resident)
-    assert resident
+    assert bool(resident) == (name in TRAINED)
     assert len(reserved) == 1
     if not REAL:
         assert module.trunk.autocast == torch.bfloat16
@@ -178,7 +178,7 @@ def test_stateless_work_on_images_gives_the_same_on_the_device(name, cuda, image
         assert cuda.most_used > 0
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("encoder", ["given", "trained first"])
 def test_pretraining_and_fitted_starts(name, encoder, cuda, images):
     X, y = images
@@ -209,7 +209,7 @@ def test_no_step_waits_for_the_device(name, cuda, images):
 
 
 @pytest.mark.parametrize("shape", ["images", "volumes"])
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_a_fit_is_repeated_to_the_bit_by_torchs_switch(name, shape, cuda, deterministic):
     """No estimator needs a kernel of which CUDA has no deterministic one."""
     X, y = make_blobs((12, 6, 4), size=48)

@@ -16,12 +16,12 @@ from skorch.callbacks import Callback
 from sklearn_medimb import LMDClassifier, MetricTwoStageClassifier, SoftmaxClassifier
 from sklearn_medimb._training.callbacks import BestEpoch, SaveCheckpoint, SklearnCallbacks
 from sklearn_medimb._training.net import Net
-from tests.estimators import IMAGE_ESTIMATORS, WITH_ALL_STAGES
+from tests.estimators import TRAINED, WITH_ALL_STAGES
 from tests.helpers import make_blobs
 
 
 def test_every_estimator_is_here():
-    assert set(WITH_ALL_STAGES) == set(IMAGE_ESTIMATORS)
+    assert set(WITH_ALL_STAGES) == set(TRAINED)
 
 
 def press_ctrl_c():

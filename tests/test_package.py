@@ -23,7 +23,7 @@ from sklearn_medimb import AMIMVClassifier, AMIMVEncoder, SPMixSampler
 from sklearn_medimb.base._classifier import BaseImageClassifier
 from sklearn_medimb.base._encoder import BaseImageEncoder
 from sklearn_medimb.rebalance import RebalancedHead
-from tests.estimators import public
+from tests.estimators import by_default, public
 
 PACKAGE = "sklearn_medimb"
 ROOT = Path(__file__).parents[1]
@@ -153,7 +153,7 @@ def test_every_parameter_and_fitted_attribute_is_documented(name, tiny, blobs):
         assert documented, f"document {parameter}"
     if not issubclass(cls, BaseEstimator):
         return
-    estimator, (X, y) = cls(), blobs
+    estimator, (X, y) = by_default(name), blobs
     if issubclass(cls, RebalancedHead):
         estimator.fit(X.reshape(len(X), -1), y)
     elif hasattr(cls, "predict"):

@@ -192,6 +192,33 @@ def test_class_variables_methods_and_private_names_are_no_parameters():
     assert set(Other().get_params()) == {"trunk", "rate", "seed"}
 
 
+def test_a_class_without_a_parameter_has_its_default_for_a_constant():
+    class Plain(Child, without=["rate", "n"]):
+        """Plain."""
+
+        kind: str | None = "two"
+
+    class Below(Plain):
+        n: int = 4
+
+    assert str(inspect.signature(Plain)) == "(trunk='auto', *, kind='two', seed=None)"
+    assert (Plain().rate, Plain().n, Below().rate) == (0.5, 2, 0.5)
+    assert set(Plain().get_params()) == {"trunk", "kind", "seed"}
+    assert "rate : " not in Plain.__doc__
+    assert set(search_space(Plain)) == {"kind"}
+    assert Below().get_params() == {"trunk": "auto", "kind": "two", "seed": None, "n": 4}
+    with pytest.raises(TypeError, match="Plain: got an unexpected keyword argument 'rate'"):
+        Plain(rate=1.0)
+    with pytest.raises(ValueError, match="Invalid parameter 'rate'"):
+        Plain().set_params(rate=1.0)
+    Plain()._validate_params()
+    assert Child().get_params()["rate"] == 0.5
+    with pytest.raises(TypeError, match="Odd: no class above declares 'raet'"):
+
+        class Odd(Child, without=["raet"]):
+            pass
+
+
 def test_a_misspelt_default_is_refused():
     with pytest.raises(TypeError, match=r"Free.rtae = 0.5 is no parameter so far"):
 

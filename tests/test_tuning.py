@@ -51,7 +51,7 @@ from sklearn_medimb.losses import FocalLoss
 from sklearn_medimb.methods import Contrast
 from sklearn_medimb.rebalance import RebalancedHead
 from sklearn_medimb.tuning import OptunaPruning, search_space, suggest
-from tests.estimators import PUBLIC
+from tests.estimators import PUBLIC, by_default
 from tests.helpers import make_blobs
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -61,7 +61,7 @@ HELD = {"MLP": MLP, "ResNet": ResNet, "ViT": ViT, "HybridViT": HybridViT, "Augme
 # Every other constructor parameter has a range: a new one needs a decision.
 NOT_SEARCHED = {
     "seeds and the machine": {
-        "random_state", "device", "precision", "compile", "verbose", "checkpoint_dir",
+        "random_state", "device", "precision", "compile", "verbose", "checkpoint_dir", "memory",
     },
     "the layout of X": {"image_shape", "data_format", "spatial_dims"},
     "budgets, and how epochs are chosen": {
@@ -69,6 +69,9 @@ NOT_SEARCHED = {
         "pair_view",
     },
     "what a user builds around": {"callbacks", "warm_start", "net_params", "backbone_lr"},
+    "known of the images, or by auto of the start": {
+        "image_size", "normalize", "fine_tune", "n_views",
+    },
     "another method": {"backbone", "pretrain", "sampler", "contrast", "stages"},
     "tuples, and names of the backbone's layers": {"thresholds", "mix_layer"},
     "for study only: NaN in small batches": {"exact_mimv_loss"},
@@ -144,7 +147,7 @@ def test_any_point_of_a_space_is_valid(name):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_a_point_of_a_space_fits(name, vectors):
     X, y = vectors
-    estimator = PUBLIC[name]()
+    estimator = by_default(name)
     estimator.set_params(**draws(search_space(estimator), 1)[0])
     small = {"max_epochs": 1, "n_per_class": 50, "n_rounds": 2, "random_state": 0}
     estimator.set_params(**{k: v for k, v in small.items() if k in estimator.get_params()})

@@ -43,7 +43,7 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))
 _BY_NAME = (GetSetDescriptorType, MemberDescriptorType, BuiltinFunctionType, np.ufunc)
 
 
-def digest_of(value: Any, name: str) -> bytes:
+def digest_of(value: Any, name: str, needed_by: str = "checkpoint_dir") -> bytes:
     """Digest of a parameter.
 
     Parameters
@@ -52,6 +52,8 @@ def digest_of(value: Any, name: str) -> bytes:
         Anything.
     name : str
         What errors call it.
+    needed_by : str, default="checkpoint_dir"
+        Parameter that asks for digests.
 
     Raises
     ------
@@ -62,9 +64,9 @@ def digest_of(value: Any, name: str) -> bytes:
         return _Describer()(value)
     except Exception as error:  # objects refuse to be pickled in many ways
         raise ValueError(
-            f"checkpoint_dir: {name}={value!r} cannot be told from another one by its state "
-            f"({type(error).__name__}: {error}), so an interrupted fit could go on as a different "
-            f"one. Set checkpoint_dir=None, or {name} to what pickle can write."
+            f"{needed_by}: {name}={value!r} cannot be told from another one by its state "
+            f"({type(error).__name__}: {error}), so what was kept could be taken for another's. "
+            f"Set {needed_by}=None, or {name} to what pickle can write."
         ) from error
 
 

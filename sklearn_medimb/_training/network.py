@@ -185,7 +185,8 @@ class Trunk(nn.Module):
             return run(images)
         with torch.autocast(images.device.type, self.autocast):
             output = run(images)
-        return output.to(images.dtype)
+        # What is no tensor is refused by who reads features of it.
+        return output.to(images.dtype) if isinstance(output, torch.Tensor) else output
 
     def _encode_in_parts(self, images: torch.Tensor) -> torch.Tensor:
         """Keep the activations of one part at a time."""

@@ -94,7 +94,7 @@ class MonaiBackbone(Backbone):
 
         known = _signature(make)
         if "spatial_dims" not in known and len(spatial) != 2:
-            raise ValueError(f"input_shape: monai:{self.name} works on 2-D images only.")
+            raise ValueError(f"backbone monai:{self.name} works on 2-D images only.")
         offered = {
             "spatial_dims": len(spatial),
             "in_channels": channels,

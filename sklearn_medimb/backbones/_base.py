@@ -81,7 +81,8 @@ class Backbone(BaseEstimator):
         if len(spatial) not in self.spatial_dims:
             able = ", ".join(_KINDS[k] for k in self.spatial_dims)
             raise ValueError(
-                f"input_shape={tuple(input_shape)}: {type(self).__name__} works on {able} only."
+                f"backbone {type(self).__name__} works on {able} only: input_shape="
+                f"{tuple(input_shape)}."
             )
         module = self._build(channels, tuple(spatial))
         if self.weights is not None:

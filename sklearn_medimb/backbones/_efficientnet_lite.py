@@ -121,8 +121,8 @@ class EfficientNetLite(Backbone):
         variant = self._variant()
         if min(spatial) < 32:
             raise ValueError(
-                f"input_shape: EfficientNetLite needs images of at least 32x32 pixels, got "
-                f"{'x'.join(map(str, spatial))}."
+                "backbone EfficientNetLite needs images of at least 32x32 pixels: input_shape has "
+                f"{'x'.join(map(str, spatial))}; image_size brings them to another size."
             )
         return init_convolutions(_EfficientNetLite(channels, variant))
 

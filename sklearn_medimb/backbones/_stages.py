@@ -60,9 +60,10 @@ def pyramid_of(module: nn.Module, images: Tensor) -> list[Tensor]:
     x = images
     for link in _links(module):
         x = link(x)
-        maps.pop(size := tuple(x.shape[2:]), None)
-        maps[size] = x
-    return list(maps.values())[-_N_DEPTHS:] if x.ndim > 3 else [x]
+        if isinstance(x, Tensor):  # links may hand one another what is no map
+            maps.pop(size := tuple(x.shape[2:]), None)
+            maps[size] = x
+    return list(maps.values())[-_N_DEPTHS:] if isinstance(x, Tensor) and x.ndim > 3 else [x]
 
 
 def _links(module: nn.Module) -> Iterator[nn.Module]:

@@ -3,107 +3,87 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from joblib import Memory
-from sklearn.base import (
-    BaseEstimator,
-    ClassNamePrefixFeaturesOutMixin,
-    TransformerMixin,
-    _fit_context,
-)
+from sklearn.base import _fit_context
 from sklearn.utils._param_validation import HasMethods
 from sklearn.utils.validation import check_is_fitted, check_memory
 from torch import nn
 
 from sklearn_medimb._data.batches import Context
-from sklearn_medimb._parameters import Declaring, learned, parameter
+from sklearn_medimb._data.images import Images
+from sklearn_medimb._parameters import parameter
+from sklearn_medimb._training.checkpoint import data_digest
+from sklearn_medimb._training.digests import digest_of
 from sklearn_medimb._training.network import SoftmaxNetwork, Trunk
 from sklearn_medimb._training.stage import Stage, TrainingSet
-from sklearn_medimb.base._encoder import BaseImageEncoder
-from sklearn_medimb.base._shared import SharedParameters
+from sklearn_medimb.base._image_estimator import BaseImageEstimator, Fit
 
-_SHARED = SharedParameters._declared
+if TYPE_CHECKING:
+    from typing import Self
 
-
-class UntrainedEncoder(BaseImageEncoder):
-    """A backbone as it is given: nothing of it is trained.
-
-    Parameters
-    ----------
-    at_all_depths
-        Whether features come from three depths of the backbone, or from its end alone.
-    """
-
-    at_all_depths: bool = parameter("boolean", default=True)
-
-    def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
-        return SoftmaxNetwork(trunk(), lambda _: nn.Identity(), at_all_depths=self.at_all_depths)
-
-    def _stages(self, train: TrainingSet, n_epochs: int, context: Context) -> list[Stage]:
-        return []
-
-    def in_views(self, X: Any) -> np.ndarray:
-        """Features of each view, (n, n_views, d)."""
-        parts = self._map_views(self._read(X), self.net_.module_.features)
-        return torch.stack(parts, dim=1).cpu().numpy()
+# What it takes of the parameters that all share; the others are for training.
+_SHARED = {
+    "backbone", "image_size", "normalize", "n_views", "augment", "image_shape", "data_format",
+    "spatial_dims", "device", "precision", "random_state",
+}  # fmt: skip
+_OF_TRAINING = sorted(BaseImageEstimator._declared.keys() - _SHARED)
+# Parameters that features do not depend on, or only by what the net was made for.
+_NO_MATTER = ("memory", "random_state", "device", "precision")
 
 
-class PretrainedFeatures(
-    Declaring, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
-):
-    """Features of a network that was trained elsewhere, for any classifier that follows.
+class PretrainedFeatures(BaseImageEstimator, without=_OF_TRAINING):
+    """Features of a network that was trained elsewhere, for any classifier that follows [1]_.
 
     The baseline of every method here: a logistic regression on these. Nothing is learned from the
-    images, nor from their labels; ``fit`` makes the network for their size. So images of all folds
-    have the same features, and `memory` computes them once.
+    images, nor from their labels; ``fit`` makes the network for their size, and where nothing is
+    known of its start it takes their channel statistics. So with weights of elsewhere an image has
+    the same features in every fold, and images may be transformed once, before they are split.
 
     Parameters
     ----------
     backbone
-        As in :class:`~sklearn_medimb.SoftmaxClassifier`; of "auto" the weights are random.
-    image_size
-        Size that images come to.
-    normalize
-        Channels, as there. "data" takes the statistics of the images of ``fit``.
+        As in :class:`~sklearn_medimb.SoftmaxClassifier`. "efficientnet_lite0" has the weights of
+        ImageNet, from an installed package, and works on images of 32 pixels or more. Of "auto",
+        and of recipes without weights, these are random.
     n_views
-        Views of an image whose features are averaged, as there.
+        Views of an image whose features are averaged: as it is, flipped, turned by quarters, as far
+        as `augment` says that these change nothing. "auto" is 4 where `backbone` begins with
+        weights of elsewhere, else 1.
     augment
-        Says which views are of the same thing: "medical" flips both ways and turns, "light" only
-        left and right, "none" nothing.
+        Says which views are of the same thing: "medical" flips both ways and turns, "light" flips
+        left and right alone, "none" nothing.
     at_all_depths
         Whether features come from three depths of a convolutional network, the means and the
         spreads of their maps, or from its end alone.
     memory
-        Where features are kept, as in :class:`~sklearn.pipeline.Pipeline`.
-    image_shape
-        Shape of one image where X holds flattened ones.
-    data_format
-        Where the channel axis is.
-    spatial_dims
-        3 reads 4-D X as gray volumes.
-    device
-        "auto" takes a CUDA GPU where there is one.
-    precision
-        "auto" runs image networks in bfloat16 where the hardware does natively.
+        Folder, or joblib's object for one, where features are kept: the same images are encoded
+        once, by whatever copy of the transformer. They are known by every pixel (about a second per
+        gigabyte), the network by every weight.
     random_state
         Of random weights.
 
     Attributes
     ----------
-    encoder_
-        What encodes images.
-    n_features_in_
-        Values per image.
+    history_
+        Empty.
+    n_iter_
+        0: nothing is trained.
+    fine_tune_
+        "frozen".
 
     See Also
     --------
-    sklearn_medimb.SoftmaxClassifier : ``fine_tune="frozen"`` trains a network's head on such
-        features, other values the network itself.
+    sklearn_medimb.SoftmaxClassifier : ``fine_tune="frozen"`` trains a head on such features in one
+        go, other values the network itself.
     sklearn_medimb.BalancedVirtualFeatures : A sampler for features.
+
+    References
+    ----------
+    .. [1] Sharif Razavian, A., Azizpour, H., Sullivan, J., & Carlsson, S. "CNN features
+       off-the-shelf: an astounding baseline for recognition." CVPR workshops, 2014.
 
     Examples
     --------
@@ -111,42 +91,29 @@ class PretrainedFeatures(
     >>> from sklearn.pipeline import make_pipeline
     >>> from sklearn.preprocessing import StandardScaler
     >>> from sklearn_medimb import PretrainedFeatures
-    >>> from sklearn_medimb.backbones import ResNet
+    >>> from sklearn_medimb.backbones import ConvNet
     >>> from sklearn_medimb.datasets import make_lesions
     >>> data = make_lesions([12, 6], image_size=32, random_state=0)
-    >>> features = PretrainedFeatures(ResNet(depth=10, weights=None), random_state=0)
+    >>> features = PretrainedFeatures(ConvNet(widths=(8, 16)), random_state=0)  # or its default
     >>> pipeline = make_pipeline(features, StandardScaler(), LogisticRegression())
     >>> pipeline.fit(data.images, data.target).predict(data.images).shape
     (18,)
     """
 
-    backbone: Any = replace(_SHARED["backbone"], default="efficientnet_lite0")
-    image_size: Any = _SHARED["image_size"]
-    normalize: Any = _SHARED["normalize"]
-    n_views: Any = _SHARED["n_views"]
-    augment: Any = _SHARED["augment"]
+    backbone: Any = "efficientnet_lite0"
     at_all_depths: bool = parameter("boolean", default=True, search=True)
     memory: Any = parameter(
-        str, HasMethods(["cache"]), None, default=None, kind="str, Memory or None"
+        str, HasMethods(["cache"]), None, default=None, kind="str, joblib.Memory or None"
     )
-    image_shape: Any = _SHARED["image_shape"]
-    data_format: str = _SHARED["data_format"]
-    spatial_dims: int | None = _SHARED["spatial_dims"]
-    device: Any = _SHARED["device"]
-    precision: str = _SHARED["precision"]
-    random_state: Any = _SHARED["random_state"]
-
-    encoder_: UntrainedEncoder = learned("estimator")
-    n_features_in_: int = learned("int")
 
     @_fit_context(prefer_skip_nested_validation=True)
-    def fit(self, X: Any, y: Any = None) -> PretrainedFeatures:
+    def fit(self, X: Any, y: Any = None) -> Self:
         """Make the network for images of this kind.
 
         Parameters
         ----------
         X : array-like or lazy sequence of n images
-            Images in any layout of the package's README, uint8 or float.
+            Images in any layout of the package's README, uint8 or float; one is enough.
         y : object
             Not used.
 
@@ -158,17 +125,11 @@ class PretrainedFeatures(
         Raises
         ------
         ValueError
-            If the input is wrong or ambiguous.
+            If the input is wrong or ambiguous, or the network cannot read images of this kind.
         ImportError
             If the weights are in a package that is not installed.
         """
-        names = UntrainedEncoder._declared.keys() & self._declared.keys()
-        encoder = UntrainedEncoder(**{name: getattr(self, name) for name in names})
-        self.encoder_ = encoder.fit(X)
-        for name in ("n_features_in_", "feature_names_in_"):
-            if hasattr(encoder, name):
-                setattr(self, name, getattr(encoder, name))
-        return self
+        return self._fit(X, y)
 
     def transform(self, X: Any) -> np.ndarray:
         """Features of images, averaged over views.
@@ -199,13 +160,57 @@ class PretrainedFeatures(
             The first view is the image as it is.
         """
         check_is_fitted(self)
-        memory: Memory = check_memory(self.memory)
-        return memory.cache(_features)(self.encoder_, X)
+        images = self._read(X)
+        if self.memory is None:
+            return self._encoded_views(images)
+        images = images.in_memory()  # it is read twice
+        key = self._digest(images)
+        images.conclude()
+        kept = check_memory(self.memory).cache(_kept, ignore=["encode"])
+        return kept(key, lambda: self._encoded_views(images))
 
-    @property
-    def _n_features_out(self) -> int:
-        return self.encoder_._n_features_out
+    def _encoded_views(self, images: Images) -> np.ndarray:
+        views, network = self._symmetries(), self.net_.module_
+
+        def features(batch: torch.Tensor) -> torch.Tensor:
+            return torch.stack([network.features(view(batch)) for view in views], dim=1)
+
+        return self._map(images, features).cpu().numpy()
+
+    def _digest(self, images: Images) -> str:
+        """Digest of what features depend on: images, network, parameters, rounding."""
+        net = self.net_
+        params = self.get_params(deep=False) | self._parameters_of(net)
+        matter = [(k, v) for k, v in sorted(params.items()) if k not in _NO_MATTER]
+        device = torch.device(net.device).type
+        rounding = torch.__version__, device, net.dtype, net.module_.trunk.autocast
+        made = [data_digest(images), type(self), self.weights_, rounding]
+        made += [digest_of(value, name, "memory") for name, value in matter]
+        return digest_of(made, "weights_", "memory").hex()
+
+    # ---------------------------------------------------------------- a fit without training
+
+    def _check_training(  # type: ignore[override]
+        self, X: Any, y: Any, *, fresh: bool
+    ) -> tuple[TrainingSet, None]:
+        images = self._read(X, reset=fresh)
+        self.image_shape_ = images.image_shape
+        self.n_samples_fit_ = n = len(images)
+        return TrainingSet(images, np.arange(n), np.full(n, -1)), None
+
+    def _chosen_fine_tuning(self, fit: Fit) -> str:
+        return "frozen"
+
+    def _n_epochs(self, n_samples: int, *, on_encoded: bool = False) -> int:
+        return 0
+
+    def _stages(self, train: TrainingSet, n_epochs: int, context: Context) -> list[Stage]:
+        return []
+
+    def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
+        return SoftmaxNetwork(trunk(), lambda _: nn.Identity(), at_all_depths=self.at_all_depths)
 
 
-def _features(encoder: UntrainedEncoder, X: Any) -> np.ndarray:
-    return encoder.in_views(X)
+def _kept(key: str, encode: Callable[[], np.ndarray]) -> np.ndarray:  # noqa: ARG001
+    """What `encode` gives, of which joblib keeps a copy by its key."""
+    return encode()

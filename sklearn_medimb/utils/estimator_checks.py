@@ -27,6 +27,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from functools import partial
 from inspect import signature
 from numbers import Integral
@@ -954,8 +955,10 @@ def _assert_unchanged(name: str, fitted: Any, images: np.ndarray, expected: np.n
 
 
 def _fail_in_training(name: str, estimator: Any, images: np.ndarray, y: np.ndarray) -> None:
-    """Let a fit fail when it has read every image once and half of them twice."""
-    X = LazyImages(images, fail_after=3 * len(images) // 2)
+    """Let a fit fail half-way: when it has read half as many images as an undisturbed one."""
+    undisturbed = LazyImages(images)
+    deepcopy(estimator).fit(undisturbed, y)  # a warm start reads less than a fresh one
+    X = LazyImages(images, fail_after=undisturbed.n_reads // 2)
     with raises(Exception, err_msg=f"{name}.fit hides that images could not be read: raise."):
         estimator.fit(X, y)
 

@@ -26,7 +26,7 @@ from sklearn_medimb import (
 from sklearn_medimb._data.images import read_images
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.datasets import DatasetImages, MappedImages
-from tests.estimators import IMAGE_ESTIMATORS
+from tests.estimators import IMAGE_ESTIMATORS, taken
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (12, 8, 9), dtype=np.uint8)
@@ -49,7 +49,7 @@ def make(cls=SoftmaxClassifier, **params):
         params = {"n_tokens": 4, **params}
     if cls is AMIMVClassifier:
         params = {"pretrain": None, "fine_tune": "full", **params}
-    return cls(**{**SHARED, **params})
+    return cls(**{**taken(cls, SHARED), **params})
 
 
 # ---------------------------------------------------------------- containers

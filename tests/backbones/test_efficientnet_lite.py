@@ -85,7 +85,7 @@ def test_any_size_from_32_pixels(variant, size):
     for depth, width, side in zip(depths, (40, 112, 1280), sides, strict=True):
         assert depth.shape[1] >= width
         assert np.abs(np.array(depth.shape[2:]) - side).max() <= 1
-    with pytest.raises(ValueError, match=r"input_shape.*32x32 pixels, got 28x28"):
+    with pytest.raises(ValueError, match=r"backbone.*32x32 pixels.*has 28x28; image_size"):
         EfficientNetLite(variant, weights=None).build((1, 28, 28))
 
 

@@ -53,7 +53,7 @@ from sklearn_medimb.persistence._format import known_classes
 from sklearn_medimb.persistence._reading import Reader
 from sklearn_medimb.persistence._writing import Writer
 from sklearn_medimb.rebalance import HEADS, resolve_head
-from tests.estimators import CLASSIFIERS, IMAGE_ESTIMATORS, PUBLIC
+from tests.estimators import CLASSIFIERS, IMAGE_ESTIMATORS, PUBLIC, TRAINED, taken
 from tests.forgery import forged, set_class, set_param, set_state
 from tests.helpers import make_blobs
 
@@ -80,7 +80,8 @@ X, Y = make_blobs((12, 8, 4))
 
 
 def small(name, **params):
-    return IMAGE_ESTIMATORS[name](**{**SMALL, **OTHERS.get(name, {}), **params})
+    cls = IMAGE_ESTIMATORS[name]
+    return cls(**{**taken(cls, SMALL), **OTHERS.get(name, {}), **params})
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +157,9 @@ def test_the_same_estimator_comes_back(name, fitted, tmp_path):
     ("name", "how"),
     [
         (name, how)
-        for name in IMAGE_ESTIMATORS
+        for name in TRAINED
         for how in ("fit", "warm_start", "partial_fit")
-        if how == "warm_start" or hasattr(IMAGE_ESTIMATORS[name], how)
+        if how == "warm_start" or hasattr(TRAINED[name], how)
     ],
 )
 def test_training_goes_on_as_after_unpickling(name, how, fitted, tmp_path):
