@@ -6,7 +6,7 @@ import itertools
 import math
 import pickle
 import warnings
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pandas as pd
@@ -379,31 +379,37 @@ def test_scores_that_part_the_classes_are_not_certain_to():
     assert 0.6 < low < 0.9
 
 
+@cache
+def interval_of_hits(metric, sizes, hits):
+    y = np.repeat(np.arange(len(sizes)), sizes)
+    wrong = np.where(y == 0, 1, 0)
+    place = np.arange(len(y)) - np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
+    return metric_interval(metric, y, np.where(place < np.take(hits, y), y, wrong))
+
+
 def enumerated(metric, sizes, rates, truth):
     """Exact probability that the interval lies below the truth, covers it, lies above it.
 
     Of each class `sizes` samples are predicted rightly at `rates`; others are called another class.
     """
     chances = np.zeros(3)
-    y = np.repeat(np.arange(len(sizes)), sizes)
     for hits in itertools.product(*(range(n + 1) for n in sizes)):
         chance = math.prod(binom.pmf(hits, sizes, rates))
         if chance < 5e-3:
             continue
-        wrong = np.where(y == 0, 1, 0)
-        place = np.arange(len(y)) - np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
-        _, low, high = metric_interval(metric, y, np.where(place < np.take(hits, y), y, wrong))
+        _, low, high = interval_of_hits(metric, sizes, hits)
         chances[int(truth > high + 1e-4) - int(truth < low - 1e-4) + 1] += chance
     return chances / chances.sum()
+
+
+def recall_of_1(y, predicted):
+    return (predicted[y == 1] == 1).mean()
 
 
 @pytest.mark.parametrize("n", [5, 10])
 @pytest.mark.parametrize("p", [0.5, 0.8, 0.95])
 def test_coverage_of_a_recall_is_that_of_wilson(n, p):
-    def recall(y, predicted):
-        return (predicted[y == 1] == 1).mean()
-
-    below, covered, above = enumerated(recall, (1, n), (1.0, p), p)
+    below, covered, above = enumerated(recall_of_1, (1, n), (1.0, p), p)
     hits = np.arange(n + 1)
     ends = [binomtest(int(k), n).proportion_ci(method="wilson") for k in hits]
     inside = np.array([one.low - 1e-4 <= p <= one.high + 1e-4 for one in ends])
