@@ -156,7 +156,7 @@ def test_it_passes_the_image_checks(page):
 
 def test_it_passes_the_checks_of_scikit_learn(page):
     clf = page[1].LogitNormClassifier(
-        backbone=MLP(hidden=(16,)), max_epochs=80, precision="float64", random_state=0
+        backbone=MLP(hidden=(16,)), max_epochs=40, precision="float64", random_state=0
     )
     for estimator, check in estimator_checks_generator(clf):
         with suppress(SkipTest):
