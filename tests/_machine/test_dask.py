@@ -56,13 +56,22 @@ def test_a_search_over_two_workers_finds_what_a_serial_one_does(client):
     assert all(logs.values())
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """A serial search with one thread of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    found = search(backbone=MLP((8,), dropout=0.2)).fit(*make_blobs())
+    torch.set_num_threads(before)
+    return found
+
+
 @pytest.mark.parametrize("processes", [False, True])
-def test_threads_of_one_worker_find_what_a_serial_search_does(processes):
+def test_threads_of_one_worker_find_what_a_serial_search_does(processes, alone):
     """Also in a worker process, whose fits use one thread of torch each."""
     X, y = make_blobs()
     before, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
-    alone = search(backbone=MLP((8,), dropout=0.2)).fit(X, y)
     with (
         distributed.LocalCluster(
             n_workers=1, threads_per_worker=2, processes=processes, dashboard_address=None
