@@ -186,10 +186,10 @@ def test_views_are_those_that_the_augmentation_says_are_harmless(data):
 @pytest.mark.parametrize("name", sorted(SUPERVISED))
 def test_training_resumes_in_either_course(name, data, tmp_path):
     X, y = data
-    whole = make(name, fine_tune="head_first", max_epochs=3).fit(X, y)
+    whole = make(name, fine_tune="head_first", max_epochs=2).fit(X, y)
     n_first = sum(str(row.get("stage")).startswith("head") for row in whole.history_)
     for n_epochs in (2, n_first + 1):
-        params = {"fine_tune": "head_first", "max_epochs": 3, "checkpoint_dir": tmp_path}
+        params = {"fine_tune": "head_first", "max_epochs": 2, "checkpoint_dir": tmp_path}
         with pytest.raises(RuntimeError):
             make(name, **params, callbacks=[CrashAfter(n_epochs)]).fit(X, y)
         again = make(name, **params).fit(X, y)
