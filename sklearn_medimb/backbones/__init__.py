@@ -34,6 +34,7 @@ from sklearn_medimb.backbones._conv import MLP, ConvNet
 from sklearn_medimb.backbones._efficientnet_lite import EfficientNetLite
 from sklearn_medimb.backbones._resnet import ResNet
 from sklearn_medimb.backbones._stages import pyramid_of, stages_of
+from sklearn_medimb.backbones._transformers import TransformersBackbone
 from sklearn_medimb.backbones._vit import HybridViT, ViT
 from sklearn_medimb.backbones._weights import load_weights
 
@@ -48,6 +49,7 @@ __all__ = [
     "ResNet",
     "Start",
     "TimmBackbone",
+    "TransformersBackbone",
     "ViT",
     "as_features",
     "as_tokens",
@@ -75,7 +77,11 @@ BACKBONES: dict[str, Callable[..., Backbone]] = {
     "efficientnet_lite2": partial(EfficientNetLite, 2),
 }
 
-_ADAPTERS: dict[str, Callable[[str], Backbone]] = {"monai": MonaiBackbone, "timm": TimmBackbone}
+_ADAPTERS: dict[str, Callable[[str], Backbone]] = {
+    "monai": MonaiBackbone,
+    "timm": TimmBackbone,
+    "hf": TransformersBackbone,
+}
 
 
 def make_backbone(
@@ -88,7 +94,9 @@ def make_backbone(
     backbone : str, Backbone, torch.nn.Module, or a class of either
         - "auto": an :class:`MLP` for vectors; for images a :class:`ConvNet`, or a ResNet-18
           where there are at least 5000 samples and the smallest side has at least 48 pixels;
-        - a name of ``BACKBONES``, "monai:<name>" or "timm:<name>";
+        - a name of ``BACKBONES``, "monai:<name>" or "timm:<name>" with random weights, or
+          "hf:<repository or local folder>" with those that are there, as in
+          :class:`TransformersBackbone`;
         - a :class:`Backbone` or a class of them;
         - a class of modules: called with ``in_channels`` and ``spatial_dims``, each only where
           its signature has that name;
@@ -166,7 +174,7 @@ def check_described(backbone: Any) -> None:
     Raises
     ------
     ValueError
-        If it is a network of MONAI or timm that could fetch something, or has parameters that
+        If it is a network of another package that could fetch something, or has parameters that
         are not plain.
     """
     backbone = recipe_of(backbone)

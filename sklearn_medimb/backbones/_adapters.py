@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sklearn_medimb.backbones._base import Backbone
+from sklearn_medimb.backbones._base import Backbone, Start
 from sklearn_medimb.backbones._weights import load_weights
 
 # MONAI makes these by functions, which can also fetch weights; here they are what they make.
@@ -71,7 +71,7 @@ class MonaiBackbone(Backbone):
         self.weights = weights
 
     def _build(self, channels: int, spatial: tuple[int, ...]) -> nn.Module:
-        params = _own_params(self.params)
+        params = own_params(self.params)
         try:
             from monai.networks import nets
         except ImportError as error:
@@ -133,11 +133,11 @@ class MonaiBackbone(Backbone):
                 f"backbone=MonaiBackbone({self.name!r}) is not among the networks that a file may "
                 "name, since others can fetch files: use pickle or joblib."
             )
-        _check_plain(self.params)
+        refuse_unless_plain(self.params)
 
 
 class TimmBackbone(Backbone):
-    """A network of timm [1]_ without its head; its weights are never downloaded.
+    """A network of timm [1]_ without its head.
 
     What ``forward_features`` returns is brought to the contract: channels first, and exactly
     one token, the class token or else the mean, before the patch tokens.
@@ -145,12 +145,15 @@ class TimmBackbone(Backbone):
     Parameters
     ----------
     name : str
-        A name of ``timm.list_models()``, such as "convnext_tiny".
+        A name of ``timm.list_models()``, such as "convnext_tiny"; which weights it has may follow
+        after a point, as in "convnext_tiny.in12k".
     params : mapping or None, default=None
         Further arguments of ``timm.create_model``. Transformers need ``{"img_size": ...}``
         where the images are of another size than theirs.
-    weights : str, path-like or None, default=None
-        Local file of weights, with the names of the network itself.
+    weights : "pretrained", str, path-like or None, default=None
+        "pretrained": those that timm has for this name; it downloads them to its own cache, unless
+        they are there. Otherwise a local file of weights, with the names of the network itself, or
+        None for random ones; then nothing is downloaded.
 
     References
     ----------
@@ -169,8 +172,31 @@ class TimmBackbone(Backbone):
         self.params = params
         self.weights = weights
 
-    def _build(self, channels: int, spatial: tuple[int, ...]) -> nn.Module:
-        params = _own_params(self.params)
+    @property
+    def has_start(self) -> bool:
+        """Whether the weights are those that timm has for the name."""
+        return self._is_pretrained
+
+    @property
+    def start(self) -> Start | None:
+        """What timm says of its weights; None for what it does not say."""
+        if not self._is_pretrained:
+            return None
+        config = self._library().get_pretrained_cfg(self.name)
+        mean, std, size = (getattr(config, k, None) for k in ("mean", "std", "input_size"))
+        source = getattr(config, "hf_hub_id", None) or getattr(config, "url", None)
+        return Start(
+            mean and tuple(mean),
+            std and tuple(std),
+            size and size[-1],
+            f"timm:{self.name} {source}",
+        )
+
+    @property
+    def _is_pretrained(self) -> bool:
+        return isinstance(self.weights, str) and self.weights == "pretrained"
+
+    def _library(self) -> Any:
         try:
             import timm
         except Exception as error:  # timm imports torchvision, which fails in its own ways
@@ -178,21 +204,28 @@ class TimmBackbone(Backbone):
                 f"backbone timm:{self.name} needs the package timm and a torchvision that fits "
                 f"torch {torch.__version__} (pip install timm)."
             ) from error
-        if self.name not in (names := timm.list_models()):
+        if str(self.name).partition(".")[0] not in (names := timm.list_models()):
             raise _unknown(self.name, names, "timm")
-        fixed = {"pretrained": False, "in_chans": channels, "num_classes": 0}
+        return timm
+
+    def _build(self, channels: int, spatial: tuple[int, ...]) -> nn.Module:
+        params, timm = own_params(self.params), self._library()
+        fixed = {"pretrained": self._is_pretrained, "in_chans": channels, "num_classes": 0}
         try:
             return _TimmTrunk(timm.create_model(self.name, **fixed | params))
         except Exception as error:
-            raise ValueError(f"params: timm:{self.name} cannot be made: {error}") from error
+            given = "weights='pretrained', or params" if self._is_pretrained else "params"
+            raise ValueError(f"{given}: timm:{self.name} cannot be made: {error}") from error
 
     def _load(self, module: nn.Module) -> None:
-        load_weights(module.get_submodule("net"), self.weights)
+        if not self._is_pretrained:
+            load_weights(module.get_submodule("net"), self.weights)
 
     def check_described(self) -> None:
         """Refuse names beside those of timm's own list, and all but plain parameters."""
-        _check_plain({"name": self.name})
-        _check_plain(self.params)
+        name = self.name.split(".") if isinstance(self.name, str) else self.name
+        refuse_unless_plain({"name": name})
+        refuse_unless_plain(self.params)
 
 
 class _MonaiTrunk(nn.Module):
@@ -229,7 +262,7 @@ _FETCHES = re.compile(
 _WORD = re.compile(r"[A-Za-z][\w-]{,39}")
 
 
-def _own_params(params: Mapping[str, Any] | None) -> dict[str, Any]:
+def own_params(params: Mapping[str, Any] | None) -> dict[str, Any]:
     if params is not None and not isinstance(params, Mapping):
         raise ValueError(f"params must be a mapping of arguments or None, got {params!r}.")
     own = dict(params or {})
@@ -238,7 +271,7 @@ def _own_params(params: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in own.items() if not _FETCHES.search(name)}
 
 
-def _check_plain(value: Any, depth: int = 4) -> None:
+def refuse_unless_plain(value: Any, depth: int = 4) -> None:
     """Refuse parameters from a file that are more than numbers, words, and short lists of them."""
     if isinstance(value, Mapping):
         plain = all(
@@ -257,7 +290,7 @@ def _check_plain(value: Any, depth: int = 4) -> None:
     if not plain or len(inside) > 64 or depth == 0:
         raise ValueError(f"params: a network from a file is not made with {value!r:.80}.")
     for item in inside:
-        _check_plain(item, depth - 1)
+        refuse_unless_plain(item, depth - 1)
 
 
 def _signature(make: type) -> set[str]:

@@ -21,17 +21,18 @@ class Start(NamedTuple):
 
     Attributes
     ----------
-    mean, std : tuple of float
-        Of each channel: it expects (x - mean) / std, x on the scale from 0 to 1.
-    image_size : int
+    mean, std : tuple of float, or None
+        Of each channel: it expects (x - mean) / std, x on the scale from 0 to 1. None where the
+        source does not say it.
+    image_size : int or None
         Side of the images, in pixels.
     digest : str
-        Which weights these are: their source, and the sha256 of its file.
+        Which weights these are: their source, and the sha256 of its file as far as it is known.
     """
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    image_size: int
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    image_size: int | None
     digest: str
 
 
@@ -55,6 +56,11 @@ class Backbone(BaseEstimator):
     def start(self) -> Start | None:
         """What the network was trained on; None for random weights and unknown files."""
         return None
+
+    @property
+    def has_start(self) -> bool:
+        """Whether there is a `start`; unlike that, it looks nothing up."""
+        return self.start is not None
 
     def build(self, input_shape: Sequence[int]) -> nn.Module:
         """Make a network for one kind of input.
@@ -88,6 +94,10 @@ class Backbone(BaseEstimator):
         if self.weights is not None:
             self._load(module)
         return module
+
+    def described(self, module: nn.Module) -> Backbone:
+        """Recipe that makes a network like this one, weights apart, from nothing but itself."""
+        return self
 
     def check_described(self) -> None:
         """Refuse what a recipe from a file may not ask for; the package's own only build."""

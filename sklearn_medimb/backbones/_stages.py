@@ -92,6 +92,9 @@ def _parts(module: nn.Module) -> list[nn.Module]:
 
 def _is_chain(module: nn.Module) -> bool:
     """Whether it holds several blocks: children that have children with parameters."""
+    weighty = [child for child in module.children() if _is_weighty(child)]
+    if len(weighty) == 1 and not [*module.parameters(recurse=False)]:
+        return _is_chain(weighty[0])
     return sum(any(map(_is_weighty, child.children())) for child in module.children()) > 1
 
 

@@ -157,7 +157,7 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
 
     def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
         """Backbone, pooled features, head."""
-        depths = self._known_start is not None
+        depths = self._has_known_start
         return SoftmaxNetwork(trunk(), self._make_head, at_all_depths=depths)
 
     def _make_head(self, n_features: int) -> nn.Module:

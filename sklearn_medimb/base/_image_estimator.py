@@ -182,7 +182,7 @@ class BaseImageEstimator(Trains):
             self._normalise(train)
         self.net_ = self._make_net(fit.device, fit.previous)
         trunk = self.net_.module_.trunk
-        trunk.keeps_statistics = self._known_start is not None
+        trunk.keeps_statistics = self._has_known_start
         trunk.hold(self.fine_tune_ if isinstance(self.fine_tune_, int) else None)
         if distributed.world_size() == 1:  # a launcher has given the others their GPUs
             memory.enter_context(
@@ -245,7 +245,7 @@ class BaseImageEstimator(Trains):
         """Views of an image that predictions average."""
         n = self.n_views
         if n == "auto":
-            n = 1 if self._known_start is None else 4
+            n = 4 if self._has_known_start else 1
         augment = self.augment[0] if isinstance(self.augment, tuple) else self.augment
         return symmetries(resolve_augmentation(augment), self.image_shape_, n)
 
@@ -320,10 +320,11 @@ class BaseImageEstimator(Trains):
 
     def _given_statistics(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Mean and deviation by which channels are normalised, where the images do not say it."""
-        how, start, peak = self.normalize, self._known_start, self.pixel_range_
+        how, peak = self.normalize, self.pixel_range_
         on_unit_scale = peak == "uint8" or (isinstance(peak, float) and peak <= UNIT_MAX)
         if how == "auto":
-            how = (start.mean, start.std) if start is not None and on_unit_scale else "data"
+            start = self._known_start if on_unit_scale else None
+            how = "data" if start is None or start.mean is None else (start.mean, start.std)
         if how == "data":
             return None
         if not on_unit_scale:
@@ -337,7 +338,7 @@ class BaseImageEstimator(Trains):
         """How the backbone is trained, with "auto" resolved."""
         chosen = self.fine_tune
         if chosen == "auto":
-            chosen = "full" if self._known_start is None else "head_first"
+            chosen = "head_first" if self._has_known_start else "full"
         if chosen == "head_first" and (fit.partial or fit.previous is not None):
             return "full"  # the head is there
         return chosen
@@ -379,7 +380,7 @@ class BaseImageEstimator(Trains):
         """Course of training at the rates of the constructor."""
         share = self.backbone_lr
         if share == "auto":
-            share = 1.0 if self._known_start is None else 0.1
+            share = 0.1 if self._has_known_start else 1.0
         rates = {"lr": self.lr, "lr_schedule": self.lr_schedule, "backbone_lr": share}
         return Stage(criterion, batches, n_epochs, n_steps, **{**rates, **others})
 

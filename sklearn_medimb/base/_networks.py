@@ -59,6 +59,18 @@ def _brings_weights(backbone: Any) -> bool:
     return isinstance(recipe, Backbone) and recipe.weights is not None
 
 
+def whole_recipe(backbone: Any, net: Net) -> Any:
+    """A backbone, or where others would be asked how to make it the recipe that says it all.
+
+    The net is one that was made from it.
+    """
+    recipe = recipe_of(backbone)
+    if not isinstance(recipe, Backbone):
+        return backbone
+    whole = recipe.described(net.module_.trunk.backbone)
+    return backbone if whole is recipe else whole
+
+
 class MakesNetworks(SharedParameters):
     """Part of :class:`BaseImageEstimator`: from its parameters to a net."""
 
@@ -72,6 +84,12 @@ class MakesNetworks(SharedParameters):
         """What is known of the weights that the backbone brings from elsewhere."""
         recipe = recipe_of(self.backbone)
         return recipe.start if isinstance(recipe, Backbone) else None
+
+    @property
+    def _has_known_start(self) -> bool:
+        """Whether something is known of them; looks nothing up."""
+        recipe = recipe_of(self.backbone)
+        return isinstance(recipe, Backbone) and recipe.has_start
 
     @property
     def _start(self) -> Any:
@@ -162,11 +180,15 @@ class MakesNetworks(SharedParameters):
         then = {k: v for k, v in net.made_from.items() if k in now and not _is_same(v, now[k])}
         if not then:
             return {}
-        own = self._described_with(then)
+        kept = {} if "backbone" in then else {"backbone": whole_recipe(self.backbone, net)}
+        if not kept:
+            then["backbone"] = whole_recipe(then["backbone"], net)
+        own = self._described_with(then | kept)
 
         def matters(names: set[str]) -> bool:
+            given = {k: v for k, v in then.items() if k in names} | kept
             try:
-                return self._described_with({k: v for k, v in then.items() if k in names}) != own
+                return self._described_with(given) != own
             except Exception:  # there is no such network
                 return True
 

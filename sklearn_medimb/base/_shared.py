@@ -49,7 +49,8 @@ class SharedParameters(
     backbone
         Network that encodes images: "auto" (an MLP for vectors, a small conv net for images, a
         ResNet-18 for 5,000 images or more of at least 48 pixels), a name from
-        ``sklearn_medimb.backbones.BACKBONES``, "monai:<name>", "timm:<name>", a spec such as
+        ``sklearn_medimb.backbones.BACKBONES``, "monai:<name>", "timm:<name>",
+        "hf:<repository or local folder>" with its weights, a spec such as
         ``ResNet(depth=18)`` whose parameters are searchable as ``backbone__depth``, any
         ``nn.Module``, class or instance, or a fitted estimator of this package, whose weights and
         normalisation are the start. Parameters of a module with ``requires_grad=False`` stay as

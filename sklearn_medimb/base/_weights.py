@@ -14,7 +14,7 @@ from sklearn_medimb._data.layout import Layout
 from sklearn_medimb._machine.randomness import seeded
 from sklearn_medimb._machine.runtime import resolve_device
 from sklearn_medimb._parameters import array_form
-from sklearn_medimb.base._networks import MakesNetworks
+from sklearn_medimb.base._networks import MakesNetworks, whole_recipe
 
 
 class KeepsWeights(MakesNetworks):
@@ -148,6 +148,8 @@ class KeepsWeights(MakesNetworks):
             state["_weights"] = self._network_weights()
             if made_from := self._parameters_of(self.net_):  # set_params came after the fit
                 state["_made_from"] = made_from
+            if "backbone" not in made_from:
+                state["backbone"] = whole_recipe(self.backbone, self.net_)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

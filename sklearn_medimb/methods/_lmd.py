@@ -581,7 +581,7 @@ class LMDClassifier(TwoStageClassifier):
 
     def _make_network(self, trunk: Callable[..., Any]) -> nn.Module:
         n_classes = len(self.classes_)
-        depths = self._known_start is not None
+        depths = self._has_known_start
         return LMDNetwork(
             trunk(), lambda n_features: nn.Linear(n_features, n_classes), at_all_depths=depths
         )

@@ -143,7 +143,7 @@ class _Cost(TorchDispatchMode):
 
 
 def _is_foreign(estimator: Any) -> bool:
-    """Whether the network is one of MONAI or timm, or of a class from outside."""
+    """Whether the network is one of another package, or of a class from outside."""
     foreign = is_outside(type(estimator))
     while estimator._start is not None:
         estimator = estimator._start
@@ -152,7 +152,7 @@ def _is_foreign(estimator: Any) -> bool:
     if foreign or is_outside(backbone) or is_outside(type(backbone)):
         return True
     name = backbone if isinstance(backbone, str) else type(backbone).__name__
-    return name.lower().startswith(("monai", "timm"))
+    return name.lower().startswith(("monai", "timm", "transformers"))
 
 
 def _keeps_more_than_weights(module: nn.Module) -> bool:

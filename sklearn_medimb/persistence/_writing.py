@@ -114,8 +114,8 @@ class Writer:
 
     def estimator(self, value: BaseEstimator, place: str, wanted: str) -> Any:
         """An estimator: of what it learned everything, the architecture, or nothing."""
-        params = value.get_params(deep=False)
-        state = {k: v for k, v in value.__getstate__().items() if k not in params}
+        state, names = value.__getstate__(), value.get_params(deep=False)
+        params = {k: state.pop(k, v) for k, v in names.items()}
         state.pop("_skl_callbacks", None)  # they watch fits
         if wanted == "architecture":
             state = {name: state[name] for name in ARCHITECTURE if name in state}

@@ -487,6 +487,17 @@ FETCHING = {
         "TimmBackbone", name="cnn", params={"dict": [["pretrained_cfg", {"dict": [["file", "x"]]}]]}
     ),
     "timm, another network": "timm:cnn",
+    "repository": "hf:a/b",
+    "repository's folder": "hf:/tmp",
+    "repository without a configuration": recipe("TransformersBackbone", name="a/b"),
+    "repository of a detector": recipe(
+        "TransformersBackbone", name="a/b", params={"dict": [["model_type", "detr"]]}
+    ),
+    "repository with a path": recipe(
+        "TransformersBackbone",
+        name="a/b",
+        params={"dict": [["model_type", "vit"], ["hidden_act", "../x"]]},
+    ),
 }
 
 
@@ -525,6 +536,7 @@ REASONS = {
     "timm pretrained": PARAMETER + r"\{'pretrained': True\}",
     "timm configuration": PARAMETER + r"\{'pretrained_cfg'",
     "timm, another network": ANOTHER,
+    "repository with a path": PARAMETER + "'../x'",
 }
 
 
