@@ -114,8 +114,9 @@ class Writer:
 
     def estimator(self, value: BaseEstimator, place: str, wanted: str) -> Any:
         """An estimator: of what it learned everything, the architecture, or nothing."""
-        state, names = value.__getstate__(), value.get_params(deep=False)
-        params = {k: state.pop(k, v) for k, v in names.items()}
+        given, state = value.get_params(deep=False), value.__getstate__()
+        params = {k: state.get(k, v) for k, v in given.items()}  # as a pickle has them
+        state = {k: v for k, v in state.items() if k not in params}
         state.pop("_skl_callbacks", None)  # they watch fits
         if wanted == "architecture":
             state = {name: state[name] for name in ARCHITECTURE if name in state}

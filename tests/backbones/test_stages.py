@@ -125,6 +125,18 @@ def test_one_body_of_blocks_is_opened():
         assert any(net.last_norm.weight is p for p in last.parameters())
 
 
+def test_a_body_is_opened_through_what_wraps_it():
+    blocks = nn.ModuleList(Block(4, 4) for _ in range(3))
+    encoder = nn.ModuleDict({"layers": blocks, "act": nn.ReLU()})
+    net = nn.ModuleDict({"stem": conv_norm(3, 4), "encoder": encoder, "norm": nn.BatchNorm2d(4)})
+    for whole in (net, nn.ModuleDict({"net": net})):
+        stem, *middle, last = stages_of(whole)
+        assert stem is net["stem"]
+        assert middle == [*blocks[:2]]
+        assert [*last][0] is blocks[2]
+        check_partition(net, stages_of(whole))
+
+
 def test_a_network_of_timm_is_opened(monkeypatch):
     fake = types.SimpleNamespace(create_model=lambda *_, **__: Body(), list_models=lambda: ["body"])
     monkeypatch.setitem(sys.modules, "timm", fake)
