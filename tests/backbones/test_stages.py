@@ -133,7 +133,7 @@ def test_a_body_is_opened_through_what_wraps_it():
         stem, *middle, last = stages_of(whole)
         assert stem is net["stem"]
         assert middle == [*blocks[:2]]
-        assert [*last][0] is blocks[2]
+        assert next(iter(last)) is blocks[2]
         check_partition(net, stages_of(whole))
 
 
