@@ -106,8 +106,8 @@ class TransformersBackbone(Backbone):
         n_channels = getattr(config, "num_channels", 3)
         if channels not in (1, n_channels):
             raise ValueError(
-                f"input_shape: hf:{self.name} was made for images of {n_channels} channels, or "
-                f"gray ones; these have {channels}."
+                f"backbone hf:{self.name} was made for images of {n_channels} channels, or gray "
+                f"ones: input_shape has {channels}."
             )
         net = self._pretrained(whole) if self._is_pretrained else self._random(config)
         return _TransformersTrunk(net, n_channels).float()

@@ -160,7 +160,7 @@ def test_gray_images_are_repeated(hub):
     gray = torch.randn(2, 1, 8, 8)
     own, three = (make_backbone("hf:a/b", (c, 8, 8)) for c in (1, 3))
     assert torch.equal(own(gray), three(gray.expand(-1, 3, -1, -1)))
-    with pytest.raises(ValueError, match=r"input_shape: hf:a/b .* 3 channels, or gray.*have 2"):
+    with pytest.raises(ValueError, match=r"hf:a/b .* 3 channels, or gray.*input_shape has 2"):
         make_backbone("hf:a/b", (2, 8, 8))
     with pytest.raises(ValueError, match="input_shape"):
         make_backbone("hf:a/b", (1, 8, 8, 8))
