@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -332,13 +333,15 @@ class BestEpoch(Callback):
 
     def on_epoch_end(self, net: Any, **kwargs: Any) -> None:
         """Score, record, remember."""
-        score = of_main(self.score())
-        net.history.record("valid_score", score)
-        self.n_stale = 0 if score > self.best_score else self.n_stale + 1
-        if score >= self.best_score:
-            self.best_score = score
-            state = net.module_.state_dict()
-            self.weights = {name: value.detach().cpu().clone() for name, value in state.items()}
+        mean = net.average
+        with nullcontext() if mean is None else mean.in_place_of(net.module_):
+            score = of_main(self.score())
+            net.history.record("valid_score", score)
+            self.n_stale = 0 if score > self.best_score else self.n_stale + 1
+            if score >= self.best_score:
+                self.best_score = score
+                state = net.module_.state_dict()
+                self.weights = {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def restore(self, net: Any) -> None:
         """Give the best epoch's weights back."""

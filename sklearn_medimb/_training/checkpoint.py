@@ -24,7 +24,7 @@ from sklearn_medimb._machine.runtime import replacing, resolve_precision
 from sklearn_medimb._training.callback_state import CallbackState, counts
 from sklearn_medimb._training.digests import digest_of
 
-FORMAT = 4
+FORMAT = 5
 
 
 def fingerprint(
@@ -224,6 +224,8 @@ class Checkpoint(Callback):
             self._check(state, net, best)
             net.module_.load_state_dict(state["module"])
             net.criterion_.load_state_dict(state["criterion"])
+            if net.average is not None:
+                net.average.load_state_dict(state["average"])
             net.optimizer_.load_state_dict(state["optimizer"])
             net.scheduler.load_state_dict(state["scheduler"])
             net.history_ = History(state["history"])
@@ -288,6 +290,7 @@ class Checkpoint(Callback):
             "n_epochs": len(net.history) - self.epochs_before,
             "module": net.module_.state_dict(),
             "criterion": net.criterion_.state_dict(),
+            "average": {} if net.average is None else net.average.state_dict(),
             "optimizer": net.optimizer_.state_dict(),
             "scheduler": net.scheduler.state_dict(),
             "history": [plain(row) | {"batches": []} for row in net.history],

@@ -24,6 +24,7 @@ from sklearn_medimb._machine import distributed
 from sklearn_medimb._machine.randomness import current_draws, may_draw, redirected
 from sklearn_medimb._machine.runtime import is_out_of_memory, noting_interrupts
 from sklearn_medimb._training.callbacks import check_patterns, explain_missing
+from sklearn_medimb._training.momentum import WeightAverage
 from sklearn_medimb._training.network import Trunk
 
 SCHEDULES = ("one_cycle", "cosine", "constant")
@@ -112,6 +113,7 @@ class Net(NeuralNet):
     stopped_by_callback = False
     complete = True
     began = False
+    average: WeightAverage | None = None  # of the weights, in the present stage
     from_outside = False  # whether a step may ask torch's default generators for numbers
     callbacks_: list[tuple[str, Callback]]
     user_callbacks: list[Callback]
@@ -165,18 +167,22 @@ class Net(NeuralNet):
         lr: float,
         optimizer: dict[str, Any] | None = None,
         backbone_lr: float = 1.0,
+        layer_decay: float = 1.0,
     ) -> None:
         """Begin a course of `n_steps` with a fresh optimiser at peak rate `lr`.
 
         `optimizer` holds skorch's parameters of another optimiser for this course alone,
-        `backbone_lr` the backbone's share of the rate.
+        `backbone_lr` the backbone's share of the rate, `layer_decay` by how much each of its stages
+        has less than the one after it.
         """
         self.lr, self.schedule = lr, schedule
         attributes: dict[str, Any] = self.__dict__
         own = {k: v for k, v in attributes.items() if k.split("__")[0] == "optimizer"}
         given = dict(own if optimizer is None else optimizer)
-        if backbone_lr != 1:
-            given["optimizer__param_groups"] = [("trunk.*", {"lr": backbone_lr * lr})]
+        if (backbone_lr, layer_decay) != (1, 1):
+            shares = self.module_.trunk.shares(backbone_lr, layer_decay)
+            groups = [(f"trunk.{name}", {"lr": share * lr}) for name, share in shares.items()]
+            given["optimizer__param_groups"] = groups
         for name in own:
             del attributes[name]
         attributes.update(given)
@@ -359,6 +365,8 @@ class Net(NeuralNet):
             count += len(batch[1])
             n_steps += 1
             self.criterion_.after_step(self.module_)
+            if self.average is not None:
+                self.average.after_step(self.module_)
             self.notify("on_batch_end", batch=batch, training=training, **step)
         if n_steps != self.steps_per_epoch:
             raise ValueError(

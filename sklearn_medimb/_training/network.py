@@ -86,6 +86,16 @@ class Trunk(nn.Module):
             weight.requires_grad_(False)
         self.keep_frozen()
 
+    def shares(self, share: float, layer_decay: float) -> dict[str, float]:
+        """Share of the learning rate of its weights, by name or, where they are alike, pattern."""
+        if layer_decay == 1:
+            return {"*": share}
+        found: dict[str, float] = {}
+        names = {weight: name for name, weight in self.named_parameters()}
+        for k, stage in enumerate(reversed(stages_of(self.backbone))):
+            found |= {names[weight]: share * layer_decay**k for weight in stage.parameters()}
+        return found
+
     @contextmanager
     def wholly_held(self, held: bool = True) -> Iterator[None]:
         """Train none of it for a while, if so asked."""

@@ -19,6 +19,7 @@ from sklearn_medimb._training.callbacks import (
     StopWhenAsked,
 )
 from sklearn_medimb._training.checkpoint import Checkpoint, plain
+from sklearn_medimb._training.momentum import WeightAverage
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb._training.settled import MISFIT, misfit
 from sklearn_medimb._training.stage import Stage, TrainingSet
@@ -50,6 +51,9 @@ class Trains(KeepsWeights):
                 self._run_stage(number, stage, scorer, checkpoint, reporter, optimizer)
             except KeyboardInterrupt:  # outside of an epoch, where skorch catches it
                 net.complete = False
+            if net.average is not None:
+                net.module_.load_state_dict(net.average.mean.state_dict())
+                net.average = None
             if scorer is not None:
                 scorer.restore(net)
                 self.best_score_ = scorer.best_score
@@ -87,7 +91,10 @@ class Trains(KeepsWeights):
         distributed.share_weights(net.criterion_)
         net.steps_per_epoch = stage.steps_per_epoch
         n_steps = stage.n_epochs * stage.steps_per_epoch
-        net.start_schedule(stage.lr_schedule, n_steps, stage.lr, stage.optimizer, stage.backbone_lr)
+        rates = {"backbone_lr": stage.backbone_lr, "layer_decay": stage.layer_decay}
+        net.start_schedule(stage.lr_schedule, n_steps, stage.lr, stage.optimizer, **rates)
+        if stage.ema is not None:
+            net.average = WeightAverage(net.module_, stage.ema)
         if optimizer is not None:
             net.resume_optimizer(optimizer)
         if scorer is not None:

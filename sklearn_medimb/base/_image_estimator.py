@@ -378,10 +378,13 @@ class BaseImageEstimator(Trains):
         self, criterion: Criterion, batches: Any, n_epochs: int, n_steps: int, **others: Any
     ) -> Stage:
         """Course of training at the rates of the constructor."""
-        share = self.backbone_lr
-        if share == "auto":
-            share = 0.1 if self._has_known_start else 1.0
-        rates = {"lr": self.lr, "lr_schedule": self.lr_schedule, "backbone_lr": share}
+        rates = {
+            "lr": self.lr,
+            "lr_schedule": self.lr_schedule,
+            "backbone_lr": self._backbone_share,
+            "layer_decay": self.layer_decay,
+            "ema": self.ema,
+        }
         return Stage(criterion, batches, n_epochs, n_steps, **{**rates, **others})
 
     # ---------------------------------------------------------------- inference

@@ -92,6 +92,13 @@ class MakesNetworks(SharedParameters):
         return isinstance(recipe, Backbone) and recipe.has_start
 
     @property
+    def _backbone_share(self) -> float:
+        """Learning rate of the backbone as a share of `lr`."""
+        if self.backbone_lr == "auto":
+            return 0.1 if self._has_known_start else 1.0
+        return self.backbone_lr
+
+    @property
     def _start(self) -> Any:
         """Fitted estimator whose backbone, and normalisation, training begins with."""
         given = self.backbone
@@ -230,10 +237,12 @@ class MakesNetworks(SharedParameters):
         if params["optimizer"] is torch.optim.AdamW:
             params.setdefault("optimizer__fused", True)
         params.setdefault("optimizer__weight_decay", self.weight_decay)
-        if self.backbone_lr not in (1, "auto") and "optimizer__param_groups" in params:
+        rates = self._backbone_share, self.layer_decay
+        if rates != (1, 1) and "optimizer__param_groups" in params:
             raise ValueError(
-                f"backbone_lr={self.backbone_lr} and the optimizer__param_groups of net_params "
-                "both set learning rates: leave one of them."
+                f"backbone_lr={self.backbone_lr}, layer_decay={self.layer_decay} and the "
+                "optimizer__param_groups of net_params set the same learning rates: leave one of "
+                "them."
             )
         return params
 

@@ -23,6 +23,7 @@ from sklearn_medimb._parameters import (
     learned,
     one_of,
     parameter,
+    within,
 )
 from sklearn_medimb._training.net import SCHEDULES, Net
 from sklearn_medimb.backbones import Backbone
@@ -88,6 +89,12 @@ class SharedParameters(
     backbone_lr
         Learning rate of the backbone as a share of `lr`. "auto" is 0.1 where it begins with weights
         of elsewhere, else 1.
+    layer_decay
+        By how much each stage of the backbone learns more slowly than the one after it; 0.65 to 0.8
+        are usual for transformers that were trained before.
+    ema
+        Share of the old in the running mean of the weights, as it is after many steps; predictions,
+        also on validation rows, are those of the mean. None keeps the weights of the last step.
     weight_decay
         Decoupled weight decay.
     lr_schedule
@@ -209,6 +216,8 @@ class SharedParameters(
     batch_size: Any = parameter(integers(1), default=64, search=(16, 128, "log"))
     lr: float = parameter(above(0), default=2e-3, search=(2e-4, 2e-2, "log"))
     backbone_lr: Any = parameter(at_least(0), one_of("auto"), default="auto")
+    layer_decay: float = parameter(within(0, 1, closed="right"), default=1.0)
+    ema: float | None = parameter(within(0, 1), None, default=None)
     weight_decay: float = parameter(at_least(0), default=1e-2, search=(1e-5, 1e-1, "log"))
     lr_schedule: str = parameter(one_of(*SCHEDULES), default="one_cycle", search=True)
     augment: Any = parameter(

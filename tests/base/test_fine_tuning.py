@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
+from skorch.callbacks import Callback
 from torch import nn
 
 from sklearn_medimb import SSLEncoder
+from sklearn_medimb._training.callback_state import WATCHERS
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet, Start, stages_of
 from sklearn_medimb.persistence import load, save
@@ -263,6 +265,73 @@ def test_encoders_have_no_head_to_train(data):
             SSLEncoder(backbone=BACKBONE, fine_tune=fine_tune).fit(X)
     encoder = SSLEncoder(backbone=BACKBONE, max_epochs=1, batch_size=16, random_state=0).fit(X)
     assert encoder.fine_tune_ == "full"
+
+
+class Watched(Callback):
+    """Weights after each step."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_batch_end(self, net, **kwargs):
+        self.weights.append(net.module_.head.weight.detach().clone())
+
+
+WATCHERS.add(Watched)
+
+
+def test_mean_weights_equal_their_formula(data):
+    X, y = data
+    params = {"fine_tune": "full", "max_epochs": 3, "precision": "float64"}
+    watched = Watched()
+    clf = make("SoftmaxClassifier", **params, ema=0.5, callbacks=[watched]).fit(X, y)
+    steps = clf.net_.callbacks_[-1][1].weights
+    mean = steps[0]
+    for t, weight in enumerate(steps[1:], 1):
+        share = min(1 - 1 / (t + 1), 0.5)
+        mean = share * mean + (1 - share) * weight
+    assert len(steps) == 9
+    torch.testing.assert_close(clf.net_.module_.head.weight.detach(), mean)
+    assert not torch.equal(mean, steps[-1])
+    plain = make("SoftmaxClassifier", **params).fit(X, y)
+    torch.testing.assert_close(plain.net_.module_.head.weight.detach(), steps[-1])
+
+
+def test_mean_weights_are_scored_and_resumed(data, tmp_path):
+    X, y = data
+    params = {"ema": 0.9, "max_epochs": 4, "early_stopping": True}
+    whole = make("SoftmaxClassifier", **params).fit(X, y)
+    last = make("SoftmaxClassifier", **{**params, "ema": None}).fit(X, y)
+    scores = [row["valid_score"] for row in whole.history_ if "valid_score" in row]
+    assert len(scores) == 4
+    assert not np.allclose(whole.predict_proba(X), last.predict_proba(X))
+    params |= {"checkpoint_dir": tmp_path}
+    n_first = len(whole.history_) - 4
+    with pytest.raises(RuntimeError):
+        make("SoftmaxClassifier", **params, callbacks=[CrashAfter(n_first + 2)]).fit(X, y)
+    again = make("SoftmaxClassifier", **params).fit(X, y)
+    np.testing.assert_array_equal(again.predict_proba(X), whole.predict_proba(X))
+
+
+def test_early_layers_learn_more_slowly(data):
+    X, y = data
+    clf = make("SoftmaxClassifier", fine_tune="full", lr_schedule="constant", layer_decay=0.5)
+    clf.set_params(lr=0.01).fit(X, y)
+    trunk = clf.net_.module_.trunk
+    rates = {id(w): g["lr"] for g in clf.net_.optimizer_.param_groups for w in g["params"]}
+    stages = stages_of(trunk.backbone)
+    for k, stage in enumerate(reversed(stages)):
+        for weight in stage.parameters():
+            assert rates[id(weight)] == pytest.approx(0.01 * 0.1 * 0.5**k)
+    assert rates[id(clf.net_.module_.head.weight)] == 0.01
+    assert len(rates) == len(list(clf.net_.module_.parameters()))
+
+
+def test_rates_are_set_in_one_place(data):
+    groups = {"optimizer__param_groups": [("trunk.*", {"lr": 1e-5})]}
+    with pytest.raises(ValueError, match="backbone_lr"):
+        make("SoftmaxClassifier", net_params=groups).fit(*data)
+    make("SoftmaxClassifier", net_params=groups, backbone_lr=1, fine_tune="full").fit(*data)
 
 
 def test_further_training_keeps_the_head(data):
