@@ -70,7 +70,7 @@ NOT_SEARCHED = {
     },
     "what a user builds around": {"callbacks", "warm_start", "net_params", "backbone_lr"},
     "known of the images, or by auto of the start": {
-        "image_size", "normalize", "fine_tune", "n_views",
+        "image_size", "normalize", "fine_tune", "layer_decay", "ema", "n_views",
     },
     "another method": {"backbone", "pretrain", "sampler", "contrast", "stages"},
     "tuples, and names of the backbone's layers": {"thresholds", "mix_layer"},

@@ -209,9 +209,7 @@ class SharedParameters(
         default="auto",
         kind='{"auto", "full", "head_first", "frozen"} or int',
     )
-    n_views: Any = parameter(
-        integers(1), one_of("auto"), default="auto", kind='int or "auto"', search=[1, 4]
-    )
+    n_views: Any = parameter(integers(1), one_of("auto"), default="auto", kind='int or "auto"')
     max_epochs: Any = parameter(integers(1), one_of("auto"), default="auto")
     batch_size: Any = parameter(integers(1), default=64, search=(16, 128, "log"))
     lr: float = parameter(above(0), default=2e-3, search=(2e-4, 2e-2, "log"))
