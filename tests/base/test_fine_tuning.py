@@ -348,3 +348,10 @@ def test_portions_train_a_frozen_network(data):
     for _ in range(3):
         clf.partial_fit(X, y, classes=np.unique(y))
     assert len(clf.history_) == 3
+
+
+def test_ten_epochs_go_through_a_start(data):
+    clf = make("SoftmaxClassifier", max_epochs="auto").fit(*data)
+    stages = [row.get("stage") for row in clf.history_]
+    assert stages.count(None) == 10
+    assert stages.count("head") == len(stages) - 10 >= 10
