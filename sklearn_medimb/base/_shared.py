@@ -81,8 +81,8 @@ class SharedParameters(
         with weights of elsewhere, else 1.
     max_epochs
         Passes over the training images. "auto" aims at 180 steps and 60 more per class, up to 17
-        classes (a third of that for vectors), and at least 10 epochs; through a backbone that begins
-        with weights of elsewhere it is 10.
+        classes (a third of that for vectors), and at least 10 epochs; it is 10 through a backbone
+        that begins with weights of elsewhere.
     batch_size
         Images per step.
     lr
