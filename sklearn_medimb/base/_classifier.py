@@ -475,7 +475,7 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         """Epochs to train; "auto" gives small sets enough steps and large ones ten epochs."""
         if self.max_epochs != "auto" and not (on_encoded and self.fine_tune_ == "head_first"):
             return self.max_epochs
-        if self._known_start is not None and not on_encoded and self.fine_tune_ != "frozen":
+        if self._has_known_start and not on_encoded and self.fine_tune_ != "frozen":
             return 10
         n_steps = 180 + 60 * min(len(self.classes_), 17)
         if len(self.image_shape_) == 1:  # an MLP on vectors settles sooner
