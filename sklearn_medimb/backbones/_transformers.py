@@ -206,7 +206,8 @@ class TransformersBackbone(Backbone):
         except OSError as error:
             if local or _MISSING in str(error):
                 return None
-            raise self._absent(filename, error) from error
+            what = f"{filename}, by which images are normalised unless normalize says how,"
+            raise self._absent(what, error) from error
 
     def _where(self) -> dict[str, Any]:
         """With other weights than those of the repository nothing is fetched from there."""
