@@ -791,16 +791,16 @@ def own_score(estimator, X, y):
 def test_own_scores_in_all_that_wraps_a_classifier(rare, scoring):
     clf, X, y = rare
     weighted = partial(GridSearchCV, clf, {"C": [1.0]}, cv=2)
-    several = {"log_loss": "neg_log_loss", "accuracy": "accuracy"}
+    several = {"f1_macro": "f1_macro", "accuracy": "accuracy"}
     for estimator in (
         clf,
         FrozenEstimator(clf),
         weighted(scoring="f1_macro"),
         weighted(scoring="neg_log_loss"),
-        weighted(scoring=several, refit="log_loss"),
+        weighted(scoring=several, refit="f1_macro"),
         weighted(scoring=own_score),
         weighted(),
-        make_pipeline(StandardScaler(), weighted(scoring="neg_log_loss")),
+        make_pipeline(StandardScaler(), weighted(scoring="f1_macro")),
         FrozenEstimator(make_pipeline(StandardScaler(), clf).fit(X, y)),
         RFE(clf, n_features_to_select=5),
     ):
