@@ -243,7 +243,8 @@ def test_start_is_what_the_image_processor_says(hub):
     (hub.folder / "processor_config.json").write_text(json.dumps({"image_processor": PROCESSOR}))
     assert recipe.start == expected
     (hub.folder / "processor_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="preprocessor_config.*unless normalize"):  # nobody knows
+    nobody_knows = r"preprocessor_config.*unless normalize"
+    with pytest.raises(FileNotFoundError, match=nobody_knows):
         assert recipe_of("hf:offline").start
 
 
