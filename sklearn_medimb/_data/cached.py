@@ -24,7 +24,7 @@ class CachedImages(Images):
     rows : ndarray of int
         Those that will be asked for.
     encode : callable
-        ``encode(rows, view)`` gives a tensor with an entry for each row, in one of the views.
+        ``encode(rows)`` gives a tensor (n, n_views, ...) with an entry for each row and view.
     n_views : int
         Number of views; the first is the image as it is.
     """
@@ -33,7 +33,7 @@ class CachedImages(Images):
         self,
         images: Images,
         rows: np.ndarray,
-        encode: Callable[[np.ndarray, int], torch.Tensor],
+        encode: Callable[[np.ndarray], torch.Tensor],
         n_views: int,
     ) -> None:
         self.__dict__.update(vars(images))
@@ -48,12 +48,7 @@ class CachedImages(Images):
     def views(self) -> torch.Tensor:
         """All of them: (n, n_views, ...)."""
         if self._views is None:
-            for view in range(self.n_views):
-                part = self.encode(self.known, view)
-                if self._views is None:
-                    self._views = part.new_empty(len(part), self.n_views, *part.shape[1:])
-                self._views[:, view] = part
-            assert self._views is not None
+            self._views = self.encode(self.known)
         return self._views
 
     def rows(self, rows: np.ndarray) -> torch.Tensor:

@@ -208,10 +208,8 @@ class BaseImageEstimator(Trains):
         n, n_epochs = len(train.rows), 1 if fit.partial else self._n_epochs(len(train.rows))
         if self.fine_tune_ not in ("frozen", "head_first"):
             return self._stages(train, n_epochs, context), train
-        encoded, frozen = (
-            self._encoded(train),
-            replace(context, preprocess=Untouched(context.preprocess)),
-        )
+        encoded = self._encoded(train)
+        frozen = replace(context, preprocess=Untouched(context.preprocess))
         if self.fine_tune_ == "head_first":
             n_epochs = self._n_epochs(n, on_encoded=True)
         with self.net_.module_.trunk.wholly_held():
@@ -227,17 +225,15 @@ class BaseImageEstimator(Trains):
 
     def _encoded(self, train: TrainingSet) -> TrainingSet:
         """Give the same images as the backbone, which will not change, leaves them."""
-        module, views = self.net_.module_, self._symmetries()
+        module = self.net_.module_
         encoded = getattr(module, "encoded", module.trunk)
 
         def of(part: TrainingSet) -> TrainingSet:
-            def encode(rows: np.ndarray, view: int) -> torch.Tensor:
-                return self._map(part.images, partial(_seen, encoded, views[view]), rows)
-
             rows = part.rows
             if part.unlabelled is not None:
                 rows = np.concatenate([rows, part.unlabelled])
-            return replace(part, images=CachedImages(part.images, rows, encode, len(views)))
+            encode = partial(self._map_views, part.images, encoded)
+            return replace(part, images=CachedImages(part.images, rows, encode, self.n_views_))
 
         return replace(of(train), natural=None if train.natural is None else of(train.natural))
 
@@ -445,14 +441,18 @@ class BaseImageEstimator(Trains):
         images: Images,
         forward: Callable[[torch.Tensor], Any],
         rows: np.ndarray | None = None,
-    ) -> list[Any]:
-        """Apply `forward` to images in each view that predictions average."""
+    ) -> Any:
+        """Apply `forward` to each view that predictions average; images are read once for all.
+
+        As `_map`, with an axis of views after the first one.
+        """
         if isinstance(images, CachedImages):
             parts = [images.in_view(k) for k in range(images.n_views)]
-            return [self._map(part, forward, rows) for part in parts]
-        return [
-            self._map(images, partial(_seen, forward, view), rows) for view in self._symmetries()
-        ]
+            return _stacked([self._map(part, forward, rows) for part in parts])
+        views = self._symmetries()
+        return self._map(
+            images, lambda batch: _stacked([forward(view(batch)) for view in views]), rows
+        )
 
     def _refuse_non_finite(self, result: torch.Tensor, rows: np.ndarray) -> None:
         """Refuse output that no answer can be made of; one look for all rows."""
@@ -480,8 +480,8 @@ class BaseImageEstimator(Trains):
             Features before the classification head.
         """
         check_is_fitted(self)
-        parts = self._map_views(self._read(X), self.net_.module_.features)
-        return torch.stack(parts).mean(dim=0).cpu().numpy()
+        features = self._map_views(self._read(X), self.net_.module_.features)
+        return features.mean(dim=1).cpu().numpy()
 
     @property
     def backbone_(self) -> nn.Module:
@@ -501,12 +501,11 @@ class BaseImageEstimator(Trains):
         return tags
 
 
-def _seen(
-    forward: Callable[[torch.Tensor], Any],
-    view: Callable[[torch.Tensor], torch.Tensor],
-    batch: torch.Tensor,
-) -> Any:
-    return forward(view(batch))
+def _stacked(views: list[Any]) -> Any:
+    """What a function gives for each view, a tensor or a tuple of them, along axis 1."""
+    if isinstance(views[0], tuple):
+        return tuple(torch.stack(parts, dim=1) for parts in zip(*views, strict=True))
+    return torch.stack(views, dim=1)
 
 
 # Of ImageNet's training images, red, green and blue.

@@ -120,8 +120,7 @@ class TwoStageClassifier(BaseImageClassifier):
     def _features_in_views(self, images: Images, rows: np.ndarray | None = None) -> np.ndarray:
         """Features of each view that predictions average, (n, n_views, d)."""
         features = self.net_.module_.features
-        parts = self._map_views(images, features, rows)
-        return torch.stack(parts, dim=1).cpu().numpy().astype(np.float64)
+        return self._map_views(images, features, rows).cpu().numpy().astype(np.float64)
 
     def _stage_one_head(self) -> dict[str, Any]:
         """Linear head that stage one leaves behind, as keywords for a head's fit."""

@@ -694,13 +694,14 @@ class CSSNClassifier(BaseImageClassifier):
                 members = members[origin[members] >= 0]
             chosen.append(bank.choose(members, embedding, rng))
         rows, weights = (np.concatenate(parts) for parts in zip(*chosen, strict=True))
-        banks = self._map_views(train.images, self.net_.module_.encode, train.rows[rows])
-        encoded = EncodedImages(*(torch.cat(parts) for parts in zip(*banks, strict=True)))
-        rows = np.tile(rows, len(banks))
+        views = self._map_views(train.images, self.net_.module_.encode, train.rows[rows])
+        n_views = views[0].shape[1]
+        encoded = EncodedImages(*(part.transpose(0, 1).flatten(0, 1) for part in views))
+        rows = np.tile(rows, n_views)
         return {
             "support_indices_": origin[rows],
             "support_codes_": train.y[rows],
-            "support_weights_": np.tile(weights, len(banks)) / len(banks),
+            "support_weights_": np.tile(weights, n_views) / n_views,
             "support_patches_": encoded.patches.contiguous().cpu().numpy(),
             "support_embeddings_": encoded.embedding.contiguous().cpu().numpy(),
         }
@@ -795,8 +796,8 @@ class CSSNClassifier(BaseImageClassifier):
             largest.
         """
         check_is_fitted(self)
-        parts = self._map_views(self._read(X), self._score_function(combined=False))
-        return torch.stack(parts).double().exp().mean(dim=0).cpu().numpy()
+        log_p = self._map_views(self._read(X), self._score_function(combined=False))
+        return log_p.double().exp().mean(dim=1).cpu().numpy()
 
     def pair_proba(self, XA: Any, XB: Any) -> np.ndarray:
         """Probability that the i-th image of `XA` and the i-th of `XB` are of one class.

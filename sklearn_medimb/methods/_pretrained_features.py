@@ -170,12 +170,7 @@ class PretrainedFeatures(BaseImageEstimator, without=_OF_TRAINING):
         return kept(key, lambda: self._encoded_views(images))
 
     def _encoded_views(self, images: Images) -> np.ndarray:
-        views, network = self._symmetries(), self.net_.module_
-
-        def features(batch: torch.Tensor) -> torch.Tensor:
-            return torch.stack([network.features(view(batch)) for view in views], dim=1)
-
-        return self._map(images, features).cpu().numpy()
+        return self._map_views(images, self.net_.module_.features).cpu().numpy()
 
     def _digest(self, images: Images) -> str:
         """Digest of what features depend on: images, network, parameters, rounding."""
