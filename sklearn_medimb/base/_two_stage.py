@@ -107,10 +107,18 @@ class TwoStageClassifier(BaseImageClassifier):
         """
         self.class_prior_ = self._prior(train)
         natural = train if train.natural is None else train.natural
-        features = self._features_in_views(natural.images, natural.rows)
-        n, n_views, _ = features.shape
-        y = np.repeat(natural.y, n_views)
-        return {"head_": self._fit_head(self._head(), features.reshape(n * n_views, -1), y)}
+        head = self._head_of_images(self._head(), natural.images, natural.rows, natural.y)
+        return {"head_": head}
+
+    def _head_of_images(
+        self, rebalance: Any, images: Images, rows: np.ndarray, codes: np.ndarray
+    ) -> Any:
+        """Fit a head to each view of images."""
+        features = self._features_in_views(images, rows)
+        n, n_views, d = features.shape
+        return self._fit_head(
+            rebalance, features.reshape(n * n_views, d), np.repeat(codes, n_views)
+        )
 
     def _features(self, images: Images, rows: np.ndarray | None = None) -> np.ndarray:
         """Features in evaluation mode, float64, which the heads work in."""
@@ -175,10 +183,7 @@ class TwoStageClassifier(BaseImageClassifier):
         with all_or_nothing(self), one_thread_in_workers():
             data, _ = self._check_training(X, y, fresh=False)
             chosen = self._head() if rebalance is None else rebalance
-            features = self._features_in_views(data.images, data.rows)
-            n, n_views, _ = features.shape
-            y = np.repeat(data.y, n_views)
-            self.head_ = self._fit_head(chosen, features.reshape(n * n_views, -1), y)
+            self.head_ = self._head_of_images(chosen, data.images, data.rows, data.y)
         return self
 
     @property
