@@ -624,6 +624,8 @@ AUGMENTATIONS: dict[str, Callable[[], Augmentation]] = {
         brightness=0.1,
     ),
     "medical": partial(Augmentation, **_MEDICAL),
+    # A heart is on the left: mirrored, a film of the chest is one of another disease.
+    "chest": partial(Augmentation, **{k: v for k, v in _MEDICAL.items() if k not in _FLIPS}),
     "strong": partial(Augmentation, **_STRONG),
     "contrastive": partial(
         Augmentation, **_VIEWS, vertical_flip=0.5, depth_flip=0.5, crop=0.45, saturation=0.2
@@ -639,9 +641,11 @@ def resolve_augmentation(augment: str | Augmentation | None) -> Augmentation:
 
     Parameters
     ----------
-    augment : {"none", "light", "medical", "strong", "contrastive", "mimv"}, Augmentation or None
-        A preset; None stands for "none", and "contrastive" and "mimv" are hard views for
-        self-supervised pre-training. Any object with the methods `draw` and `apply` of
+    augment : {"none", "light", "medical", "chest", "strong", "contrastive", "mimv"}, \
+            Augmentation or None
+        A preset; None stands for "none". "medical" flips along every axis, "chest" is the same
+        without flips, for images whose left is not their right; "contrastive" and "mimv" are hard
+        views for self-supervised pre-training. Any object with the methods `draw` and `apply` of
         :class:`Augmentation` is returned as it is.
 
     Returns

@@ -11,6 +11,7 @@ from sklearn_medimb.augment import (
     _hue_matrices,
     affine_matrix,
     resolve_augmentation,
+    symmetries,
 )
 
 RANGES = {name: interval for name, (interval,) in Augmentation._parameter_constraints.items()}
@@ -725,6 +726,24 @@ def test_presets_change_images_but_none_does_not(name, shape):
 def test_presets_are_new_each_time():
     resolve_augmentation("light").set_params(rotation=90)
     assert resolve_augmentation("light").rotation == 10
+
+
+@pytest.mark.parametrize("shape", [(1, 24, 24), (1, 12, 12, 12)])
+def test_chest_is_medical_without_mirror_images(shape):
+    images = torch.zeros(300, *shape)
+    images[..., :4] = 1.0  # a bright left edge
+
+    def share_on_the_right(preset):
+        out = resolve_augmentation(preset)(images, seeded())
+        halves = [half.flatten(1).mean(dim=1) for half in out.tensor_split(2, dim=-1)]
+        return float((halves[1] > halves[0]).float().mean())
+
+    assert share_on_the_right("chest") == 0
+    assert 0.4 < share_on_the_right("medical") < 0.6
+    chest, medical = (resolve_augmentation(preset).get_params() for preset in ("chest", "medical"))
+    differing = {name for name in chest if chest[name] != medical[name]}
+    assert differing == {"horizontal_flip", "vertical_flip", "depth_flip"}
+    assert len(symmetries(resolve_augmentation("chest"), shape, 8)) == 1
 
 
 def test_resolve_augmentation():

@@ -102,8 +102,9 @@ class SharedParameters(
         Course of the learning rate.
     augment
         Random changes of each training image; see :mod:`sklearn_medimb.augment`. "medical" flips
-        both ways: choose "light" or "none" where left and right or up and down carry the class.
-        Feature vectors are never augmented.
+        both ways, "light" left and right; "chest" does what "medical" does but never flips: for
+        images whose left is not their right, such as chest films. Feature vectors are never
+        augmented.
     callbacks
         skorch callbacks, cloned before use, and names: "tensorboard" writes each fit below
         ``runs/``, "mlflow" logs it as a run of the tracking server that is set. Of skorch's own,
@@ -224,8 +225,8 @@ class SharedParameters(
         None,
         HasMethods(["draw", "apply"]),
         default="medical",
-        kind='{"none", "light", "medical", "strong"}, Augmentation or None',
-        search=["none", "light", "medical", "strong"],
+        kind='{"none", "light", "medical", "chest", "strong"}, Augmentation or None',
+        search=["none", "light", "medical", "chest", "strong"],
     )
 
     # ---------------------------------------------------------------- input and machine

@@ -302,7 +302,9 @@ class AMIMVEncoder(BaseImageEncoder):
             return Views([(x, clean), (y, a1)], [(x, a2), (y, clean)])
         if self.pairing == "source_target":
             return Views([(x, a1), (y, a1)], [(x, clean), (y, clean)])
-        weak = resolve_augmentation("light")
+        # A mirror image is another thing where the hard view does not flip.
+        flip = getattr(a1, "horizontal_flip", 0.0)
+        weak = resolve_augmentation("light").set_params(horizontal_flip=flip)
         return Views([(x, clean), (y, a1)], [(x, weak), (y, clean)])
 
     def _inference_state(self, train: TrainingSet) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class PretrainedFeatures(BaseImageEstimator, without=_OF_TRAINING):
         weights of elsewhere, else 1.
     augment
         Says which views are of the same thing: "medical" flips both ways and turns, "light" flips
-        left and right alone, "none" nothing.
+        left and right alone, "chest" and "none" say it of nothing.
     at_all_depths
         Whether features come from three depths of a convolutional network, the means and the
         spreads of their maps, or from its end alone.

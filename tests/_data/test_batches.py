@@ -220,7 +220,7 @@ def test_views(n_views):
                 assert ((view - other).abs().amax(dim=(1, 2, 3)) > 1).all()
 
 
-@pytest.mark.parametrize("augment", ["none", "light", "medical", "strong"])
+@pytest.mark.parametrize("augment", ["none", "light", "medical", "chest", "strong"])
 def test_same_seed_same_batches(augment):
     array = noise_images()
     one, two = (list(make_batches(array, augment=augment, n_views=2)) for _ in range(2))

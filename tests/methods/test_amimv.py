@@ -520,6 +520,12 @@ def test_the_weak_view_is_the_light_one():
     assert how.get_params() == resolve_augmentation("light").get_params()
 
 
+def test_the_weak_view_flips_nothing_that_the_hard_one_does_not():
+    ((_, how), _) = AMIMVEncoder(pairing="weak_strong", augment="chest")._view_set().target
+    params = resolve_augmentation("light").get_params()
+    assert how.get_params() == params | {"horizontal_flip": 0.0}
+
+
 @EACH_PAIRING
 def test_a_step_encodes_four_images_per_anchor(pairing, data, monkeypatch):
     shapes = []

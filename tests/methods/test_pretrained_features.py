@@ -176,7 +176,7 @@ def test_output_of_another_kind_is_refused():
 @pytest.mark.parametrize(
     ("augment", "n_views", "n_found"),
     [("medical", 8, 8), ("medical", 3, 3), ("light", 8, 2), ("none", 4, 1), (None, 4, 1),
-     ("medical", "auto", 1)],
+     ("chest", 8, 1), ("medical", "auto", 1)],
 )  # fmt: skip
 def test_views_are_those_that_augment_allows(augment, n_views, n_found):
     features = make(augment=augment, n_views=n_views).fit(X)
