@@ -39,12 +39,14 @@ WAITING = {
     "_unique2", "unique_dim", "unique_consecutive", "histc", "linalg_eigh", "_linalg_eigh",
 }  # fmt: skip
 
-# Without a deterministic kernel (torch.use_deterministic_algorithms lists them).
+# Without a deterministic kernel (torch.use_deterministic_algorithms lists them); that of
+# max_pool3d newer torch has.
 NONDETERMINISTIC = {
     "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward", "avg_pool3d_backward",
     "adaptive_max_pool2d_backward", "bincount", "cumsum", "fractional_max_pool2d_backward",
     "fractional_max_pool3d_backward", "grid_sampler_2d_backward", "grid_sampler_3d_backward",
-    "histc", "kthvalue", "max_unpool2d", "max_unpool3d", "nll_loss2d_forward", "put_",
+    "histc", "kthvalue", "max_pool3d_with_indices_backward", "max_unpool2d", "max_unpool3d",
+    "nll_loss2d_forward", "put_",
     "reflection_pad1d_backward", "reflection_pad2d_backward", "reflection_pad3d_backward",
     "upsample_bicubic2d_backward", "upsample_bilinear2d_backward", "upsample_linear1d_backward",
     "upsample_trilinear3d_backward",

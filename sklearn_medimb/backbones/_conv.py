@@ -7,14 +7,36 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any, ClassVar
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, are_deterministic_algorithms_enabled, nn
 
 from sklearn_medimb._machine.randomness import Dropout
 from sklearn_medimb.backbones._base import Backbone, check_ints, check_option, check_rate
 
+
+class MaxPool3d(nn.MaxPool3d):
+    """Maximum over cubes; on request one of planes and then one of depths, whatever the device.
+
+    Older torch has no deterministic gradient of the whole on CUDA. Of equal values the first one
+    has it either way.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool volumes (n, C, D, H, W)."""
+        if not are_deterministic_algorithms_enabled():
+            return super().forward(x)
+        k: Any = self.kernel_size
+        s: Any = self.stride
+        p: Any = self.padding
+        planes = F.max_pool2d(x.transpose(1, 2).flatten(0, 1), k, s, p)  # channels-last stay so
+        columns = planes.unflatten(0, (len(x), x.shape[2])).transpose(1, 2)
+        pooled = F.max_pool2d(columns.flatten(3), (k, 1), (s, 1), (p, 0))
+        return pooled.unflatten(3, planes.shape[2:])
+
+
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-MAX_POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+MAX_POOL = {2: nn.MaxPool2d, 3: MaxPool3d}
 
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from sklearn.base import BaseEstimator, clone
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sklearn_medimb.backbones import (
     BACKBONES,
@@ -127,6 +128,49 @@ def test_convnet_pools_down_to_at_least_four(side, sides):
 def test_resnet_stem_and_last_map(side, stem, sides):
     net = ResNet(stem=stem, width=2).build((1, side, side)).eval()
     assert net(torch.randn(1, 1, side, side)).shape == (1, 16, sides, sides)
+
+
+class NotingOperators(TorchDispatchMode):
+    """Notes the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def deterministic():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize(
+    "spec", [ConvNet(widths=(2, 4)), ResNet(stem="large", width=2)], ids=["ConvNet", "ResNet"]
+)
+def test_volumes_are_pooled_by_deterministic_kernels(spec, form, deterministic):
+    """Values and gradients are those of torch's own pooling, of ties too."""
+    net = spec.build((1, 9, 11, 13))
+    with NotingOperators() as noted:
+        as_features(net(torch.randn(2, 1, 9, 11, 13))).sum().backward()
+    assert "aten::max_pool2d_with_indices" in noted.names
+    assert not any("max_pool3d" in name for name in noted.names)
+    (pool,) = (layer for layer in net.modules() if isinstance(layer, nn.MaxPool3d))
+    torchs = nn.MaxPool3d(pool.kernel_size, pool.stride, pool.padding)
+    volumes = torch.randint(3, (2, 3, 9, 11, 13), dtype=torch.float64)
+    found = []
+    for layer in (pool, torchs):
+        x = volumes.to(memory_format=form, copy=True).requires_grad_()
+        out = layer(x)
+        out.backward(torch.arange(out.numel(), dtype=x.dtype).view(out.shape))
+        found.append((out, x.grad))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(
