@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
-from skorch.callbacks import Callback
+from skorch.callbacks import Callback, GradientNormClipping
 from torch import nn
 
 from sklearn_medimb import SSLEncoder
@@ -16,7 +16,7 @@ from sklearn_medimb._training.callback_state import WATCHERS
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet, Start, stages_of
 from sklearn_medimb.persistence import load, save
-from tests.estimators import SUPERVISED
+from tests.estimators import SUPERVISED, WITH_ALL_STAGES
 from tests.helpers import CrashAfter
 
 
@@ -332,6 +332,41 @@ def test_rates_are_set_in_one_place(data):
     with pytest.raises(ValueError, match="backbone_lr"):
         make("SoftmaxClassifier", net_params=groups).fit(*data)
     make("SoftmaxClassifier", net_params=groups, backbone_lr=1, fine_tune="full").fit(*data)
+
+
+class Norms(Callback):
+    """Notes down the norm of all gradients of each step, and the stage that it is part of."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def on_grad_computed(self, net, named_parameters, **kwargs):
+        gradients = [p.grad for _, p in named_parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+        self.found.setdefault(net.stage, []).append(float(norm))
+
+
+class Afterwards(Norms):
+    """Of another name: skorch calls callbacks of the same one together."""
+
+
+@pytest.mark.parametrize("name", sorted(WITH_ALL_STAGES))
+def test_gradients_are_clipped_in_every_stage(name, data, monkeypatch):
+    before, after = {}, {}
+    callbacks = [Norms(before), GradientNormClipping(1e-3), Afterwards(after)]
+    clf = WITH_ALL_STAGES[name]().set_params(backbone=BACKBONE, callbacks=callbacks)
+    if name in SUPERVISED:
+        clf.set_params(pretrain=SSLEncoder("byol", max_epochs=1, batch_size=32))
+    monkeypatch.setattr(type(clf), "_n_epochs", lambda *args, **kwargs: 1)
+    clf.fit(*data)
+    stages = {row.get("stage", "") for row in clf.history_}
+    assert before.keys() == after.keys() == stages
+    if name in SUPERVISED:  # without labels, the head, everything
+        assert len(stages) >= 3
+    for stage, norms in before.items():
+        assert max(norms) > 1e-3
+        assert max(after[stage]) <= 1.001e-3
+        assert len(after[stage]) == len(norms)
 
 
 def test_further_training_keeps_the_head(data):
