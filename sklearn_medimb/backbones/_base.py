@@ -95,6 +95,13 @@ class Backbone(BaseEstimator):
             self._load(module)
         return module
 
+    def installed_weights(self) -> dict[str, Tensor] | None:
+        """Weights of the `start` as published, from an installed package which is checked.
+
+        None where there is no such package: nothing is fetched.
+        """
+        return None
+
     def described(self, module: nn.Module) -> Backbone:
         """Recipe that makes a network like this one, weights apart, from nothing but itself."""
         return self

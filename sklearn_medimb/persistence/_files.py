@@ -27,7 +27,7 @@ from sklearn_medimb.persistence._reading import read_file, reason
 from sklearn_medimb.persistence._writing import Writer
 
 
-def save(estimator: Any, path: str | os.PathLike[str]) -> None:
+def save(estimator: Any, path: str | os.PathLike[str], *, whole: bool = False) -> None:
     """Write a fitted estimator to one file, without pickle.
 
     Parameters
@@ -39,6 +39,10 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
     path : str or path-like
         File to write, by custom ``*.safetensors``. An older one is replaced at once, when the new
         one is complete and was read back; until then, and in case of an error, it stays.
+    whole : bool, default=False
+        Whether the weights of a backbone that stayed frozen are written even if they are, to the
+        bit, those of an installed package, as of "efficientnet_lite0". Otherwise the file names
+        them by their digest, and `load` needs that package.
 
     Raises
     ------
@@ -82,7 +86,7 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
             "(best_estimator_, a step of a pipeline), or use pickle or joblib."
         )
     check_is_fitted(estimator)
-    writer = Writer(estimator)
+    writer = Writer(estimator, by_digest=not whole)
     tree = writer.estimator(estimator, "", "all")
     stamp = {
         "sklearn_medimb": sklearn_medimb.__version__,
@@ -139,7 +143,8 @@ def load(path: str | os.PathLike[str], *, trusted: Iterable[type | str] = ()) ->
         If it was not written by `save`, is damaged, does not describe an estimator of this
         version, or names a class that is not trusted; the message begins with the path.
     ImportError
-        If safetensors is not installed, or a module in `trusted` cannot be imported.
+        If safetensors, or a package that the file needs, is not installed, or a module in
+        `trusted` cannot be imported.
 
     Warns
     -----
@@ -152,6 +157,8 @@ def load(path: str | os.PathLike[str], *, trusted: Iterable[type | str] = ()) ->
         raise FileNotFoundError(f"{os.fspath(path)}: there is no such file.")
     try:
         estimator, version = read_file(Path(path), classes)
+    except ImportError as error:
+        raise ImportError(f"{os.fspath(path)}: {error}", name=error.name) from error
     except Exception as error:  # a file can be wrong in ways that nobody has thought of
         raise ValueError(f"{os.fspath(path)}: {reason(error)}") from error
     if version.split(".")[:2] != sklearn_medimb.__version__.split(".")[:2]:

@@ -38,9 +38,12 @@ from sklearn_medimb.persistence._format import (
     safetensors_library,
 )
 from sklearn_medimb.persistence._rebuilding import rebuild
+from sklearn_medimb.persistence._starts import restored
 from sklearn_medimb.rebalance import RebalancedHead
 
 MAX_PAIRS = 2**22  # numbers that comparing one image with all supports takes, to be tried
+
+_PARTS = {"class", "params", "state", "start", "requests"}  # of an estimator
 
 _TYPES: dict[str, Any] = {
     "classes_": np.ndarray,
@@ -133,7 +136,7 @@ class Reader:
         if self.n_estimators > MAX_ESTIMATORS:
             raise ValueError(f"it holds more than {MAX_ESTIMATORS} estimators.")
         is_whole = self.n_estimators == 1
-        if not {"class", "params"} <= tree.keys() <= {"class", "params", "state", "requests"}:
+        if not {"class", "params"} <= tree.keys() <= _PARTS:
             raise ValueError(f"it describes an estimator by {sorted(tree)[:5]}.")
         cls, params = self.known(tree["class"]), tree["params"]
         if not issubclass(cls, BaseEstimator):
@@ -155,9 +158,13 @@ class Reader:
             weights = state.pop("_weights", None)
             if weights is not None and not (is_whole and isinstance(weights, dict)):
                 raise ValueError("it holds weights where none belong.")
+            if "start" in tree and weights is None:
+                raise ValueError("it names a start where there are no weights.")
             _check_types(cls, state, fitted=weights is not None)
             made.__setstate__({**vars(made), **state})
             if weights is not None:
+                if "start" in tree:
+                    weights = restored(made, weights, tree["start"])
                 self.is_light = rebuild(made, weights)
                 made.net_.history_ = History(made.history_)
         with config_context(enable_metadata_routing=True):

@@ -20,6 +20,7 @@ from sklearn_medimb.persistence._format import (
     is_outside,
     name_of,
 )
+from sklearn_medimb.persistence._starts import kept_of_start
 
 # ---------------------------------------------------------------- estimators as trees of data
 
@@ -28,11 +29,13 @@ class Writer:
     """Turn an estimator into JSON values, with arrays apart.
 
     Numbers, texts and lists are themselves, all else an object with one key: what it is. `whole` is
-    the estimator that is written; `outside` gathers its classes from other packages, by name.
+    the estimator that is written; `outside` gathers its classes from other packages, by name. Where
+    `by_digest`, weights that a frozen backbone has kept of its start are left out.
     """
 
-    def __init__(self, whole: Any = None) -> None:
+    def __init__(self, whole: Any = None, *, by_digest: bool = False) -> None:
         self.whole = whole
+        self.by_digest = by_digest
         self.tensors: dict[str, np.ndarray] = {}
         self.outside: dict[str, type] = {}
 
@@ -137,6 +140,11 @@ class Writer:
                     f"{type(value).__name__} keeps what it learned in {odd}, which cannot be "
                     "written as data: use skops, pickle or joblib."
                 )
+            if self.by_digest and "_weights" in state:
+                weights = state["_weights"]
+                if (kept := kept_of_start(value, weights)) is not None:
+                    tree["start"], names = kept
+                    state["_weights"] = {k: v for k, v in weights.items() if k not in names}
             tree["state"] = {
                 name: self.weights(v) if name == "_weights" else self.fitted(v, f"{inside}{name}")
                 for name, v in state.items()
