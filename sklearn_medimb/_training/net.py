@@ -168,17 +168,20 @@ class Net(NeuralNet):
         optimizer: dict[str, Any] | None = None,
         backbone_lr: float = 1.0,
         layer_decay: float = 1.0,
+        weight_decay: float | None = None,
     ) -> None:
         """Begin a course of `n_steps` with a fresh optimiser at peak rate `lr`.
 
         `optimizer` holds skorch's parameters of another optimiser for this course alone,
         `backbone_lr` the backbone's share of the rate, `layer_decay` by how much each of its stages
-        has less than the one after it.
+        has less than the one after it, `weight_decay` another one than the estimator's.
         """
         self.lr, self.schedule = lr, schedule
         attributes: dict[str, Any] = self.__dict__
         own = {k: v for k, v in attributes.items() if k.split("__")[0] == "optimizer"}
         given = dict(own if optimizer is None else optimizer)
+        if weight_decay is not None:
+            given["optimizer__weight_decay"] = weight_decay
         if (backbone_lr, layer_decay) != (1, 1):
             shares = self.module_.trunk.shares(backbone_lr, layer_decay)
             groups = [(f"trunk.{name}", {"lr": share * lr}) for name, share in shares.items()]

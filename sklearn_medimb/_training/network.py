@@ -41,6 +41,8 @@ class Trunk(nn.Module):
         their images so, where `channels_last` says it.
     autocast : torch.dtype or None
         Reduced precision of the forward and backward pass.
+    device : torch.device or None
+        Where it will run; None says nothing.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Trunk(nn.Module):
         input_shape: tuple[int, ...],
         *,
         autocast: torch.dtype | None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -63,6 +66,8 @@ class Trunk(nn.Module):
         self.micro_batch: int | None = None
         self.divisible = True
         self.channels_last = len(input_shape) > 2 and may_be_channels_last(backbone)
+        if device is not None and device.type == "cuda" and _filters_channels(backbone):
+            self.channels_last = False
         for parameter in backbone.parameters():
             memory_format = image_format(parameter.ndim, self.channels_last)
             parameter.data = parameter.data.contiguous(memory_format=memory_format)
@@ -256,6 +261,17 @@ def may_be_channels_last(backbone: nn.Module) -> bool:
     return not any(w.shape[1] < 8 and math.prod(w.shape[2:]) == 1 for w in strided)
 
 
+def _filters_channels(backbone: nn.Module) -> bool:
+    """Whether convolutions of a network filter each channel by itself, as those of MobileNets do.
+
+    Where their images are channels-last, cuDNN makes ready for each number of images anew, which
+    takes seconds: more than a short training. Otherwise torch's own kernels, as fast, do it.
+    """
+    kinds = (nn.Conv2d, nn.Conv3d)
+    layers = [layer for layer in backbone.modules() if isinstance(layer, kinds)]
+    return any(1 < layer.groups == layer.in_channels for layer in layers)
+
+
 def _first_and_second_pass(backbone: nn.Module) -> tuple[Any, Any]:
     """Contexts of a part's two forward passes.
 
@@ -288,6 +304,34 @@ class Output(NamedTuple):
     logits: torch.Tensor
 
 
+class Standardised(nn.Module):
+    """Features less their mean, over their standard deviation; as they are until it knows these.
+
+    Parameters
+    ----------
+    n_features : int
+        Number of features.
+    """
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+    def __init__(self, n_features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_features))
+        self.register_buffer("deviation", torch.ones(n_features))
+
+    def settle(self, features: torch.Tensor) -> None:
+        """Take mean and deviation from features (n, d); what does not vary keeps its scale."""
+        spread, mean = torch.std_mean(features.double(), dim=0, correction=0)
+        self.mean.copy_(mean)
+        self.deviation.copy_(torch.where(spread > 1e-6 * mean.abs(), spread, 1))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (n, d), standardised."""
+        return (features - self.mean) / self.deviation
+
+
 class SoftmaxNetwork(nn.Module):
     """Backbone, pooled features, head.
 
@@ -299,22 +343,35 @@ class SoftmaxNetwork(nn.Module):
         Number of features to a head.
     at_all_depths : bool, default=False
         Whether features come from three depths of the backbone, or from its end alone.
+    standardised : bool, default=False
+        Whether features will be standardised, once those of the training images are known.
     """
 
     def __init__(
-        self, trunk: Trunk, head: Callable[[int], nn.Module], *, at_all_depths: bool = False
+        self,
+        trunk: Trunk,
+        head: Callable[[int], nn.Module],
+        *,
+        at_all_depths: bool = False,
+        standardised: bool = False,
     ) -> None:
         super().__init__()
         self.trunk = trunk
         trunk.at_all_depths = at_all_depths
         self.n_features = as_features(trunk.probe()).shape[1]
+        self.scale = Standardised(self.n_features) if standardised else nn.Identity()
         self.head = head(self.n_features)
+        if standardised and isinstance(self.head, nn.Linear):  # as a logistic regression begins
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
 
     def encoded(self, images: torch.Tensor) -> torch.Tensor:
         """What it needs of the trunk's output: with this in the place of images it goes on."""
         return as_features(self.trunk(images))
 
-    features = encoded
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """What the head reads, (n, d)."""
+        return self.scale(as_features(self.trunk(images)))
 
     def forward(self, images: torch.Tensor) -> Output:
         """Features and logits."""

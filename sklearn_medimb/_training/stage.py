@@ -18,8 +18,9 @@ from sklearn_medimb._training.criterion import Criterion
 class Stage:
     """One course of training: what is minimised, on which batches, for how long.
 
-    The backbone learns at ``backbone_lr * lr``, each of its stages at `layer_decay` times the rate
-    of the next. With `ema` the running mean of the weights is kept. `forward` takes the place of
+    `weight_decay` takes the place of the estimator's. The backbone learns at ``backbone_lr * lr``,
+    each of its stages at `layer_decay` times the rate of the next. With `ema` the running mean of
+    the weights is kept. `forward` takes the place of
     the network's own forward pass: (network, batch) to its output. `optimizer` holds skorch's
     parameters of another optimiser than the estimator's. Where `validated` is False no validation
     score decides on the stage's epochs. Where `on_encoded` the trunk is frozen and batches hold
@@ -32,6 +33,7 @@ class Stage:
     steps_per_epoch: int
     lr: float
     lr_schedule: str
+    weight_decay: float | None = None
     backbone_lr: float = 1.0
     layer_decay: float = 1.0
     ema: float | None = None

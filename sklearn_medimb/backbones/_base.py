@@ -47,9 +47,13 @@ class Backbone(BaseEstimator):
     ----------
     spatial_dims : tuple of int
         Class attribute: the numbers of spatial axes the network can work on; 0 is for vectors.
+    gains_from_tuning : bool
+        Class attribute: whether weights of elsewhere are worth tuning on a few hundred images, as
+        those of convolutional networks are, and those of large transformers hardly.
     """
 
     spatial_dims: ClassVar[tuple[int, ...]] = (2, 3)
+    gains_from_tuning: ClassVar[bool] = True
     weights: Any = None
 
     @property

@@ -67,6 +67,7 @@ class TransformersBackbone(Backbone):
     """
 
     spatial_dims: ClassVar[tuple[int, ...]] = (2,)
+    gains_from_tuning: ClassVar[bool] = False
 
     def __init__(
         self,

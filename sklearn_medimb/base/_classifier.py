@@ -128,6 +128,10 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
     class_counts_: np.ndarray = learned("ndarray of int of shape (n_classes,)")
     best_score_: float = learned("float")
 
+    # Steps on what a frozen backbone encoded cost little: so many times as many of them.
+    _patience_on_encoded = 4
+    _decay_on_encoded: float | None = 2.0
+
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any, *, groups: Any = None) -> Self:
         """Train the classifier.
@@ -157,8 +161,8 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
 
     def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
         """Backbone, pooled features, head."""
-        depths = self._has_known_start
-        return SoftmaxNetwork(trunk(), self._make_head, at_all_depths=depths)
+        known = self._has_known_start
+        return SoftmaxNetwork(trunk(), self._make_head, at_all_depths=known, standardised=known)
 
     def _make_head(self, n_features: int) -> nn.Module:
         """From features to class scores."""
@@ -476,8 +480,10 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         if self.max_epochs != "auto" and not (on_encoded and self.fine_tune_ == "head_first"):
             return self.max_epochs
         if self._has_known_start and not on_encoded and self.fine_tune_ != "frozen":
-            return 10
+            return 15
         n_steps = 180 + 60 * min(len(self.classes_), 17)
+        if on_encoded or self.fine_tune_ == "frozen":
+            n_steps *= self._patience_on_encoded
         if len(self.image_shape_) == 1:  # an MLP on vectors settles sooner
             n_steps //= 3
         return max(10, -(-n_steps // self._steps_per_epoch(n_samples)))

@@ -91,7 +91,8 @@ class Trains(KeepsWeights):
         distributed.share_weights(net.criterion_)
         net.steps_per_epoch = stage.steps_per_epoch
         n_steps = stage.n_epochs * stage.steps_per_epoch
-        rates = {"backbone_lr": stage.backbone_lr, "layer_decay": stage.layer_decay}
+        names = "backbone_lr", "layer_decay", "weight_decay"
+        rates = {name: getattr(stage, name) for name in names}
         net.start_schedule(stage.lr_schedule, n_steps, stage.lr, stage.optimizer, **rates)
         if stage.ema is not None:
             net.average = WeightAverage(net.module_, stage.ema)
@@ -113,7 +114,8 @@ class Trains(KeepsWeights):
         if checkpoint is not None:
             last.insert(0, SaveCheckpoint(checkpoint, scorer, main))
         if self.verbose and main:
-            label = f"{type(self).__name__} {stage.name}".rstrip()
+            how = "(frozen backbone)" if stage.on_encoded else ""
+            label = " ".join(filter(None, [type(self).__name__, stage.name, how]))
             callbacks.append(ProgressBar(label, n_left * stage.steps_per_epoch))
         trunk: Trunk = net.module_.trunk
         with trunk.wholly_held(stage.on_encoded), trunk.passing(stage.on_encoded):

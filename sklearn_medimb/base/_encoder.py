@@ -79,7 +79,7 @@ class BaseImageEncoder(BaseImageEstimator):
 
     projection_dim: int = parameter(integers(1), default=128, search=(64, 512, "log"))
     batch_size: int = parameter(integers(2), default=128, search=(32, 256, "log"))
-    weight_decay: float = 1e-4
+    weight_decay: Any = 1e-4
     augment: Any = parameter(
         str,
         HasMethods(["draw", "apply"]),

@@ -38,9 +38,10 @@ from sklearn_medimb._training.callbacks import BestEpoch, SklearnCallbacks, reso
 from sklearn_medimb._training.checkpoint import Checkpoint, data_digest, fingerprint
 from sklearn_medimb._training.criterion import Criterion
 from sklearn_medimb._training.net import Net
+from sklearn_medimb._training.network import Standardised
 from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb.augment import resolve_augmentation, symmetries
-from sklearn_medimb.backbones import classifier_head
+from sklearn_medimb.backbones import classifier_head, recipe_of
 from sklearn_medimb.base._course import Trains
 
 
@@ -207,21 +208,35 @@ class BaseImageEstimator(Trains):
         """
         n, n_epochs = len(train.rows), 1 if fit.partial else self._n_epochs(len(train.rows))
         if self.fine_tune_ not in ("frozen", "head_first"):
-            return self._stages(train, n_epochs, context), train
+            return self._averaging(self._stages(train, n_epochs, context)), train
         encoded = self._encoded(train)
+        scale = getattr(self.net_.module_, "scale", None)
+        alone = self.fine_tune_ == "frozen" and fit.previous is None
+        if alone and isinstance(scale, Standardised):
+            features = self._map_views(encoded.images, self.net_.module_.features, encoded.rows)
+            scale.settle(features.flatten(0, 1))
         frozen = replace(context, preprocess=Untouched(context.preprocess))
         if self.fine_tune_ == "head_first":
             n_epochs = self._n_epochs(n, on_encoded=True)
         with self.net_.module_.trunk.wholly_held():
             first = self._stages(encoded, n_epochs, frozen)
-        first = [replace(stage, on_encoded=True) for stage in first]
+        own = alone and self._has_known_start and self.weight_decay == "auto"
+        decay = self._decay_on_encoded if own and not self.net_params else None
+        first = [replace(stage, on_encoded=True, weight_decay=decay) for stage in first]
         if self.fine_tune_ == "frozen":
             return first, encoded
         first = [
             replace(stage, name=f"head, {stage.name}".rstrip(", "), validated=False)
             for stage in first
         ]
-        return first + self._stages(train, self._n_epochs(n), context), train
+        through = self._averaging(self._stages(train, self._n_epochs(n), context))
+        return first + through, train
+
+    def _averaging(self, stages: list[Stage]) -> list[Stage]:
+        """Have the weights averaged where a backbone with weights of elsewhere is tuned."""
+        if self.ema != "auto" or not self._has_known_start:
+            return stages
+        return [replace(stage, ema=0.98) for stage in stages]
 
     def _encoded(self, train: TrainingSet) -> TrainingSet:
         """Give the same images as the backbone, which will not change, leaves them."""
@@ -333,8 +348,11 @@ class BaseImageEstimator(Trains):
     def _chosen_fine_tuning(self, fit: Fit) -> str | int:
         """How the backbone is trained, with "auto" resolved."""
         chosen = self.fine_tune
-        if chosen == "auto":
-            chosen = "head_first" if self._has_known_start else "full"
+        if chosen == "auto" and self._has_known_start:
+            tuned = fit.device.type == "cuda" and recipe_of(self.backbone).gains_from_tuning
+            chosen = "head_first" if tuned else "frozen"
+        elif chosen == "auto":
+            chosen = "full"
         if chosen == "head_first" and (fit.partial or fit.previous is not None):
             return "full"  # the head is there
         return chosen
@@ -379,7 +397,7 @@ class BaseImageEstimator(Trains):
             "lr_schedule": self.lr_schedule,
             "backbone_lr": self._backbone_share,
             "layer_decay": self.layer_decay,
-            "ema": self.ema,
+            "ema": None if self.ema == "auto" else self.ema,
         }
         return Stage(criterion, batches, n_epochs, n_steps, **{**rates, **others})
 

@@ -27,6 +27,8 @@ _RESERVED = {
     "predict_nonlinearity", "optimizer__lr",
 }  # fmt: skip
 
+WEIGHT_DECAY = 1e-2  # unless told otherwise
+
 
 def described(module: nn.Module) -> Any:
     """What makes a network: layers with their settings, names and shapes of weights."""
@@ -95,7 +97,7 @@ class MakesNetworks(SharedParameters):
     def _backbone_share(self) -> float:
         """Learning rate of the backbone as a share of `lr`."""
         if self.backbone_lr == "auto":
-            return 0.1 if self._has_known_start else 1.0
+            return 0.3 if self._has_known_start else 1.0
         return self.backbone_lr
 
     @property
@@ -236,7 +238,8 @@ class MakesNetworks(SharedParameters):
             )
         if params["optimizer"] is torch.optim.AdamW:
             params.setdefault("optimizer__fused", True)
-        params.setdefault("optimizer__weight_decay", self.weight_decay)
+        decay = WEIGHT_DECAY if self.weight_decay == "auto" else self.weight_decay
+        params.setdefault("optimizer__weight_decay", decay)
         rates = self._backbone_share, self.layer_decay
         if rates != (1, 1) and "optimizer__param_groups" in params:
             raise ValueError(
@@ -268,7 +271,7 @@ class MakesNetworks(SharedParameters):
         def trunk(input_shape: tuple[int, ...] = self.image_shape_) -> Trunk:
             module = make_backbone(backbone, input_shape, self.n_samples_fit_)
             module = module.to("meta" if on_meta else "cpu").float()
-            return Trunk(module, input_shape, autocast=autocast)
+            return Trunk(module, input_shape, autocast=autocast, device=device)
 
         return self._make_network(trunk).to(device, dtype)
 

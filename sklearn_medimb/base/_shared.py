@@ -71,9 +71,10 @@ class SharedParameters(
         What is trained of a backbone that was trained before. "full": everything. "frozen": no
         weight and no running statistic of it; it encodes each training image once, in `n_views`
         views, and epochs run on that: a hundred times faster. "head_first": that, then everything
-        (A. Kumar et al., ICLR 2022); `max_epochs` counts the latter. n: its last n stages. "auto":
-        "head_first" where `backbone` begins with weights of elsewhere, as "efficientnet_lite0"
-        does, else "full".
+        (A. Kumar et al., ICLR 2022); `max_epochs` counts the latter. n: its last n stages. "auto"
+        is "full", but where `backbone` begins with weights of elsewhere, as "efficientnet_lite0"
+        does: there it is "head_first" on a GPU and "frozen", which a CPU can do in seconds,
+        elsewhere, and for transformers.
     n_views
         Views of an image that predictions average: as it is, flipped, turned by quarters, as far as
         `augment` says that these change nothing (both flips for quarter turns, of square images);
@@ -81,23 +82,26 @@ class SharedParameters(
         with weights of elsewhere, else 1.
     max_epochs
         Passes over the training images. "auto" aims at 180 steps and 60 more per class, up to 17
-        classes (a third of that for vectors), and at least 10 epochs; it is 10 through a backbone
-        that begins with weights of elsewhere.
+        classes (a third of that for vectors), and at least 10 epochs; it is 15 through a backbone
+        that begins with weights of elsewhere, and four times as many steps on what such a frozen
+        one encoded.
     batch_size
         Images per step.
     lr
         Peak learning rate of AdamW.
     backbone_lr
-        Learning rate of the backbone as a share of `lr`. "auto" is 0.1 where it begins with weights
+        Learning rate of the backbone as a share of `lr`. "auto" is 0.3 where it begins with weights
         of elsewhere, else 1.
     layer_decay
         By how much each stage of the backbone learns more slowly than the one after it; 0.65 to 0.8
         are usual for transformers that were trained before.
     ema
         Share of the old in the running mean of the weights, as it is after many steps; predictions,
-        also on validation rows, are those of the mean. None keeps the weights of the last step.
+        also on validation rows, are those of the mean. None keeps the weights of the last step;
+        "auto" does so too, but is 0.98 where a backbone with weights of elsewhere is tuned.
     weight_decay
-        Decoupled weight decay.
+        Decoupled weight decay. "auto" is 2 for a head on what a frozen backbone that begins with
+        weights of elsewhere encoded, and else 0.01.
     lr_schedule
         Course of the learning rate.
     augment
@@ -217,8 +221,12 @@ class SharedParameters(
     lr: float = parameter(above(0), default=2e-3, search=(2e-4, 2e-2, "log"))
     backbone_lr: Any = parameter(at_least(0), one_of("auto"), default="auto")
     layer_decay: float = parameter(within(0, 1, closed="right"), default=1.0)
-    ema: float | None = parameter(within(0, 1), None, default=None)
-    weight_decay: float = parameter(at_least(0), default=1e-2, search=(1e-5, 1e-1, "log"))
+    ema: Any = parameter(
+        within(0, 1), one_of("auto"), None, default="auto", kind='float, "auto" or None'
+    )
+    weight_decay: Any = parameter(
+        at_least(0), one_of("auto"), default="auto", search=(1e-5, 1e-1, "log")
+    )
     lr_schedule: str = parameter(one_of(*SCHEDULES), default="one_cycle", search=True)
     augment: Any = parameter(
         str,

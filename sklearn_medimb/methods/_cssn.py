@@ -615,6 +615,9 @@ class CSSNClassifier(BaseImageClassifier):
             return 0.0 if len(self.classes_) == 2 else 2.0
         return self.aux_weight
 
+    _patience_on_encoded = 1  # its head is most of its network
+    _decay_on_encoded = None
+
     def _check_parameters(self) -> None:
         super()._check_parameters()
         resolve_bank(self.bank)._validate_params()

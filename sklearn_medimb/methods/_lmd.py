@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -370,7 +371,12 @@ def _whitening(covariance: torch.Tensor) -> torch.Tensor:
     variance = covariance.diagonal()
     varies = variance > 1e-20 * variance.mean()
     scale = torch.where(varies, variance, torch.inf).sqrt()
-    values, vectors = torch.linalg.eigh(covariance / scale.outer(scale))
+    correlation = covariance / scale.outer(scale)
+    try:
+        values, vectors = torch.linalg.eigh(correlation)
+    except torch.linalg.LinAlgError:  # many values are the same: the slower way always gets there
+        found = scipy.linalg.eigh(correlation.cpu().numpy(), driver="ev")
+        values, vectors = (torch.from_numpy(part).to(covariance.device) for part in found)
     return (vectors / values.clamp_min(1e-6).sqrt()).T / scale
 
 
@@ -580,10 +586,12 @@ class LMDClassifier(TwoStageClassifier):
             )
 
     def _make_network(self, trunk: Callable[..., Any]) -> nn.Module:
-        n_classes = len(self.classes_)
-        depths = self._has_known_start
+        n_classes, known = len(self.classes_), self._has_known_start
         return LMDNetwork(
-            trunk(), lambda n_features: nn.Linear(n_features, n_classes), at_all_depths=depths
+            trunk(),
+            lambda n_features: nn.Linear(n_features, n_classes),
+            at_all_depths=known,
+            standardised=known,
         )
 
     def _images_per_step(self, n_samples: int) -> int:

@@ -67,10 +67,18 @@ class MixingNetwork(SoftmaxNetwork):
         Number of features to a head.
     layer : str or None
         Name of the backbone's layer, "auto", or None to mix the images themselves.
+    standardised : bool, default=False
+        Whether features will be standardised.
     """
 
-    def __init__(self, trunk: Trunk, head: Callable[[int], nn.Module], layer: str | None) -> None:
-        super().__init__(trunk, head)
+    def __init__(
+        self,
+        trunk: Trunk,
+        head: Callable[[int], nn.Module],
+        layer: str | None,
+        standardised: bool = False,
+    ) -> None:
+        super().__init__(trunk, head, standardised=standardised)
         self.layer = default_layer(trunk.backbone) if layer == "auto" else layer
         self.encoded_grid = tuple(trunk.probe().shape[2:])  # of a frozen trunk its output is mixed
         trunk.divisible = self.layer is None
@@ -411,7 +419,7 @@ class SPMixClassifier(OneStageClassifier):
 
     def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
         layer = self.mix_layer if self.level == "token" and len(self.image_shape_) > 1 else None
-        return MixingNetwork(trunk(), self._make_head, layer)
+        return MixingNetwork(trunk(), self._make_head, layer, self._has_known_start)
 
     def _class_mass(self, train: TrainingSet) -> np.ndarray:
         mass = super()._class_mass(train)
