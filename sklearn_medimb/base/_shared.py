@@ -94,7 +94,8 @@ class SharedParameters(
         of elsewhere, else 1.
     layer_decay
         By how much each stage of the backbone learns more slowly than the one after it; 0.65 to 0.8
-        are usual for transformers that were trained before.
+        are usual for transformers that were trained before, as is
+        ``callbacks=[skorch.callbacks.GradientNormClipping(1.0)]``, which works in every stage.
     ema
         Share of the old in the running mean of the weights, as it is after many steps; predictions,
         also on validation rows, are those of the mean. None keeps the weights of the last step;
