@@ -128,9 +128,10 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
     class_counts_: np.ndarray = learned("ndarray of int of shape (n_classes,)")
     best_score_: float = learned("float")
 
-    # Steps on what a frozen backbone encoded cost little: so many times as many of them.
-    _patience_on_encoded = 4
-    _decay_on_encoded: float | None = 2.0
+    # Of a head on a backbone with weights of elsewhere that stays as it is: how many times as many
+    # steps, which cost little on what it encoded once; and how much weight decay.
+    _patience_when_held = 4
+    _decay_when_held: float | None = 2.0
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any, *, groups: Any = None) -> Self:
@@ -479,11 +480,11 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         """Epochs to train; "auto" gives small sets enough steps and large ones ten epochs."""
         if self.max_epochs != "auto" and not (on_encoded and self.fine_tune_ == "head_first"):
             return self.max_epochs
-        if self._has_known_start and not on_encoded and self.fine_tune_ != "frozen":
+        if self._has_known_start and not on_encoded and not self._holds_backbone:
             return 15
         n_steps = 180 + 60 * min(len(self.classes_), 17)
-        if on_encoded or self.fine_tune_ == "frozen":
-            n_steps *= self._patience_on_encoded
+        if self._holds_backbone:
+            n_steps *= self._patience_when_held
         if len(self.image_shape_) == 1:  # an MLP on vectors settles sooner
             n_steps //= 3
         return max(10, -(-n_steps // self._steps_per_epoch(n_samples)))

@@ -207,36 +207,40 @@ class BaseImageEstimator(Trains):
         With them comes the training set of the last one.
         """
         n, n_epochs = len(train.rows), 1 if fit.partial else self._n_epochs(len(train.rows))
-        if self.fine_tune_ not in ("frozen", "head_first"):
-            return self._averaging(self._stages(train, n_epochs, context)), train
-        encoded = self._encoded(train)
-        scale = getattr(self.net_.module_, "scale", None)
-        alone = self.fine_tune_ == "frozen" and fit.previous is None
-        if alone and isinstance(scale, Standardised):
-            features = self._map_views(encoded.images, self.net_.module_.features, encoded.rows)
-            scale.settle(features.flatten(0, 1))
+        on_encoded, others = self.fine_tune_ in ("frozen", "head_first"), {}
+        encoded = self._encoded(train) if on_encoded else train
+        if self._holds_backbone and fit.previous is None:
+            self._standardise(encoded)
+            if self.weight_decay == "auto" and not self.net_params:
+                others["weight_decay"] = self._decay_when_held
+        if not on_encoded:
+            return self._averaging(self._stages(train, n_epochs, context), **others), train
         frozen = replace(context, preprocess=Untouched(context.preprocess))
         if self.fine_tune_ == "head_first":
             n_epochs = self._n_epochs(n, on_encoded=True)
         with self.net_.module_.trunk.wholly_held():
             first = self._stages(encoded, n_epochs, frozen)
-        own = alone and self._has_known_start and self.weight_decay == "auto"
-        decay = self._decay_on_encoded if own and not self.net_params else None
-        first = [replace(stage, on_encoded=True, weight_decay=decay) for stage in first]
+        first = [replace(stage, on_encoded=True, **others) for stage in first]
         if self.fine_tune_ == "frozen":
             return first, encoded
         first = [
             replace(stage, name=f"head, {stage.name}".rstrip(", "), validated=False)
             for stage in first
         ]
-        through = self._averaging(self._stages(train, self._n_epochs(n), context))
-        return first + through, train
+        return first + self._averaging(self._stages(train, self._n_epochs(n), context)), train
 
-    def _averaging(self, stages: list[Stage]) -> list[Stage]:
+    def _standardise(self, train: TrainingSet) -> None:
+        """Let the network standardise its features as those of the training images are spread."""
+        scale = getattr(self.net_.module_, "scale", None)
+        if isinstance(scale, Standardised):
+            features = self._map_views(train.images, self.net_.module_.features, train.rows)
+            scale.settle(features.flatten(0, 1))
+
+    def _averaging(self, stages: list[Stage], **others: Any) -> list[Stage]:
         """Have the weights averaged where a backbone with weights of elsewhere is tuned."""
-        if self.ema != "auto" or not self._has_known_start:
-            return stages
-        return [replace(stage, ema=0.98) for stage in stages]
+        if self.ema == "auto" and self._has_known_start and not self._holds_backbone:
+            others["ema"] = 0.98
+        return [replace(stage, **others) for stage in stages]
 
     def _encoded(self, train: TrainingSet) -> TrainingSet:
         """Give the same images as the backbone, which will not change, leaves them."""

@@ -101,6 +101,12 @@ class MakesNetworks(SharedParameters):
         return self.backbone_lr
 
     @property
+    def _holds_backbone(self) -> bool:
+        """Whether weights of elsewhere, of which something is known, stay as they are."""
+        frozen = self.fine_tune_ == "frozen" or self._backbone_share == 0
+        return self._has_known_start and frozen
+
+    @property
     def _start(self) -> Any:
         """Fitted estimator whose backbone, and normalisation, training begins with."""
         given = self.backbone

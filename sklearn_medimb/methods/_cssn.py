@@ -615,8 +615,8 @@ class CSSNClassifier(BaseImageClassifier):
             return 0.0 if len(self.classes_) == 2 else 2.0
         return self.aux_weight
 
-    _patience_on_encoded = 1  # its head is most of its network
-    _decay_on_encoded = None
+    _patience_when_held = 1  # its head is a network of its own
+    _decay_when_held = None
 
     def _check_parameters(self) -> None:
         super()._check_parameters()

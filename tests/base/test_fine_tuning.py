@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,8 +98,8 @@ def test_frozen_networks_keep_every_bit_and_encode_each_image_once(name, data, m
 def test_a_head_comes_first_and_then_everything_moves(name, data, monkeypatch):
     X, y = data
     passes = Passes(monkeypatch)
-    clf = make(name).fit(X, y)
-    assert clf.fine_tune_ == "head_first"  # "auto", as the backbone brings weights
+    clf = make(name, fine_tune="head_first").fit(X, y)
+    assert clf.fine_tune_ == "head_first"
     stages = [str(row.get("stage")) for row in clf.history_]
     first = [k for k, stage in enumerate(stages) if stage.startswith("head")]
     assert first == list(range(len(first)))
@@ -385,8 +386,46 @@ def test_portions_train_a_frozen_network(data):
     assert len(clf.history_) == 3
 
 
-def test_ten_epochs_go_through_a_start(data):
-    clf = make("SoftmaxClassifier", max_epochs="auto").fit(*data)
+def test_what_is_trained_of_a_start_is_chosen_by_start_and_device(data):
+    def chosen(backbone, device):
+        clf = make("SoftmaxClassifier", backbone=backbone)
+        fit = SimpleNamespace(device=torch.device(device), partial=False, previous=None)
+        return clf._chosen_fine_tuning(fit)
+
+    class Transformer(Started):
+        gains_from_tuning = False
+
+    assert (chosen(BACKBONE, "cpu"), chosen(BACKBONE, "cuda")) == ("frozen", "head_first")
+    assert (chosen(Transformer(), "cuda"), chosen("conv", "cuda")) == ("frozen", "full")
+    assert make("SoftmaxClassifier", device="cpu").fit(*data).fine_tune_ == "frozen"
+
+
+def test_frozen_features_are_standardised(data):
+    X, y = data
+    seen = []
+
+    class Look(Callback):
+        def on_train_begin(self, net, **kwargs):
+            seen.append(net.module_.head.weight.detach().abs().max().item())
+
+    clf = make("SoftmaxClassifier", fine_tune="frozen", callbacks=[Look()])
+    WATCHERS.add(Look)
+    features = clf.fit(X, y)._map_views(clf._read(X), clf.net_.module_.features)
+    spread, mean = torch.std_mean(features.flatten(0, 1), dim=0, correction=0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-4, rtol=0)
+    assert ((spread - 1).abs() < 1e-3).float().mean() > 0.9
+    assert seen == [0.0]
+    rates = [group["weight_decay"] for group in clf.net_.optimizer_.param_groups]
+    assert set(rates) == {2.0}
+    tuned = make("SoftmaxClassifier", fine_tune="head_first").fit(X, y)
+    assert {group["weight_decay"] for group in tuned.net_.optimizer_.param_groups} == {0.01}
+    assert torch.equal(
+        tuned.net_.module_.scale.deviation, torch.ones(tuned.net_.module_.n_features)
+    )
+
+
+def test_fifteen_epochs_go_through_a_start(data):
+    clf = make("SoftmaxClassifier", fine_tune="head_first", max_epochs="auto").fit(*data)
     stages = [row.get("stage") for row in clf.history_]
-    assert stages.count(None) == 10
-    assert stages.count("head") == len(stages) - 10 >= 10
+    assert stages.count(None) == 15
+    assert stages.count("head") == len(stages) - 15 >= 10
