@@ -10,14 +10,40 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.utils._param_validation import Interval, StrOptions
+
+from sklearn_medimb._parameters import Declaring, integers, one_of, parameter
 
 CHANNEL_COUNTS = (1, 3, 4)  # what an axis of channels may look like when nobody says
-INPUT_CONSTRAINTS: dict[str, list[Any]] = {
-    "image_shape": [None, tuple, list],
-    "data_format": [StrOptions({"auto", "channels_first", "channels_last"})],
-    "spatial_dims": [None, Interval(Integral, 2, 3, closed="both")],
-}
+
+
+class InputParameters(Declaring):
+    """How X holds images, and which device takes them.
+
+    Parameters
+    ----------
+    image_shape
+        Shape of one image where X holds flattened ones: ``(H, W)``, ``(C, H, W)``, ``(C, D, H,
+        W)``.
+    data_format
+        Where the channel axis is.
+    spatial_dims
+        3 reads 4-D X as gray volumes ``(n, D, H, W)``.
+    device
+        "auto" takes a CUDA GPU where there is one.
+    """
+
+    image_shape: Any = parameter(
+        None, tuple, list, default=None, kind="tuple of int or None", last=True
+    )
+    data_format: str = parameter(
+        one_of("auto", "channels_first", "channels_last"), default="auto", last=True
+    )
+    spatial_dims: int | None = parameter(
+        None, integers(2, 3), default=None, kind="{2, 3} or None", last=True
+    )
+    device: Any = parameter(
+        str, torch.device, default="auto", kind="str or torch.device", last=True
+    )
 
 
 @dataclass(frozen=True)

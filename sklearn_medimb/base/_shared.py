@@ -7,13 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils._param_validation import HasMethods
 from torch import nn
 
-from sklearn_medimb._data.layout import INPUT_CONSTRAINTS
+from sklearn_medimb._data.layout import InputParameters
 from sklearn_medimb._data.resize import MAX_SIDE, Resize
 from sklearn_medimb._parameters import (
     Declaring,
@@ -36,8 +35,35 @@ except ImportError:  # scikit-learn < 1.9
         """Stand-in: this scikit-learn has no callbacks."""
 
 
+class Companions(Declaring):
+    """What goes along with training, before how X holds images in every signature.
+
+    Parameters
+    ----------
+    callbacks
+        skorch callbacks, cloned before use, and names: "tensorboard" writes each fit below
+        ``runs/``, "mlflow" logs it as a run of the tracking server that is set. Of skorch's own,
+        those for which a parameter here does the same are refused, by the name of that.
+    checkpoint_dir
+        Write the state after each epoch. After a crash, ``fit`` with the same parameters and data
+        resumes there; a finished fit removes its file. Fits can share the directory, also the same
+        fit several times at once. What tells fits apart is the content of everything that decides
+        on the result: code of functions, state of objects (where that cannot be read, ``fit``
+        refuses), callbacks but for skorch's own loggers and progress bars, every pixel (about a
+        second per gigabyte; lazy images are read once for it). Of callbacks, attributes that are
+        numbers, texts, tensors, or lists, tuples and dicts of these are kept, or what a method
+        ``state_dict`` gives; where others change in training, ``fit`` refuses.
+    """
+
+    callbacks: Any = parameter(str, list, None, default=None, last=True)
+    checkpoint_dir: Any = parameter(
+        str, os.PathLike, None, default=None, kind="path-like or None", last=True
+    )
+
+
 class SharedParameters(
-    Declaring,
+    InputParameters,
+    Companions,
     CallbackSupportMixin,
     ClassNamePrefixFeaturesOutMixin,
     TransformerMixin,
@@ -110,28 +136,6 @@ class SharedParameters(
         both ways, "light" left and right; "chest" does what "medical" does but never flips: for
         images whose left is not their right, such as chest films. Feature vectors are never
         augmented.
-    callbacks
-        skorch callbacks, cloned before use, and names: "tensorboard" writes each fit below
-        ``runs/``, "mlflow" logs it as a run of the tracking server that is set. Of skorch's own,
-        those for which a parameter here does the same are refused, by the name of that.
-    checkpoint_dir
-        Write the state after each epoch. After a crash, ``fit`` with the same parameters and data
-        resumes there; a finished fit removes its file. Fits can share the directory, also the same
-        fit several times at once. What tells fits apart is the content of everything that decides
-        on the result: code of functions, state of objects (where that cannot be read, ``fit``
-        refuses), callbacks but for skorch's own loggers and progress bars, every pixel (about a
-        second per gigabyte; lazy images are read once for it). Of callbacks, attributes that are
-        numbers, texts, tensors, or lists, tuples and dicts of these are kept, or what a method
-        ``state_dict`` gives; where others change in training, ``fit`` refuses.
-    image_shape
-        Shape of one image where X holds flattened ones: ``(H, W)``, ``(C, H, W)``, ``(C, D, H,
-        W)``.
-    data_format
-        Where the channel axis is.
-    spatial_dims
-        3 reads 4-D X as gray volumes ``(n, D, H, W)``.
-    device
-        "auto" takes a CUDA GPU where there is one.
     precision
         "auto" runs the backbone of image networks in bfloat16 where the hardware does natively.
     compile
@@ -238,24 +242,8 @@ class SharedParameters(
         search=["none", "light", "medical", "chest", "strong"],
     )
 
-    # ---------------------------------------------------------------- input and machine
+    # ---------------------------------------------------------------- the machine
 
-    callbacks: Any = parameter(str, list, None, default=None, last=True)
-    checkpoint_dir: Any = parameter(
-        str, os.PathLike, None, default=None, kind="path-like or None", last=True
-    )
-    image_shape: Any = parameter(
-        *INPUT_CONSTRAINTS["image_shape"], default=None, kind="tuple of int or None", last=True
-    )
-    data_format: str = parameter(
-        one_of("auto", "channels_first", "channels_last"), default="auto", last=True
-    )
-    spatial_dims: int | None = parameter(
-        *INPUT_CONSTRAINTS["spatial_dims"], default=None, kind="{2, 3} or None", last=True
-    )
-    device: Any = parameter(
-        str, torch.device, default="auto", kind="str or torch.device", last=True
-    )
     precision: str = parameter(
         one_of("auto", "float32", "bf16", "float64"), default="auto", last=True
     )

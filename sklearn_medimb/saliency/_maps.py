@@ -11,11 +11,11 @@ from sklearn.base import BaseEstimator, TransformerMixin, _fit_context
 
 from sklearn_medimb._data.containers import as_list, as_pixel_array
 from sklearn_medimb._data.images import Images, read_images, warn_of_flat_images
-from sklearn_medimb._data.layout import INPUT_CONSTRAINTS, as_pixels
+from sklearn_medimb._data.layout import InputParameters, as_pixels
 from sklearn_medimb._data.pixel_scale import to_unit_scale
 from sklearn_medimb._machine.fitted import all_or_nothing
 from sklearn_medimb._machine.runtime import one_thread_in_workers, pixel_block, resolve_device
-from sklearn_medimb._parameters import Declaring, learned, one_of, parameter
+from sklearn_medimb._parameters import learned, one_of, parameter
 from sklearn_medimb.saliency._detectors import DETECTORS, POLARITIES, Detector, valid_region
 
 
@@ -132,7 +132,7 @@ def as_maps(maps: Any, shape: tuple[int, ...], name: str) -> torch.Tensor:
     raise ValueError(f"{name} has maps of shape {found}; it must be {tuple(shape)}.")
 
 
-class SaliencyParameters(Declaring):
+class SaliencyParameters(InputParameters):
     """Where images are salient, and how X holds them.
 
     Parameters
@@ -150,12 +150,6 @@ class SaliencyParameters(Declaring):
         Shape of one image where X holds flattened ones: ``(H, W)``, ``(C, H, W)``,
         ``(C, D, H, W)``, or with the channels last. Without it the rows of a 2-D X are images of
         height 1, with a warning.
-    data_format
-        Where the channel axis is.
-    spatial_dims
-        3 reads 4-D X as gray volumes ``(n, D, H, W)``.
-    device
-        "auto" takes a CUDA GPU where there is one.
 
     Attributes
     ----------
@@ -172,18 +166,6 @@ class SaliencyParameters(Declaring):
     )
     polarity: str = parameter(one_of(*POLARITIES), default="both", search=True)
     mask: str | None = parameter(one_of("auto"), None, default=None, search=[None, "auto"])
-    image_shape: Sequence[int] | None = parameter(
-        *INPUT_CONSTRAINTS["image_shape"], default=None, kind="tuple of int or None", last=True
-    )
-    data_format: str = parameter(
-        one_of("auto", "channels_first", "channels_last"), default="auto", last=True
-    )
-    spatial_dims: int | None = parameter(
-        *INPUT_CONSTRAINTS["spatial_dims"], default=None, kind="{2, 3} or None", last=True
-    )
-    device: str | torch.device = parameter(
-        str, torch.device, default="auto", kind="str or torch.device", last=True
-    )
 
     image_shape_: tuple[int, ...] = learned("tuple of int")
     n_features_in_: int = learned("int")
