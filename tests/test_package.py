@@ -48,6 +48,7 @@ PRINTED = {
     "virtual_features": ["tail recall", "virtual features", "own covariance", "P x K batch"],
 }  # fmt: skip
 WITHOUT_FIGURE = {"deployment": ["--folder", "FOLDER"]}
+BRIEF = {"optuna_search": ["--trials", "6"]}  # more would do the same again
 COMMANDS = {"many_machines": ["--dask"], "spmix_gallery": ["--figure", "figure.png"]}
 PUBLIC = list(public())  # also what is no estimator
 
@@ -231,7 +232,7 @@ def run_briefly(monkeypatch, capsys):
 
     def run(name, *arguments):
         path = str(ROOT / "examples" / f"{name}.py")
-        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments), *BRIEF.get(name, [])])
         with warnings.catch_warnings():
             warnings.simplefilter("default")  # an example's own affair, as in its own process
             runpy.run_path(path, run_name="__main__")

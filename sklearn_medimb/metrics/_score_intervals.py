@@ -406,13 +406,14 @@ def _extreme(
 
     def shares(t: float) -> np.ndarray:
         x = t * v - c
-        a = np.maximum.reduceat(x + c * p**2, starts)  # left of the root of a convex function
+        a = np.maximum.reduceat(x + c * p**2, starts)  # left of where the sum is 1
         for _ in range(100):
-            root = np.sqrt(np.maximum(a[of] - x, 1e-300) / c)
-            excess = np.add.reduceat(p / root, starts) - 1
-            if excess.max() < 1e-10:
+            root = np.sqrt(np.maximum(a[of] - x, 1e-90) / c)
+            total = np.add.reduceat(p / root, starts)
+            # Newton's step to where total**-2 is 1, which is nearly straight in a, and concave.
+            before, a = a, a + (total**3 - total) / np.add.reduceat(p / (c * root**3), starts)
+            if total.max() < 1 + 1e-10 or (a == before).all():
                 break
-            a = a + 2 * excess / np.add.reduceat(p / (c * root**3), starts)
         return p / root
 
     def excess(log_t: float) -> float:

@@ -35,7 +35,7 @@ def search(**params):
 def client():
     with (
         distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+            n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None
         ) as cluster,
         distributed.Client(cluster) as client,
     ):
@@ -66,19 +66,31 @@ def alone():
     return found
 
 
-@pytest.mark.parametrize("processes", [False, True])
-def test_threads_of_one_worker_find_what_a_serial_search_does(processes, alone):
-    """Also in a worker process, whose fits use one thread of torch each."""
-    X, y = make_blobs()
-    before, state = torch.get_num_threads(), torch.get_rng_state()
-    torch.set_num_threads(1)
+@pytest.fixture
+def in_one_process(client):
+    """The cluster's first worker alone."""
+    return {"client": client, "workers": [next(iter(client.run(os.getpid)))]}
+
+
+@pytest.fixture
+def in_this_process():
     with (
         distributed.LocalCluster(
-            n_workers=1, threads_per_worker=2, processes=processes, dashboard_address=None
+            n_workers=1, threads_per_worker=2, processes=False, dashboard_address=None
         ) as cluster,
         distributed.Client(cluster) as client,
-        joblib.parallel_config("dask", client=client),
     ):
+        yield {"client": client}
+
+
+@pytest.mark.parametrize("where", ["in_this_process", "in_one_process"])
+def test_threads_of_one_worker_find_what_a_serial_search_does(where, alone, request):
+    """Also in a worker process, whose fits use one thread of torch each."""
+    X, y = make_blobs()
+    where = request.getfixturevalue(where)
+    before, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(1)
+    with joblib.parallel_config("dask", **where):
         spread = search(backbone=MLP((8,), dropout=0.2)).fit(X, y)
     torch.set_num_threads(before)
     assert torch.equal(torch.get_rng_state(), state)
