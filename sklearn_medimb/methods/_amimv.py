@@ -240,7 +240,8 @@ class AMIMVEncoder(BaseImageEncoder):
         ResNet-18, MIMV's views, crops down to .08 of the area, batches of 1024, SGD at 3.0 with
         momentum and a weight decay of 1e-4. With another `batch_size` the rate is scaled with it,
         ``lr = 3.0 * batch_size / 1024``; fewer images than that make smaller batches, for which to
-        scale `lr` is left to you.
+        scale `lr` is left to you. The rate is for weights that begin at random: with weights of
+        elsewhere pass a smaller `backbone_lr`.
 
         What differs: 400 epochs, as a third party reports for AMIMV, where MIMV has 2,000; the
         warm-up takes three tenths of the steps, theirs one; the loss is the repaired one
@@ -261,6 +262,9 @@ class AMIMVEncoder(BaseImageEncoder):
         """
         settings: dict[str, Any] = {
             "backbone": "resnet18",
+            "backbone_lr": 1.0,
+            "ema": None,
+            "n_views": 1,
             "pairing": "mimv",
             "augment": "mimv",
             "batch_size": 1024,

@@ -550,7 +550,8 @@ class CSSNClassifier(BaseImageClassifier):
         ViT-S/16 at 224 pixels with stochastic depth 0.5, 8 images a step, fresh views for every
         pair, w = 0.01, the double sigmoid, 196 tokens, Adam at 1e-5 (backbone) and 1e-3 (head)
         over 70 epochs, one draw of 10 supports per class. It presumes pre-trained weights:
-        ``published(backbone=ViT.small(drop_path=0.5, weights=path))``.
+        ``published(backbone=ViT.small(drop_path=0.5, weights=path))``, or a backbone that has them,
+        such as "efficientnet_lite0", all of whose weights are then trained.
 
         What differs: batches are class-balanced exactly, theirs on average (weighted draws with
         replacement), and no image comes twice before all of its class came once; epochs have the
@@ -600,7 +601,10 @@ class CSSNClassifier(BaseImageClassifier):
             "batch_size": 8,
             "max_epochs": 70,
             "lr": 1e-3,
+            "fine_tune": "full",
             "backbone_lr": 0.01,
+            "ema": None,
+            "n_views": 1,
             "weight_decay": 1e-3,
             "lr_schedule": "cosine",
             "precision": "float32",

@@ -523,9 +523,10 @@ class LMDClassifier(TwoStageClassifier):
         features and batch normalisation across them), relation weights 2.5, 2.5 and 5 (10, 10 and 5
         on the four processes act so), 200 rounds of 50,000 virtual features per class with each
         class's own covariance. It presumes pre-trained weights:
-        ``published(backbone=ResNet(depth=18, weights=path))``. The weight of the distribution term
-        is their 1e-4 times the 512 features of a ResNet-18, as distances are divided by the number
-        of features; for a backbone of d features pass ``fdc_weight=1e-4 * d``.
+        ``published(backbone=ResNet(depth=18, weights=path))``, or a backbone that has them, such as
+        "efficientnet_lite0", all of whose weights are then trained. The weight of the distribution
+        term is their 1e-4 times the 512 features of a ResNet-18, as distances are divided by the
+        number of features; for a backbone of d features pass ``fdc_weight=1e-4 * d``.
 
         What differs: the E-step has the gradient and the sign that the paper's figure shows; it too
         has 512 images a step, theirs 128, and no weight decay, theirs 1e-4, which at its rate of
@@ -560,6 +561,10 @@ class LMDClassifier(TwoStageClassifier):
             "fdc": "paper",
             "fdc_weight": 1e-4 * 512,
             "e_step_lr": 1e-6,
+            "fine_tune": "full",
+            "backbone_lr": 1.0,
+            "ema": None,
+            "n_views": 1,
             "augment": "strong",
             "max_epochs": 100,
             "batch_size": 512,

@@ -337,7 +337,8 @@ class SPMixClassifier(OneStageClassifier):
         256, 16 images a step, AdamW at 5e-6 with a weight decay of 0.1 over 500 epochs of cosine
         annealing, every image mixed, natural bases with class-balanced partners from all training
         images. It presumes pre-trained weights and images of 224 pixels; for training from scratch
-        raise `lr`.
+        raise `lr`. Another backbone, such as "efficientnet_lite0", is trained likewise, all of its
+        weights at `lr`.
 
         What differs: their convolutional part is a ResNet-50-D with ImageNet weights, ours a plain
         ResNet-50 without any; a warm-up of ten epochs is left out; both views are "strong", where
@@ -366,6 +367,10 @@ class SPMixClassifier(OneStageClassifier):
             "pairing": "code",
             "mix_prob": 1.0,
             "contrast": Contrast("gpaco", projection_dim=256, hidden=4096),
+            "fine_tune": "full",
+            "backbone_lr": 1.0,
+            "ema": None,
+            "n_views": 1,
             "augment": "strong",
             "max_epochs": 500,
             "batch_size": 16,

