@@ -267,6 +267,7 @@ class BaseImageEncoder(BaseImageEstimator):
             n_epochs,
             self._steps_per_epoch(n),
             name=PRETRAINING,
+            backbone_lr=self._share_of_rate(owner._has_known_start),
             callbacks=(Monitor(embed, y, n_epochs),),
             forward=partial(encode, n_online=n_online, n_target=len(views.target)),
             optimizer={k: v for k, v in params.items() if k.split("__")[0] == "optimizer"},

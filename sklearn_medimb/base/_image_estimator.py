@@ -41,7 +41,7 @@ from sklearn_medimb._training.net import Net
 from sklearn_medimb._training.network import Standardised
 from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb.augment import resolve_augmentation, symmetries
-from sklearn_medimb.backbones import classifier_head, recipe_of
+from sklearn_medimb.backbones import classifier_head
 from sklearn_medimb.base._course import Trains
 
 
@@ -353,7 +353,7 @@ class BaseImageEstimator(Trains):
         """How the backbone is trained, with "auto" resolved."""
         chosen = self.fine_tune
         if chosen == "auto" and self._has_known_start:
-            tuned = fit.device.type == "cuda" and recipe_of(self.backbone).gains_from_tuning
+            tuned = fit.device.type == "cuda" and self._recipe.gains_from_tuning
             chosen = "head_first" if tuned else "frozen"
         elif chosen == "auto":
             chosen = "full"

@@ -82,22 +82,31 @@ class MakesNetworks(SharedParameters):
         return _brings_weights(self.backbone)
 
     @property
+    def _recipe(self) -> Any:
+        """Recipe of the backbone, if it has one; with a fitted estimator in its place, of that."""
+        return recipe_of(self.backbone) if self._start is None else self._start._recipe
+
+    @property
     def _known_start(self) -> Start | None:
         """What is known of the weights that the backbone brings from elsewhere."""
-        recipe = recipe_of(self.backbone)
+        recipe = self._recipe
         return recipe.start if isinstance(recipe, Backbone) else None
 
     @property
     def _has_known_start(self) -> bool:
         """Whether something is known of them; looks nothing up."""
-        recipe = recipe_of(self.backbone)
+        recipe = self._recipe
         return isinstance(recipe, Backbone) and recipe.has_start
 
     @property
     def _backbone_share(self) -> float:
         """Learning rate of the backbone as a share of `lr`."""
+        return self._share_of_rate(self._has_known_start)
+
+    def _share_of_rate(self, is_known: bool) -> float:
+        """Of a backbone that begins with known weights of elsewhere, or of another."""
         if self.backbone_lr == "auto":
-            return 0.3 if self._has_known_start else 1.0
+            return 0.3 if is_known else 1.0
         return self.backbone_lr
 
     @property

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sklearn_medimb._machine.randomness import seeded
-from sklearn_medimb.backbones import Backbone, recipe_of
+from sklearn_medimb.backbones import Backbone
 
 _PREFIX = "trunk.backbone."
 
@@ -26,9 +26,7 @@ def start_weights(estimator: Any) -> tuple[str, dict[str, np.ndarray]] | None:
     ValueError
         If it holds other weights.
     """
-    while estimator._start is not None:
-        estimator = estimator._start
-    recipe = recipe_of(estimator.backbone)
+    recipe = estimator._recipe
     if not isinstance(recipe, Backbone):
         return None
     with seeded(0, torch.device("cpu")):
