@@ -20,11 +20,11 @@ class Stage:
 
     `weight_decay` takes the place of the estimator's. The backbone learns at ``backbone_lr * lr``,
     each of its stages at `layer_decay` times the rate of the next. With `ema` the running mean of
-    the weights is kept. `forward` takes the place of
-    the network's own forward pass: (network, batch) to its output. `optimizer` holds skorch's
-    parameters of another optimiser than the estimator's. Where `validated` is False no validation
-    score decides on the stage's epochs. Where `on_encoded` the trunk is frozen and batches hold
-    what it made of images.
+    the weights is kept. `forward` takes the place of the network's own forward pass: (network,
+    batch) to its output. `optimizer` holds skorch's parameters of another optimiser than the
+    estimator's. Where `validated` is False no validation score decides on the stage's epochs. Where
+    `on_encoded` the trunk is frozen and batches hold what it made of images. `after` is called when
+    the stage has ended.
     """
 
     criterion: Criterion
@@ -43,6 +43,7 @@ class Stage:
     optimizer: dict[str, Any] | None = None
     validated: bool = True
     on_encoded: bool = False
+    after: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.criterion, Criterion):

@@ -57,6 +57,8 @@ class Trains(KeepsWeights):
             if scorer is not None:
                 scorer.restore(net)
                 self.best_score_ = scorer.best_score
+            if stage.after is not None:
+                stage.after()
             if not net.complete:
                 if len(net.history) == n_before or is_one_of_many():
                     raise KeyboardInterrupt

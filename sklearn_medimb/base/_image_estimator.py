@@ -73,6 +73,9 @@ class BaseImageEstimator(Trains):
 
     # ---------------------------------------------------------------- what a method supplies
 
+    # Weight decay of what is trained on a backbone with weights of elsewhere that stays as it is.
+    _decay_when_held: float | None = None
+
     def _stages(self, train: TrainingSet, n_epochs: int, context: Context) -> list[Stage]:
         """Courses of training, one after another on the same network."""
         raise NotImplementedError
@@ -191,7 +194,7 @@ class BaseImageEstimator(Trains):
             )
         context = Context(self._preprocessor(), self._views(), fit.rng, fit.generator)
         stages = self._pretraining(train, context) if self._begins(fit) else []
-        own, train = self._own_stages(fit, train, context)
+        own, train = self._own_stages(fit, train, context, stages)
         if fit.partial:
             own = [replace(own[0], lr_schedule="constant"), *own[1:]]
         if self.net_.last_criterion is not None:
@@ -200,17 +203,22 @@ class BaseImageEstimator(Trains):
         return train, stages + own, self._best_epoch(fit.X, fit.y, held, train)
 
     def _own_stages(
-        self, fit: Fit, train: TrainingSet, context: Context
+        self, fit: Fit, train: TrainingSet, context: Context, before: list[Stage]
     ) -> tuple[list[Stage], TrainingSet]:
         """Courses of the method: on what the frozen backbone makes of images, on these, or both.
 
-        With them comes the training set of the last one.
+        With them comes the training set of the last one. What the backbone makes of images is
+        looked at when it will not change any more, after the courses `before`.
         """
         n, n_epochs = len(train.rows), 1 if fit.partial else self._n_epochs(len(train.rows))
         on_encoded, others = self.fine_tune_ in ("frozen", "head_first"), {}
         encoded = self._encoded(train) if on_encoded else train
         if self._holds_backbone and fit.previous is None:
-            self._standardise(encoded)
+            settle = partial(self._standardise, encoded)
+            if before:
+                before[-1] = replace(before[-1], after=settle)
+            else:
+                settle()
             if self.weight_decay == "auto" and not self.net_params:
                 others["weight_decay"] = self._decay_when_held
         if not on_encoded:

@@ -76,12 +76,12 @@ class SharedParameters(
     backbone
         Network that encodes images: "auto" (an MLP for vectors, a small conv net for images, a
         ResNet-18 for 5,000 images or more of at least 48 pixels), a name from
-        ``sklearn_medimb.backbones.BACKBONES``, "monai:<name>", "timm:<name>",
-        "hf:<repository or local folder>" with its weights, a spec such as
-        ``ResNet(depth=18)`` whose parameters are searchable as ``backbone__depth``, any
-        ``nn.Module``, class or instance, or a fitted estimator of this package, whose weights and
-        normalisation are the start. Parameters of a module with ``requires_grad=False`` stay as
-        they are, and so do the running statistics of layers that are frozen; a
+        ``sklearn_medimb.backbones.BACKBONES``, "monai:<name>", "timm:<name>", "hf:<repository or
+        local folder>" with its weights, a spec such as ``ResNet(depth=18)`` whose parameters are
+        searchable as ``backbone__depth``, any ``nn.Module``, class or instance, or a fitted
+        estimator of this package, whose weights and normalisation are the start: weights of
+        elsewhere, if it began with such. Parameters of a module with ``requires_grad=False`` stay
+        as they are, and so do the running statistics of layers that are frozen; a
         :class:`~sklearn.frozen.FrozenEstimator` only keeps its estimator fitted in clones.
     image_size
         Size that all images come to, in ``fit`` and later on, so that X may hold images of several

@@ -15,11 +15,13 @@ from sklearn_medimb import (
     AMIMVEncoder,
     CSSNClassifier,
     MetricTwoStageClassifier,
+    PretrainedFeatures,
     SoftmaxClassifier,
     SSLEncoder,
 )
 from sklearn_medimb.backbones import ConvNet, EfficientNetLite, Start
 from sklearn_medimb.persistence import load, save
+from tests.estimators import SUPERVISED
 from tests.helpers import make_blobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:The features have all but collapsed")
@@ -134,6 +136,44 @@ def test_what_begins_with_such_an_encoder_begins_with_a_start(cls, by, backbone,
     for key, value in weights(tuned).items():
         is_statistic = "running" in key or "num_batches" in key
         assert torch.equal(value, weights(encoder)[key]) == is_statistic, key
+
+
+@pytest.mark.parametrize("name", sorted(SUPERVISED))
+@pytest.mark.parametrize(
+    "how", [{"fine_tune": "frozen"}, {"backbone_lr": 0.0, "n_views": 1}], ids=str
+)
+def test_frozen_features_are_those_after_pre_training(name, how, backbone, monkeypatch):
+    encoded, encode = [], SUPERVISED[name]._encoded
+
+    def spy(self, train):
+        given = encode(self, train)
+        encoded.append(given.images)
+        return given
+
+    monkeypatch.setattr(SUPERVISED[name], "_encoded", spy)
+    pretrain = SSLEncoder("byol", max_epochs=2, batch_size=8, lr=0.05)
+    more = {"n_rounds": 2} if name == "LMDClassifier" else {}
+    clf = SUPERVISED[name](
+        backbone=backbone, pretrain=pretrain, max_epochs=2, device="cpu", **how, **more
+    )
+    clf.fit(X, Y)
+    module = clf.net_.module_
+    if "fine_tune" in how:
+        (images,) = encoded
+        now = clf._map_views(images.images, getattr(module, "encoded", module.trunk), images.known)
+        assert torch.equal(images.views, now)
+    if hasattr(module, "scale"):
+        features = clf._map_views(clf._read(X), module.features).flatten(0, 1)
+        mean = features.mean(dim=0)
+        torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_encoders_and_features_of_a_backbone_that_stays_as_it_is(encoder, backbone):
+    held = clone(ENCODERS[encoder]).set_params(backbone=backbone, backbone_lr=0.0).fit(X)
+    start = backbone.build((3, 16, 16)).state_dict()
+    assert all(torch.equal(value, start[key]) for key, value in weights(held).items())
+    assert np.isfinite(PretrainedFeatures(backbone).fit_transform(X)).all()
 
 
 @needs_weights
