@@ -21,7 +21,7 @@ from sklearn_medimb import (
 )
 from sklearn_medimb.backbones import ConvNet, EfficientNetLite, Start
 from sklearn_medimb.persistence import load, save
-from tests.estimators import SUPERVISED
+from tests.estimators import CLASSIFIERS
 from tests.helpers import make_blobs
 
 pytestmark = pytest.mark.filterwarnings("ignore:The features have all but collapsed")
@@ -138,22 +138,22 @@ def test_what_begins_with_such_an_encoder_begins_with_a_start(cls, by, backbone,
         assert torch.equal(value, weights(encoder)[key]) == is_statistic, key
 
 
-@pytest.mark.parametrize("name", sorted(SUPERVISED))
+@pytest.mark.parametrize("name", sorted(CLASSIFIERS))
 @pytest.mark.parametrize(
     "how", [{"fine_tune": "frozen"}, {"backbone_lr": 0.0, "n_views": 1}], ids=str
 )
 def test_frozen_features_are_those_after_pre_training(name, how, backbone, monkeypatch):
-    encoded, encode = [], SUPERVISED[name]._encoded
+    encoded, encode = [], CLASSIFIERS[name]._encoded
 
     def spy(self, train):
         given = encode(self, train)
         encoded.append(given.images)
         return given
 
-    monkeypatch.setattr(SUPERVISED[name], "_encoded", spy)
+    monkeypatch.setattr(CLASSIFIERS[name], "_encoded", spy)
     pretrain = SSLEncoder("byol", max_epochs=2, batch_size=8, lr=0.05)
     more = {"n_rounds": 2} if name == "LMDClassifier" else {}
-    clf = SUPERVISED[name](
+    clf = CLASSIFIERS[name](
         backbone=backbone, pretrain=pretrain, max_epochs=2, device="cpu", **how, **more
     )
     clf.fit(X, Y)
