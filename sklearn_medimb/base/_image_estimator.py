@@ -211,7 +211,8 @@ class BaseImageEstimator(Trains):
         looked at when it will not change any more, after the courses `before`.
         """
         n, n_epochs = len(train.rows), 1 if fit.partial else self._n_epochs(len(train.rows))
-        on_encoded, others = self.fine_tune_ in ("frozen", "head_first"), {}
+        on_encoded = self.fine_tune_ in ("frozen", "head_first")
+        others: dict[str, Any] = {}
         encoded = self._encoded(train) if on_encoded else train
         if self._holds_backbone and fit.previous is None:
             settle = partial(self._standardise, encoded)

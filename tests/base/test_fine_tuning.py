@@ -357,7 +357,8 @@ def test_gradients_are_clipped_in_every_stage(name, data, monkeypatch):
     callbacks = [Norms(before), GradientNormClipping(1e-3), Afterwards(after)]
     clf = WITH_ALL_STAGES[name]().set_params(backbone=BACKBONE, callbacks=callbacks)
     if name in SUPERVISED:
-        clf.set_params(pretrain=SSLEncoder("byol", max_epochs=1, batch_size=32))
+        pretrain = SSLEncoder("byol", max_epochs=1, batch_size=32)
+        clf.set_params(pretrain=pretrain, fine_tune="head_first")
     monkeypatch.setattr(type(clf), "_n_epochs", lambda *args, **kwargs: 1)
     clf.fit(*data)
     stages = {row.get("stage", "") for row in clf.history_}
