@@ -55,6 +55,8 @@ class TwoStageClassifier(BaseImageClassifier):
     head_: Any = learned("classifier")
     class_prior_: np.ndarray = learned("ndarray of float of shape (n_classes,)")
 
+    _patience_when_held = 1  # where no feature moves, stage two decides
+
     def _check_parameters(self) -> None:
         super()._check_parameters()
         resolve_head(self._head())
