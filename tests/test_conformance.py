@@ -81,7 +81,7 @@ def brief(estimator: BaseEstimator, check: partial) -> BaseEstimator:
     judging = check.func.__name__ in JUDGING
     if judging and check.func.__name__ == "check_classifiers_train" and not check.keywords:
         return estimator  # once for each estimator, all is as by default
-    params = {} if judging else {"max_epochs": 3}
+    params = {"max_epochs": 12 if judging else 3}
     if isinstance(estimator, AMIMVClassifier):
         params["pretrain"] = AMIMVEncoder(max_epochs=3)
     known = estimator.get_params(deep=False)
