@@ -121,12 +121,12 @@ def _is_start(name: str, value: Any) -> bool:
 
 
 def _holds(values: Any, value: Any) -> bool:
-    """Whether a row of a table contains a value."""
+    """Whether a row of a table contains a value; "auto" stands for one of the numbers."""
     if not isinstance(value, str | Real | None):
         return False
     if isinstance(values, list):
         return value in values
-    return isinstance(value, Real) and values[0] <= value <= values[1]
+    return value == "auto" or (isinstance(value, Real) and values[0] <= value <= values[1])
 
 
 def _distribution(values: Any) -> BaseDistribution:
