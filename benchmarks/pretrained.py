@@ -22,7 +22,7 @@ import csv
 import time
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,6 @@ LEVERS: dict[str, Callable[[], Any]] = {
 }
 
 
-@cache
 def load(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images, classes and patients, at most 900 of them, in random order."""
     with np.load(folder / f"{SETS[name]}.npz", allow_pickle=False) as archive:
