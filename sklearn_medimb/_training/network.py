@@ -162,10 +162,10 @@ class Trunk(nn.Module):
                 f"{self.input_shape}: {error}"
             ) from error
 
-    def _encode_blank(self) -> torch.Tensor:
+    def _encode_blank(self, n: int = 1) -> torch.Tensor:
         training = self.training
         like = next(self.parameters(), torch.empty(0))
-        blank = torch.zeros(1, *self.input_shape, dtype=like.dtype, device=like.device)
+        blank = torch.zeros(n, *self.input_shape, dtype=like.dtype, device=like.device)
         try:
             with self.passing(encoded=False):
                 return self.eval()(blank)
@@ -174,16 +174,18 @@ class Trunk(nn.Module):
 
     def activation_bytes(self) -> int:
         """Memory that one image takes until the backward pass."""
-        weights = {parameter.data_ptr() for parameter in self.parameters()}
+        return self._kept_bytes(2) - self._kept_bytes(1)  # without what is made of weights
+
+    def _kept_bytes(self, n: int) -> int:
+        """Memory that n images take until the backward pass."""
         kept: dict[int, torch.Tensor] = {}  # a tensor that two layers keep is there once
 
         def keep(saved: torch.Tensor) -> torch.Tensor:
-            if saved.data_ptr() not in weights:
-                kept[saved.data_ptr()] = saved
+            kept[saved.data_ptr()] = saved
             return saved
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-            self._encode_blank()
+            self._encode_blank(n)
         return sum(saved.nbytes for saved in kept.values())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

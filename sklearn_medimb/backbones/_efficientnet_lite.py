@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -197,20 +198,67 @@ class _PaddedConv(nn.Conv2d):
     """Convolution of stride 2 on an even side, padded by one pixel less before than after."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.padded(x))
+
+    def padded(self, x: Tensor) -> Tensor:
         after = self.kernel_size[0] // 2
-        return super().forward(F.pad(x, (after - 1, after) * 2))
+        return F.pad(x, (after - 1, after) * 2)
+
+
+class _Convolved(nn.Sequential):
+    """Convolution, batch normalisation and, mostly, ReLU6.
+
+    With statistics that stay, batch normalisation is a factor and an offset of each channel, which
+    the convolution takes on: that is faster, and backward needs one map instead of three.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv: Any
+        norm: Any
+        conv, norm, *others = self
+        if norm.training:
+            return super().forward(x)
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        weight = conv.weight * scale[:, None, None, None]
+        bias = norm.bias - norm.running_mean * scale
+        if isinstance(conv, _PaddedConv):
+            x = conv.padded(x)
+        x = F.conv2d(x, weight, bias, conv.stride, conv.padding, groups=conv.groups)
+        for layer in others:
+            x = layer(x)
+        return x
+
+
+class _ReLU6(nn.ReLU6):
+    """In place; backward needs what comes out, as that of the next layer does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Clipped.apply(x) if x.requires_grad else F.relu6(x, inplace=True)
+
+
+class _Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = F.relu6(x, inplace=True)
+        ctx.mark_dirty(out)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return torch.ops.aten.hardtanh_backward(gradient, *ctx.saved_tensors, 0.0, 6.0)
 
 
 def _convolved(
     n_in: int, n_out: int, kernel: int, stride: int = 1, side: int = 1, groups: int = 1
-) -> nn.Sequential:
+) -> _Convolved:
     """Convolution, batch normalisation and ReLU6; `side` is the native one of the map."""
     uneven = stride == 2 and side % 2 == 0
     conv: nn.Conv2d = (_PaddedConv if uneven else nn.Conv2d)(
         n_in, n_out, kernel, stride, 0 if uneven else kernel // 2, groups=groups, bias=False
     )
     # The momentum is TensorFlow's .99.
-    return nn.Sequential(conv, nn.BatchNorm2d(n_out, eps=1e-3, momentum=0.01), nn.ReLU6())
+    return _Convolved(conv, nn.BatchNorm2d(n_out, eps=1e-3, momentum=0.01), _ReLU6())
 
 
 def _scaled(width: int, factor: float) -> int:

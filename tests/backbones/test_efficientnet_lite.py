@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import importlib.util
 import pickle
 import shutil
@@ -12,6 +13,7 @@ from sklearn.base import clone
 from torch import nn
 
 from sklearn_medimb import SoftmaxClassifier
+from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import (
     EfficientNetLite,
     ResNet,
@@ -99,6 +101,50 @@ def test_every_weight_has_a_use_and_a_seed():
     assert not torch.equal(first, other)
     as_features(nets[0](torch.randn(2, 1, 64, 64))).square().sum().backward()
     assert all(p.grad is not None for p in nets[0].parameters())
+
+
+def test_layers_with_kept_statistics_are_one_convolution():
+    """Values and gradients of the layers one by one; backward needs half as many maps."""
+    net = settled(EfficientNetLite(weights=None).build((2, 40, 48)).double()).eval()
+    layer_by_layer = copy.deepcopy(net)
+    for part in layer_by_layer.modules():
+        if isinstance(part, nn.Sequential):
+            part.__class__ = nn.Sequential
+        if isinstance(part, nn.ReLU6):
+            part.__class__ = nn.ReLU6
+    images = torch.randn(3, 2, 40, 48, dtype=torch.float64)
+    found, kept = [], []
+    for module in (net, layer_by_layer):
+        x = images.clone().requires_grad_()
+        out = module(x)
+        out.square().mean().backward()
+        found.append([out, x.grad, *(weight.grad for weight in module.parameters())])
+        kept.append(Trunk(module, (2, 40, 48), autocast=None).activation_bytes())
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+    assert kept[0] < kept[1] / 2
+
+
+def test_gradients_of_relu6_are_torchs():
+    x = torch.tensor([-1.0, 0.0, 1e-7, 3.0, 6.0, 7.0, torch.nan])
+    found = []
+    for layer in (EfficientNetLite(weights=None).build((1, 32, 32)).stem[2], nn.ReLU6()):
+        start = x.clone().requires_grad_()
+        out = layer(start * 1)
+        out.backward(torch.arange(1.0, 8.0))
+        found.append(torch.stack([out.detach(), start.grad]))
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+
+
+def settled(net):
+    """The same with statistics and factors that differ by channel."""
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.running_mean, 0, 0.3)
+            nn.init.uniform_(layer.running_var, 0.5, 2)
+            nn.init.uniform_(layer.weight, 0.5, 2)
+            nn.init.normal_(layer.bias, 0.5, 0.3)
+    return net
 
 
 # ------------------------------------------------------------------------------- weights
