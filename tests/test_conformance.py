@@ -78,11 +78,12 @@ JUDGING = {
 
 def brief(estimator: BaseEstimator, check: partial) -> BaseEstimator:
     """As long a training as a check needs: the default of hundreds of steps is for judgement."""
-    judging = check.func.__name__ in JUDGING
-    if judging and check.func.__name__ == "check_classifiers_train" and not check.keywords:
-        return estimator  # once for each estimator, all is as by default
-    params = {"max_epochs": 12 if judging else 3}
-    if isinstance(estimator, AMIMVClassifier):
+    params = {"max_epochs": 3}
+    if check.func.__name__ in JUDGING:
+        params = {"max_epochs": 12, "precision": "auto"}
+    if check.func.__name__ == "check_classifiers_train" and not check.keywords:
+        params = {"precision": "auto"}  # once for each estimator, all is as by default
+    elif isinstance(estimator, AMIMVClassifier):
         params["pretrain"] = AMIMVEncoder(max_epochs=3)
     known = estimator.get_params(deep=False)
     return clone(estimator).set_params(**{k: v for k, v in params.items() if k in known})
