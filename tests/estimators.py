@@ -60,14 +60,14 @@ def by_default(name: str, **params: Any) -> Any:
     return getattr(sklearn_medimb, name)(**{**DEFAULTS.get(name, {}), **params})
 
 
-SHARED = {"backbone": ConvNet(widths=(4, 8)), "max_epochs": 3, "batch_size": 8}
+SHARED = {"backbone": ConvNet(widths=(4, 8)), "max_epochs": 2, "batch_size": 8}
 
 # One row per public estimator: what makes it small and fast on images. None is for those that do
 # not take images.
 TINY: dict[str, dict | None] = {
     "AMIMVClassifier": {
         **SHARED,
-        "pretrain": AMIMVEncoder(max_epochs=2, batch_size=8),
+        "pretrain": AMIMVEncoder(max_epochs=1, batch_size=8),
         "fine_tune": "full",
     },
     "AMIMVEncoder": SHARED,
@@ -75,7 +75,7 @@ TINY: dict[str, dict | None] = {
     "BalancedVirtualFeatures": None,
     "CSSNClassifier": SHARED,
     "ClassifierRetraining": None,
-    "LMDClassifier": {**SHARED, "n_rounds": 3},
+    "LMDClassifier": {**SHARED, "n_rounds": 2},
     "LearnableWeightScaling": None,
     "LogitAdjustment": None,
     "MetricTwoStageClassifier": SHARED,

@@ -71,7 +71,7 @@ class Case:
 
 NETWORK = {
     "backbone": ConvNet(widths=(4, 8)),
-    "max_epochs": 2,
+    "max_epochs": 1,
     "batch_size": 18,
     "augment": "none",
     "precision": "float32",
@@ -591,7 +591,8 @@ def scoring_monitor(subject: Subject) -> None:
         pytest.skip("scikit-learn has no callbacks before 1.9.")
     monitor = ScoringMonitor(scoring=lambda *args: {"spread": _spread(*args)})
     model = subject.model()
-    (model[0] if isinstance(model, Pipeline) else model).set_callbacks(monitor)
+    part = subject.part(model).set_callbacks(monitor)
+    part.set_params(**taken(subject.cls, {"max_epochs": 2}))
     search = GridSearchCV(model, subject.grid, **SEARCH).fit(subject.X, subject.y)
     rows = monitor.get_logs().data
     fits = [row for row in rows if row["task_name"] == "fit"]
