@@ -347,8 +347,9 @@ class AMIMVClassifier(TwoStageClassifier):
         Label-free training of the backbone on all images, labelled or not: by name as in
         :class:`~sklearn_medimb.SoftmaxClassifier`, or an :class:`~sklearn_medimb.AMIMVEncoder` or
         :class:`~sklearn_medimb.SSLEncoder`, which lends its parameters (but for backbone, device
-        and input). A fitted encoder is taken as it is, here or as `backbone`; None leaves the
-        backbone as given.
+        and input). A fitted encoder is taken as it is, here or as `backbone`, and so is a backbone
+        that begins with weights of elsewhere, unless an encoder is passed here, to go on from it;
+        None leaves the backbone as given.
     class_weight
         Weights of the classes in fine-tuning, by their ratios; a dict also reaches heads that take
         one.
@@ -477,8 +478,9 @@ class AMIMVClassifier(TwoStageClassifier):
         return unlabelled
 
     def _pretrainer(self) -> BaseImageEncoder | None:
-        # What is fitted already is trained further only by an encoder that is given for it.
-        if self._start is not None and isinstance(self.pretrain, str):
+        # What was trained already is trained further only by an encoder that is given for it.
+        trained = self._start is not None or self._has_known_start
+        if trained and isinstance(self.pretrain, str):
             return None
         return super()._pretrainer()
 

@@ -107,6 +107,16 @@ def test_pre_training_within_a_classifier_takes_its_start_for_what_it_is(
         assert found == pytest.approx([share * 0.01, 0.01])
 
 
+def test_amimv_goes_on_from_a_start_only_with_an_encoder_that_is_given_for_it(backbone):
+    start = backbone.build((3, 16, 16)).state_dict()
+    for pretrain, goes_on in (("amimv", False), (None, False), (ENCODERS["amimv"], True)):
+        clf = AMIMVClassifier(backbone=backbone, pretrain=pretrain, random_state=0).fit(X, Y)
+        same = [torch.equal(value, start[key]) for key, value in weights(clf).items()]
+        assert all(same) != goes_on
+        assert bool(clf.history_) == goes_on
+        assert clf.predict_proba(X).shape == (len(X), 2)
+
+
 def test_of_random_weights_the_rate_is_whole():
     rates = {}
     clf = SoftmaxClassifier(
