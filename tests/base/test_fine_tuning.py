@@ -294,7 +294,7 @@ def test_mean_weights_equal_their_formula(data):
     assert len(steps) == 9
     torch.testing.assert_close(clf.net_.module_.head.weight.detach(), mean)
     assert not torch.equal(mean, steps[-1])
-    plain = make("SoftmaxClassifier", **params).fit(X, y)
+    plain = make("SoftmaxClassifier", **params, ema=None).fit(X, y)
     torch.testing.assert_close(plain.net_.module_.head.weight.detach(), steps[-1])
 
 
@@ -317,7 +317,7 @@ def test_mean_weights_are_scored_and_resumed(data, tmp_path):
 def test_early_layers_learn_more_slowly(data):
     X, y = data
     clf = make("SoftmaxClassifier", fine_tune="full", lr_schedule="constant", layer_decay=0.5)
-    clf.set_params(lr=0.01).fit(X, y)
+    clf.set_params(lr=0.01, backbone_lr=0.1).fit(X, y)
     trunk = clf.net_.module_.trunk
     rates = {id(w): g["lr"] for g in clf.net_.optimizer_.param_groups for w in g["params"]}
     stages = stages_of(trunk.backbone)
@@ -423,6 +423,16 @@ def test_frozen_features_are_standardised(data):
     assert torch.equal(
         tuned.net_.module_.scale.deviation, torch.ones(tuned.net_.module_.n_features)
     )
+
+
+def test_the_weights_of_a_tuned_start_are_averaged(data):
+    seen = []
+    params = {"fine_tune": "full", "callbacks": [Watched()], "precision": "float64"}
+    for ema in ("auto", 0.98, None):
+        clf = make("SoftmaxClassifier", ema=ema, **params).fit(*data)
+        seen.append(clf.net_.module_.head.weight.detach())
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
 
 
 def test_fifteen_epochs_go_through_a_start(data):
