@@ -27,6 +27,8 @@ class CachedImages(Images):
         ``encode(rows)`` gives a tensor (n, n_views, ...) with an entry for each row and view.
     n_views : int
         Number of views; the first is the image as it is.
+    others : CachedImages or None, default=None
+        Further rows of the same images: those that it has come from there.
     """
 
     def __init__(
@@ -35,12 +37,14 @@ class CachedImages(Images):
         rows: np.ndarray,
         encode: Callable[[np.ndarray], torch.Tensor],
         n_views: int,
+        others: CachedImages | None = None,
     ) -> None:
         self.__dict__.update(vars(images))
         self.images = images
         self.known = np.unique(rows)
         self.encode = encode
         self.n_views = n_views
+        self.others = others
         self.view = 0
         self._views: torch.Tensor | None = None
 
@@ -48,8 +52,18 @@ class CachedImages(Images):
     def views(self) -> torch.Tensor:
         """All of them: (n, n_views, ...)."""
         if self._views is None:
-            self._views = self.encode(self.known)
+            self._views = self._encoded()
         return self._views
+
+    def _encoded(self) -> torch.Tensor:
+        if self.others is None:
+            return self.encode(self.known)
+        there = np.isin(self.known, self.others.known)
+        parts = [self.others.in_every_view(self.known[there])]
+        if not there.all():
+            parts.append(self.encode(self.known[~there]))
+        order = np.argsort(np.concatenate([self.known[there], self.known[~there]]))
+        return torch.cat(parts)[torch.from_numpy(order).to(parts[0].device)]
 
     def rows(self, rows: np.ndarray) -> torch.Tensor:
         """Some rows as they are, (n, ...)."""
@@ -65,6 +79,10 @@ class CachedImages(Images):
     def in_every_view(self, rows: np.ndarray) -> torch.Tensor:
         """Some rows in all views, (n, n_views, ...)."""
         return self.views[self._places(rows)]
+
+    def forget(self) -> None:
+        """Encode them anew when they are next asked for."""
+        self._views = None
 
     def _places(self, rows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.searchsorted(self.known, rows)).to(self.views.device)

@@ -10,6 +10,7 @@ import numpy as np
 from skorch.callbacks import Callback
 from torch import nn
 
+from sklearn_medimb._data.cached import CachedImages
 from sklearn_medimb._data.images import Images
 from sklearn_medimb._training.criterion import Criterion
 
@@ -71,6 +72,17 @@ class TrainingSet:
     unlabelled: np.ndarray | None = None
     unlabelled_groups: np.ndarray | None = None
 
+    @property
+    def all_rows(self) -> np.ndarray:
+        """Rows with and without a label."""
+        return self.rows if self.unlabelled is None else np.r_[self.rows, self.unlabelled]
+
+    def forget(self) -> None:
+        """Let go of what a backbone made of the images."""
+        for part in (self, self.natural):
+            if part is not None and isinstance(part.images, CachedImages):
+                part.images.forget()
+
     def class_mass(self, n_classes: int) -> np.ndarray:
         """Summed weight of each class, shape (n_classes,).
 
@@ -88,8 +100,6 @@ class TrainingSet:
     def without_labels(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows for label-free training, with and without labels, and their classes, else -1."""
         natural = self if self.natural is None else self.natural
-        rows, y = natural.rows, natural.y
-        if natural.unlabelled is not None:
-            rows = np.concatenate([rows, natural.unlabelled])
-            y = np.concatenate([y, np.full(len(natural.unlabelled), -1)])
-        return rows, y
+        y = np.full(len(natural.all_rows), -1)
+        y[: len(natural.y)] = natural.y
+        return natural.all_rows, y

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from sklearn.utils.validation import _check_sample_weight, assert_all_finite, ch
 from torch import nn
 
 from sklearn_medimb._data.batches import Batches, Context
+from sklearn_medimb._data.cached import CachedImages
 from sklearn_medimb._data.containers import wrap_dataset
 from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.labels import read_labels, warn_of_marks
@@ -63,8 +64,13 @@ class _Guess(ClassifierMixin, BaseEstimator):
         return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
 
-def mean_scores(scores: list[torch.Tensor]) -> torch.Tensor:
-    """Logarithms of the mean probabilities of several class scores (n, n_classes)."""
+def mean_scores(scores: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Logarithms of the mean probabilities of several class scores (n, n_classes).
+
+    A single one stays as it is.
+    """
+    if len(scores) == 1:
+        return scores[0]
     log_p = torch.stack([part.log_softmax(dim=1) for part in scores])
     return log_p.logsumexp(dim=0) - math.log(len(scores))
 
@@ -202,16 +208,22 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
 
     def _scores(self, images: Images) -> np.ndarray:
         """Class scores of images, shape (n, n_classes)."""
-        forward = self._mean_score_function()
-        return self._map(images, forward).cpu().numpy().astype(np.float64)
+        scores = self._map_views(images, self._score_function())
+        return mean_scores(scores.unbind(dim=1)).cpu().numpy().astype(np.float64)
+
+    _validation: tuple[Any, CachedImages] | None = None  # while these images are scored
+
+    def _scores_of(self, X: Any) -> np.ndarray:
+        """Class scores of the images of a call; encoded ones may stand for them."""
+        if self._validation is not None and X is self._validation[0]:
+            return self._scores(self._validation[1])
+        return self._scores(self._read(X))
 
     def _mean_score_function(
         self, *, in_chunks: bool = True
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """Class scores whose softmax is the mean of those of all views."""
         views, forward = self._symmetries(), self._score_function(in_chunks=in_chunks)
-        if len(views) == 1:
-            return forward
         return lambda batch: mean_scores([forward(view(batch)) for view in views])
 
     def _sizes(self) -> dict[str, int]:
@@ -434,13 +446,20 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         scorer = with_labels(check_scoring(self, self.scoring), self.classes_)
         if hasattr(scorer, "_score_func"):  # scikit-learn's: a guess shows what it asks of y
             self._check_scorer(scorer, y_held)
+        encoded = None
+        if self.fine_tune_ == "frozen":
+            encoded = X_held, self._encoded_images(self._read(X_held), np.arange(len(held)))
 
         def score() -> float:
             self._set_fitted(self._inference_state(train))
-            with warnings.catch_warnings():  # a class with one sample is never held out
-                warnings.filterwarnings("ignore", "y_pred contains classes not in y_true")
-                warnings.filterwarnings("ignore", "Only one class is present in y_true")
-                value = float(scorer(self, X_held, y_held))
+            self._validation = encoded
+            try:
+                with warnings.catch_warnings():  # a class with one sample is never held out
+                    warnings.filterwarnings("ignore", "y_pred contains classes not in y_true")
+                    warnings.filterwarnings("ignore", "Only one class is present in y_true")
+                    value = float(scorer(self, X_held, y_held))
+            finally:
+                del self._validation
             if np.isnan(value):
                 raise self._cannot_score(y_held, "it gave NaN")
             return value
@@ -505,7 +524,7 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
             Two classes: log-odds of ``classes_[1]``. They rank as `predict_proba`.
         """
         check_is_fitted(self)
-        scores = self._scores(self._read(X))
+        scores = self._scores_of(X)
         return scores[:, 1] - scores[:, 0] if len(self.classes_) == 2 else scores
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -522,7 +541,7 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
             Rows sum to 1; columns follow ``classes_``.
         """
         check_is_fitted(self)
-        return softmax(self._scores(self._read(X)), axis=1)
+        return softmax(self._scores_of(X), axis=1)
 
     def predict(self, X: Any) -> np.ndarray:
         """Most probable class of each image.
@@ -538,4 +557,4 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
             Labels from ``classes_``.
         """
         check_is_fitted(self)
-        return self.classes_[self._scores(self._read(X)).argmax(axis=1)]
+        return self.classes_[self._scores_of(X).argmax(axis=1)]

@@ -37,7 +37,7 @@ class Trains(KeepsWeights):
         reporter: SklearnCallbacks | None,
         optimizer: dict[str, Any] | None,
     ) -> None:
-        """Run the stages, one after another, until one is interrupted."""
+        """Run the stages, one after another, until one is interrupted; each is let go of then."""
         net, n_before = self.net_, len(self.net_.history)
         n_epochs = n_before + sum(stage.n_epochs for stage in stages)
         if reporter is not None:
@@ -45,7 +45,10 @@ class Trains(KeepsWeights):
         first = 0
         if checkpoint is not None:
             first = checkpoint.first_stage([stage.n_epochs for stage in stages])
-        for number, stage in enumerate(stages[first:], first):
+        numbers = range(first, len(stages))
+        del stages[:first]
+        for number in numbers:
+            stage = stages.pop(0)
             scorer = best if stage.validated else None
             try:
                 self._run_stage(number, stage, scorer, checkpoint, reporter, optimizer)

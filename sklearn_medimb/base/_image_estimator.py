@@ -253,17 +253,21 @@ class BaseImageEstimator(Trains):
 
     def _encoded(self, train: TrainingSet) -> TrainingSet:
         """Give the same images as the backbone, which will not change, leaves them."""
+        images = self._encoded_images(train.images, train.all_rows)
+        natural = train.natural
+        if natural is not None:
+            known = images if natural.images is train.images else None
+            encoded = self._encoded_images(natural.images, natural.all_rows, known)
+            natural = replace(natural, images=encoded)
+        return replace(train, images=images, natural=natural)
+
+    def _encoded_images(
+        self, images: Images, rows: np.ndarray, known: CachedImages | None = None
+    ) -> CachedImages:
+        """Give some rows of images as the backbone leaves them; those that are known are there."""
         module = self.net_.module_
-        encoded = getattr(module, "encoded", module.trunk)
-
-        def of(part: TrainingSet) -> TrainingSet:
-            rows = part.rows
-            if part.unlabelled is not None:
-                rows = np.concatenate([rows, part.unlabelled])
-            encode = partial(self._map_views, part.images, encoded)
-            return replace(part, images=CachedImages(part.images, rows, encode, self.n_views_))
-
-        return replace(of(train), natural=None if train.natural is None else of(train.natural))
+        encode = partial(self._map_views, images, getattr(module, "encoded", module.trunk))
+        return CachedImages(images, rows, encode, self.n_views_, known)
 
     def _symmetries(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
         """Views of an image that predictions average."""
@@ -292,7 +296,7 @@ class BaseImageEstimator(Trains):
             )
         reporter, optimizer = None, None
         if not fit.partial and hasattr(self, "_init_callback_context"):
-            reporter = SklearnCallbacks(self, fit.X, fit.y, lambda: self._inference_state(train))
+            reporter = SklearnCallbacks(self, fit.X, fit.y, partial(self._state_so_far, train))
         if fit.partial and fit.previous is not None:
             optimizer = fit.previous.optimizer_state("constant")
         with self._settling(stages, train) if self._begins(fit) else nullcontext():
@@ -303,6 +307,13 @@ class BaseImageEstimator(Trains):
             reporter.finish()
         if fit.checkpoint is not None and self.net_.complete:
             fit.checkpoint.remove()
+
+    def _state_so_far(self, train: TrainingSet) -> dict[str, Any]:
+        """What inference would need now."""
+        state = self._inference_state(train)
+        if not self.net_.module_.trunk.given_encoded:  # it may go on learning
+            train.forget()
+        return state
 
     def _check_parameters(self) -> None:
         """Refuse what `_parameter_constraints` cannot express."""

@@ -204,10 +204,8 @@ class TwoStageClassifier(BaseImageClassifier):
         features = self._features_in_views(images)
         n, n_views, _ = features.shape
         scores = head_logits(self.head_, features.reshape(n * n_views, -1))
-        if n_views == 1:
-            return scores
         parts = torch.from_numpy(scores).unflatten(0, (n, n_views)).unbind(dim=1)
-        return mean_scores(list(parts)).numpy()
+        return mean_scores(parts).numpy()
 
     def _score_function(self, *, in_chunks: bool = True) -> Callable[[torch.Tensor], torch.Tensor]:
         """For exported graphs: `_scores` asks the head itself, whatever it is, in float64."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import pickle
+import weakref
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+from imblearn.over_sampling import RandomOverSampler
+from imblearn.under_sampling import RandomUnderSampler
 from sklearn.base import clone
 from skorch.callbacks import Callback, GradientNormClipping
 from torch import nn
 
-from sklearn_medimb import SSLEncoder
+from sklearn_medimb import AMIMVEncoder, SSLEncoder
+from sklearn_medimb._data.cached import CachedImages
 from sklearn_medimb._training.callback_state import WATCHERS
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet, Start, stages_of
 from sklearn_medimb.persistence import load, save
-from tests.estimators import SUPERVISED, WITH_ALL_STAGES
+from tests.estimators import CLASSIFIERS, SUPERVISED, WITH_ALL_STAGES
 from tests.helpers import CrashAfter
 
 
@@ -92,6 +97,69 @@ def test_frozen_networks_keep_every_bit_and_encode_each_image_once(name, data, m
     assert clf.fine_tune_ == "frozen"
     before = clf.predict_proba(X)
     np.testing.assert_allclose(pickle.loads(pickle.dumps(clf)).predict_proba(X), before, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", [RandomOverSampler, RandomUnderSampler])
+@pytest.mark.parametrize("name", sorted(SUPERVISED))
+def test_each_image_is_encoded_once_whatever_is_made_of_it(name, sampler, data, monkeypatch):
+    """Rows of a sampler, of heads and of validation, in every epoch."""
+    X, y = data
+    passes = Passes(monkeypatch)
+    params = {"early_stopping": True, "scoring": lambda clf, X, y: clf.score(X, y)}
+    clf = make(name, fine_tune="frozen", max_epochs=4, sampler=sampler(), **params).fit(X, y)
+    assert len(clf.history_) >= 4
+    n_blank = passes.inference - len(X) * clf.n_views_
+    if sampler is RandomOverSampler or name in ("LMDClassifier", "MetricTwoStageClassifier"):
+        assert 0 <= n_blank < 20
+    else:  # what no head asks for stays out
+        assert n_blank < 0
+    assert "_validation" not in vars(clf)
+
+
+@pytest.mark.parametrize("name", sorted(SUPERVISED))
+def test_encoded_validation_rows_score_as_their_images(name, data):
+    X, y = data
+    found = []
+
+    def score(clf, X, y):
+        copied = X.copy()  # of another array nothing is known
+        for method in ("predict_proba", "decision_function"):
+            one, other = (getattr(clf, method)(given) for given in (X, copied))
+            np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
+        assert (clf.predict(X) == clf.predict(copied)).all()
+        found.append(float(one.sum()))
+        return found[-1]
+
+    params = {"early_stopping": True, "scoring": score, "precision": "float64"}
+    make(name, fine_tune="frozen", max_epochs=3, **params).fit(X, y)
+    assert len(found) >= 3
+
+
+class Look(Callback):
+    """After each epoch its stage, and whether what images were encoded to is still there."""
+
+    what: ClassVar[list] = []
+    seen: ClassVar[list] = []
+
+    def on_epoch_end(self, net, **kwargs):
+        self.seen.append((net.history[-1].get("stage", ""), any(ref() for ref in self.what)))
+
+
+WATCHERS.add(Look)
+
+
+def test_what_the_head_learned_from_is_gone_when_everything_is_trained(data, monkeypatch):
+    X, y = data
+    encoded = CachedImages._encoded
+
+    def kept(images):
+        Look.what.append(weakref.ref(images))
+        return encoded(images)
+
+    monkeypatch.setattr(CachedImages, "_encoded", kept)
+    make("SoftmaxClassifier", fine_tune="head_first", callbacks=[Look()]).fit(X, y)
+    assert all(stage.startswith("head") == held for stage, held in Look.seen)
+    assert {held for _, held in Look.seen} == {True, False}
 
 
 @pytest.mark.parametrize("name", sorted(SUPERVISED))
@@ -405,7 +473,7 @@ def test_frozen_features_are_standardised(data):
     X, y = data
     seen = []
 
-    class Look(Callback):
+    class Look(Watched):
         def on_train_begin(self, net, **kwargs):
             seen.append(net.module_.head.weight.detach().abs().max().item())
 
@@ -440,3 +508,18 @@ def test_fifteen_epochs_go_through_a_start(data):
     stages = [row.get("stage") for row in clf.history_]
     assert stages.count(None) == 15
     assert stages.count("head") == len(stages) - 15 >= 10
+
+
+@pytest.mark.parametrize("name", ["AMIMVClassifier", "CSSNClassifier"])
+def test_callbacks_that_look_at_pre_training_change_nothing(name, data):
+    """What they see of a network that learns on is not taken for what it becomes."""
+    pytest.importorskip("sklearn.callback", reason="scikit-learn has no callbacks before 1.9.")
+    from sklearn.callback import ScoringMonitor
+
+    X, y = data
+    params = {**TINY, "backbone": ConvNet(widths=(4, 8)), "fine_tune": "frozen"}
+    encoder = AMIMVEncoder(max_epochs=3, batch_size=8)
+    plain, watched = (CLASSIFIERS[name](**params, pretrain=encoder) for _ in range(2))
+    watched.set_callbacks(ScoringMonitor(scoring="accuracy"))
+    before, after = (clf.fit(X, y).predict_proba(X) for clf in (plain, watched))
+    np.testing.assert_array_equal(before, after)
