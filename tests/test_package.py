@@ -38,7 +38,7 @@ PRINTED = {
     "spmix_gallery": ["share of the base: 0.5", "to 0.80"],
     "deployment": ["after load equal: True", "is refused", "classes as here: 100%"],
     "own_method": ["balanced acc.", "calibration error", "LogitNorm"],
-    "many_machines": ["best of 4", "balanced accuracy"],
+    "many_machines": ["best of 4: {'loss': 'logit_adjusted'", "balanced accuracy"],
     "patient_groups": [
         "folds that cut patients", "validation split of whole patients",
         "nested search, groups routed", "new patients",
