@@ -16,16 +16,14 @@ import time
 import numpy as np
 import torch
 from cssn_step import StepTimes
+from sklearn.base import clone
+from torch import nn
 
 from sklearn_medimb import AMIMVEncoder, SaliencyMap, SoftmaxClassifier, SPMixClassifier
-from sklearn_medimb._machine.runtime import resolve_device, resolve_precision
-from sklearn_medimb._training.net import learning_rate_factor
-from sklearn_medimb._training.objectives import perceptron
 from sklearn_medimb.augment import resolve_augmentation
 from sklearn_medimb.backbones import ConvNet, as_features
-from sklearn_medimb.methods._amimv import asymmetric, thresholded_contrastive
 
-DEVICE = resolve_device("auto")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def make_images(n: int, side: int) -> np.ndarray:
@@ -63,25 +61,42 @@ def mixing() -> None:
     )
 
 
-def bare_amimv(X: np.ndarray, n_epochs: int) -> float:
+def projector() -> list[nn.Module]:
+    """Three linear layers with batch normalisation."""
+    layers = [(nn.Linear(128, 128, bias=False), nn.BatchNorm1d(128), nn.ReLU()) for _ in range(3)]
+    return [layer for triple in layers for layer in triple][:-1]
+
+
+def thresholded_contrastive(z1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
+    """Minus the log of the mean share of the other view among what is neither like nor unlike."""
+    z = nn.functional.normalize(torch.cat([z1, z2]))
+    cosine = z @ z.T
+    strength = cosine.abs()
+    kept = ((cosine - 1) / 0.3).exp() * ((strength >= 0.1) & (strength <= 0.9))
+    positive = kept.diagonal(len(z1)).repeat(2)
+    return -(positive / kept.sum(dim=1).clamp(min=1e-12)).mean().clamp(min=1e-12).log()
+
+
+def bare_amimv(X: np.ndarray, n_epochs: int, autocast: torch.dtype | None) -> float:
     """Seconds of AMIMV written as one loop."""
-    _, autocast = resolve_precision("auto", DEVICE, 3)
     torch.manual_seed(0)
     backbone = ConvNet().build(X.shape[1:]).to(DEVICE, memory_format=torch.channels_last)
-    online = torch.nn.ModuleList([backbone, perceptron([128] * 4, last_norm=True)]).to(DEVICE)
+    online = nn.ModuleList([backbone, nn.Sequential(*projector())]).to(DEVICE)
     target = copy.deepcopy(online).requires_grad_(False)
-    a1, a2 = asymmetric(resolve_augmentation("contrastive"))
+    augment = resolve_augmentation("contrastive")
+    a1 = clone(augment).set_params(blur_probability=1.0)
+    a2 = clone(augment).set_params(blur_probability=0.1, gamma=max(augment.gamma, 0.4))
     generator = torch.Generator(DEVICE).manual_seed(0)
     rng = np.random.default_rng(0)
     images = torch.from_numpy(X).to(DEVICE)
     optimizer = torch.optim.AdamW(online.parameters(), lr=2e-3, weight_decay=1e-4, fused=True)
     n, size = len(X), 128
     n_steps = n_epochs * -(-n // size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: learning_rate_factor("one_cycle", step, n_steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=2e-3, total_steps=n_steps, cycle_momentum=False
     )
 
-    def encode(nets: torch.nn.ModuleList, batch: torch.Tensor) -> torch.Tensor:
+    def encode(nets: nn.ModuleList, batch: torch.Tensor) -> torch.Tensor:
         batch = batch.sub_(0.5).div_(0.29).contiguous(memory_format=torch.channels_last)
         with torch.autocast(DEVICE.type, autocast, enabled=autocast is not None):
             features = nets[0](batch)
@@ -111,11 +126,12 @@ def bare_amimv(X: np.ndarray, n_epochs: int) -> float:
 
 def pretraining() -> None:
     X, n_epochs = make_images(5_000, 32), 2
-    bare_amimv(X[:256], 1)
-    AMIMVEncoder(ConvNet(), max_epochs=1, random_state=0).fit(X[:256])
+    fitted = AMIMVEncoder(ConvNet(), max_epochs=1, random_state=0).fit(X[:256])
+    autocast = fitted.net_.module_.trunk.autocast  # the precision that it takes by itself
+    bare_amimv(X[:256], 1, autocast)
     ratios = []
     for _ in range(6):
-        bare = bare_amimv(X, n_epochs)
+        bare = bare_amimv(X, n_epochs, autocast)
         encoder = AMIMVEncoder(ConvNet(), max_epochs=n_epochs, random_state=0)
         start = time.perf_counter()
         encoder.fit(X)
