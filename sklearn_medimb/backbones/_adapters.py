@@ -35,7 +35,21 @@ _DESCRIBED = {
 _N_CLASSES = 97
 
 
-class MonaiBackbone(Backbone):
+class _Named(Backbone):
+    """A network that another package makes by its name."""
+
+    def __init__(
+        self,
+        name: str,
+        params: Mapping[str, Any] | None = None,
+        weights: str | PathLike[str] | None = None,
+    ) -> None:
+        self.name = name
+        self.params = params
+        self.weights = weights
+
+
+class MonaiBackbone(_Named):
     """A classifier of ``monai.networks.nets`` [1]_ without its head.
 
     The network is called with what its signature knows of: the number of spatial axes and
@@ -59,16 +73,6 @@ class MonaiBackbone(Backbone):
     .. [1] Cardoso, M. J., et al. "MONAI: an open-source framework for deep learning in
        healthcare." arXiv:2211.02701, 2022.
     """
-
-    def __init__(
-        self,
-        name: str,
-        params: Mapping[str, Any] | None = None,
-        weights: str | PathLike[str] | None = None,
-    ) -> None:
-        self.name = name
-        self.params = params
-        self.weights = weights
 
     def _build(self, channels: int, spatial: tuple[int, ...]) -> nn.Module:
         params = own_params(self.params)
@@ -136,7 +140,7 @@ class MonaiBackbone(Backbone):
         refuse_unless_plain(self.params)
 
 
-class TimmBackbone(Backbone):
+class TimmBackbone(_Named):
     """A network of timm [1]_ without its head.
 
     What ``forward_features`` returns is brought to the contract: channels first, and exactly
@@ -161,16 +165,6 @@ class TimmBackbone(Backbone):
     """
 
     spatial_dims: ClassVar[tuple[int, ...]] = (2,)
-
-    def __init__(
-        self,
-        name: str,
-        params: Mapping[str, Any] | None = None,
-        weights: str | PathLike[str] | None = None,
-    ) -> None:
-        self.name = name
-        self.params = params
-        self.weights = weights
 
     @property
     def has_start(self) -> bool:

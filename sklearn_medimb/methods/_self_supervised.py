@@ -185,15 +185,8 @@ class BarlowTwins(Objective):
         return barlow_twins(*map(self.projector, encoded.features))
 
 
-class VICReg(Objective):
-    """Variance-invariance-covariance regularisation."""
-
-    target_views = 0
-
-    def __init__(
-        self, network: nn.Module, d: int, dim: int, temperature: float, momentum: float
-    ) -> None:
-        super().__init__(network, perceptron([d, 2 * d, 2 * d, 4 * dim], last_norm=False))
+class VICReg(BarlowTwins):
+    """Variance-invariance-covariance regularisation, of the same projections."""
 
     def forward(self, encoded: EncodedViews, targets: Tensor) -> Tensor:
         """Loss of a batch."""
