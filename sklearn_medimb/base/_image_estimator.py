@@ -373,7 +373,8 @@ class BaseImageEstimator(Trains):
         """How the backbone is trained, with "auto" resolved."""
         chosen = self.fine_tune
         if chosen == "auto" and self._has_known_start:
-            tuned = fit.device.type == "cuda" and self._recipe.gains_from_tuning
+            in_minutes = fit.device.type == "cuda" or self.n_samples_fit_ <= 500
+            tuned = in_minutes and self._recipe.gains_from_tuning
             chosen = "head_first" if tuned else "frozen"
         elif chosen == "auto":
             chosen = "full"

@@ -99,8 +99,8 @@ class SharedParameters(
         views, and epochs run on that: a hundred times faster. "head_first": that, then everything
         (A. Kumar et al., ICLR 2022); `max_epochs` counts the latter. n: its last n stages. "auto"
         is "full", but where `backbone` begins with weights of elsewhere, as "efficientnet_lite0"
-        does: there it is "head_first" on a GPU and "frozen", which a CPU can do in seconds,
-        elsewhere, and for transformers.
+        does: there it is "head_first" on a GPU and for up to 500 images, which a CPU can tune in
+        minutes, "frozen" for more of them and for transformers.
     n_views
         Views of an image that predictions average: as it is, flipped, turned by quarters, as far as
         `augment` says that these change nothing (both flips for quarter turns, of square images);

@@ -456,8 +456,9 @@ def test_portions_train_a_frozen_network(data):
 
 
 def test_what_is_trained_of_a_start_is_chosen_by_start_and_device(data):
-    def chosen(backbone, device):
+    def chosen(backbone, device, n=501):
         clf = make("SoftmaxClassifier", backbone=backbone)
+        clf.n_samples_fit_ = n
         fit = SimpleNamespace(device=torch.device(device), partial=False, previous=None)
         return clf._chosen_fine_tuning(fit)
 
@@ -466,7 +467,8 @@ def test_what_is_trained_of_a_start_is_chosen_by_start_and_device(data):
 
     assert (chosen(BACKBONE, "cpu"), chosen(BACKBONE, "cuda")) == ("frozen", "head_first")
     assert (chosen(Transformer(), "cuda"), chosen("conv", "cuda")) == ("frozen", "full")
-    assert make("SoftmaxClassifier", device="cpu").fit(*data).fine_tune_ == "frozen"
+    assert chosen(BACKBONE, "cpu", n=500) == "head_first"
+    assert make("SoftmaxClassifier", device="cpu").fit(*data).fine_tune_ == "head_first"
 
 
 def test_frozen_features_are_standardised(data):
