@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from skorch.callbacks import Callback
+from torch.utils.data import Dataset
 
 from sklearn_medimb._data.batches import Batches, Context, Preprocessor
 from sklearn_medimb._data.images import Images
@@ -186,6 +187,22 @@ class Files:
 
     def __getitem__(self, row):
         return np.load(self.paths[row])
+
+
+class Items(Dataset):
+    """A map-style data set whose items are what `form` makes of image and label; counts reads."""
+
+    def __init__(self, images, form=lambda image, label: (image, label)):
+        self.images, self.form = images, form
+        self.loaded = []
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, row):
+        assert type(row) is int
+        self.loaded.append(row)
+        return self.form(self.images[row], row % 3)
 
 
 def spy_on_rows(monkeypatch):

@@ -20,6 +20,7 @@ from sklearn_medimb._data.images import Images, channel_statistics, read_images
 from sklearn_medimb._data.layout import Layout, infer_layout
 from sklearn_medimb._data.pixel_scale import to_unit_scale
 from sklearn_medimb.backbones import ConvNet
+from tests.helpers import Items
 
 U8, F32, F64 = np.dtype(np.uint8), np.dtype(np.float32), np.dtype(np.float64)
 
@@ -639,22 +640,6 @@ def test_every_image_of_every_layout_once():
 
 
 # ---------------------------------------------------------------- torch data sets
-
-
-class Items(Dataset):
-    """A map-style data set whose items are what `form` makes of image and label; counts reads."""
-
-    def __init__(self, images, form=lambda image, label: (image, label)):
-        self.images, self.form = images, form
-        self.loaded = []
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, row):
-        assert type(row) is int
-        self.loaded.append(row)
-        return self.form(self.images[row], row % 3)
 
 
 class Stream(IterableDataset):

@@ -12,7 +12,6 @@ import pytest
 import torch
 from imblearn.over_sampling import SMOTE
 from sklearn.base import BaseEstimator
-from torch.utils.data import Dataset
 
 from sklearn_medimb import (
     AMIMVClassifier,
@@ -27,6 +26,7 @@ from sklearn_medimb._data.images import read_images
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.datasets import DatasetImages, MappedImages
 from tests.estimators import IMAGE_ESTIMATORS, taken
+from tests.helpers import Items
 
 RNG = np.random.default_rng(0)
 X = RNG.integers(0, 256, (12, 8, 9), dtype=np.uint8)
@@ -53,19 +53,6 @@ def make(cls=SoftmaxClassifier, **params):
 
 
 # ---------------------------------------------------------------- containers
-
-
-class Items(Dataset):
-    """A map-style data set."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, row):
-        return self.images[row], 0
 
 
 class Lazy:

@@ -10,7 +10,6 @@ import torch
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 from sklearn.base import clone
 from sklearn.model_selection import cross_val_score
-from torch.utils.data import Dataset
 
 from sklearn_medimb import CSSNClassifier, SoftmaxClassifier, SPMixSampler, SSLEncoder
 from sklearn_medimb._data.resize import resample
@@ -18,7 +17,7 @@ from sklearn_medimb.datasets import DatasetImages, MappedImages, Resize
 from sklearn_medimb.tuning import search_space
 from sklearn_medimb.utils.estimator_checks import LazyImages
 from tests.estimators import IMAGE_ESTIMATORS, TINY
-from tests.helpers import CrashAfter
+from tests.helpers import CrashAfter, Items
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The features have all but collapsed"),
@@ -41,19 +40,6 @@ def several_sizes(shape=(3, 10, 12), dtype=np.uint8):
 def resized(images, size, aspect="stretch"):
     parts = [resample(torch.from_numpy(image)[None], size, aspect) for image in images]
     return torch.cat(parts).numpy()
-
-
-class Items(Dataset):
-    """A data set of images and labels."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, row):
-        return self.images[row], int(Y[row])
 
 
 def tiny(name, **params):
