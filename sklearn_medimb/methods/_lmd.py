@@ -608,7 +608,8 @@ class LMDClassifier(TwoStageClassifier):
         if self.stages != "icc":
             stages.append(self._rrl(train, batches, n_epochs, n_steps))
         # The E-step trains the backbone alone.
-        if self.stages != "rrl" and self.n_rounds > 1 and self.net_.module_.trunk.learns:
+        learns = self.net_.module_.trunk.learns and self._backbone_share > 0
+        if self.stages != "rrl" and self.n_rounds > 1 and learns:
             stages.append(self._icc(train, batches, n_steps))
         return stages
 

@@ -262,7 +262,7 @@ def test_estimators_need_the_repository_to_fit_only(hub, tmp_path):
     (hub.folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     X, y = make_blobs(counts=(4, 3), size=8)
     clf = SoftmaxClassifier(backbone="hf:a/b", max_epochs=1, random_state=0).fit(X, y)
-    assert clf.fine_tune_ == "head_first"
+    assert clf.fine_tune_ == "frozen"  # "auto", of a transformer
     assert clf.n_views_ == 4
     assert clf.pixel_mean_.tolist() == pytest.approx([0.4, 0.5, 0.6])
     assert clone(clf).backbone == "hf:a/b"

@@ -130,9 +130,10 @@ def test_of_random_weights_the_rate_is_whole():
 @pytest.mark.parametrize("by", ["backbone", "pretrain"])
 def test_what_begins_with_such_an_encoder_begins_with_a_start(cls, by, backbone, tmp_path):
     encoder = clone(ENCODERS["amimv"]).set_params(backbone=backbone).fit(X)
-    clf = cls(**{by: encoder}, max_epochs=2, random_state=0, device="cpu").fit(X, Y)
-    direct = cls(backbone, max_epochs=2, random_state=0, device="cpu").fit(X, Y)
-    assert clf.fine_tune_ == direct.fine_tune_ == "frozen"
+    params = {"max_epochs": 2, "random_state": 0, "device": "cpu"}
+    assert cls(**{by: encoder}, **params).fit(X, Y).fine_tune_ == "head_first"  # "auto"
+    clf = cls(**{by: encoder}, **params, fine_tune="frozen").fit(X, Y)
+    direct = cls(backbone, **params, fine_tune="frozen").fit(X, Y)
     assert clf.n_views_ == direct.n_views_ > 1
     assert {k: v.shape for k, v in clf.weights_.items()} == {
         k: v.shape for k, v in direct.weights_.items()
