@@ -80,10 +80,10 @@ def brief(estimator: BaseEstimator, check: partial) -> BaseEstimator:
     """As long a training as a check needs: the default of hundreds of steps is for judgement."""
     params = {"max_epochs": 3}
     if check.func.__name__ in JUDGING:
-        params = {"max_epochs": 12, "precision": "auto"}
+        params = {"max_epochs": 8, "precision": "auto"}
     if check.func.__name__ == "check_classifiers_train" and not check.keywords:
         params = {"precision": "auto"}  # once for each estimator, all is as by default
-    elif isinstance(estimator, AMIMVClassifier):
+    if isinstance(estimator, AMIMVClassifier):
         params["pretrain"] = AMIMVEncoder(max_epochs=3)
     known = estimator.get_params(deep=False)
     return clone(estimator).set_params(**{k: v for k, v in params.items() if k in known})

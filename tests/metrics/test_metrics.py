@@ -657,10 +657,15 @@ def area(y, s):
 KINDS = ["whole", "grades", "zero_one", "all_found"]
 
 
+# What follows compares intervals with one another: few samples tell them apart as well.
+brief_interval = partial(metric_interval, n_resamples=200)
+brief_difference = partial(paired_difference, n_resamples=200)
+
+
 def metric_of(kind, y, s):
     """The metric to ask about scores of this kind, and its interval: that of scikit-learn's."""
-    wanted = metric_interval(roc_auc_score, y, s)
-    np.testing.assert_allclose(metric_interval(area, y, s), wanted, atol=1e-9)
+    wanted = brief_interval(roc_auc_score, y, s)
+    np.testing.assert_allclose(brief_interval(area, y, s), wanted, atol=1e-9)
     return (roc_auc_score if kind == "zero_one" else area), wanted
 
 
@@ -670,13 +675,13 @@ def test_scores_need_not_be_broken_numbers(binary, scores):
     metric, wanted = metric_of(scores, y, s)
     assert 0 < wanted.low < wanted.score
     other = np.random.default_rng(1).permutation(s)
-    difference = paired_difference(metric, y, s, other)
+    difference = brief_difference(metric, y, s, other)
     for scale in SCALES:
-        np.testing.assert_allclose(metric_interval(metric, y, scale(s)), wanted, atol=1e-6)
-        found = paired_difference(metric, y, scale(s), scale(other))
+        np.testing.assert_allclose(brief_interval(metric, y, scale(s)), wanted, atol=1e-6)
+        found = brief_difference(metric, y, scale(s), scale(other))
         np.testing.assert_allclose(found, difference, atol=1e-6)
     broken = s + np.random.default_rng(2).normal(size=52) * 1e-9
-    found = metric_interval(lambda y, s: metric(y, np.round(s, 6)), y, broken)
+    found = brief_interval(lambda y, s: metric(y, np.round(s, 6)), y, broken)
     np.testing.assert_allclose(found, wanted, atol=1e-4)  # units that no score tells apart
 
 
@@ -687,14 +692,14 @@ def test_names_of_classes_do_not_matter_to_scores(binary, scores, dtype):
     metric, wanted = metric_of(scores, y, s)
     for names in (["ben", "mal"], [False, True], [5, 7], [0.0, 0.5]):
         if names == [0.0, 0.5]:  # no classes for scikit-learn
-            found = metric_interval(lambda y, s: metric(y > 0, s), np.array(names)[y], s)
+            found = brief_interval(lambda y, s: metric(y > 0, s), np.array(names)[y], s)
         else:
-            found = metric_interval(metric, np.array(names)[y], s)
+            found = brief_interval(metric, np.array(names)[y], s)
         np.testing.assert_allclose(found, wanted, atol=1e-9)
     named = np.array(["ben", "mal"])[y].astype(object)
-    found = paired_difference(metric, named, s, binary[1]["whole"])
+    found = brief_difference(metric, named, s, binary[1]["whole"])
     np.testing.assert_allclose(
-        found, paired_difference(metric, y, s, binary[1]["whole"]), atol=1e-9
+        found, brief_difference(metric, y, s, binary[1]["whole"]), atol=1e-9
     )
 
 

@@ -96,8 +96,9 @@ def test_a_frozen_start_is_not_in_the_file_unless_asked(cls, channels, tmp_path)
     for name in ("model", "whole"):
         loaded = load(tmp_path / name)
         assert np.array_equal(answer(loaded, images), answer(fitted, images))
+        after = loaded.weights_
         for key, value in fitted.weights_.items():
-            assert np.array_equal(loaded.weights_[key], value)
+            assert np.array_equal(after[key], value)
     assert torch.equal(torch.get_rng_state(), before)
 
 
