@@ -68,7 +68,7 @@ def shot_recall(
     y_true, y_pred = labels_of(y_true, "y_true"), labels_of(y_pred, "y_pred")
     check_consistent_length(y_true, y_pred)
     classes = np.unique(y_true)
-    counts = _class_counts(train_counts, set(classes.tolist()))
+    counts = class_counts(train_counts, set(classes.tolist()))
     if missing := [label for label in classes.tolist() if label not in counts]:
         raise ValueError(
             f"train_counts lacks the classes {missing} of y_true: pass {{label: count}}, or the "
@@ -115,7 +115,7 @@ def head_tail_gap(
     return recall.many - recall.few
 
 
-def _class_counts(train_counts: Counts, classes: set[Any]) -> dict[Any, int]:
+def class_counts(train_counts: Counts, classes: set[Any]) -> dict[Any, int]:
     """Training images of each class; `classes` are those to be found in it."""
     if all(hasattr(train_counts, name) for name in ("index", "name", "to_dict")):  # pandas.Series
         train_counts = _unambiguous(train_counts, classes)

@@ -698,9 +698,7 @@ def test_names_of_classes_do_not_matter_to_scores(binary, scores, dtype):
         np.testing.assert_allclose(found, wanted, atol=1e-9)
     named = np.array(["ben", "mal"])[y].astype(object)
     found = brief_difference(metric, named, s, binary[1]["whole"])
-    np.testing.assert_allclose(
-        found, brief_difference(metric, y, s, binary[1]["whole"]), atol=1e-9
-    )
+    np.testing.assert_allclose(found, brief_difference(metric, y, s, binary[1]["whole"]), atol=1e-9)
 
 
 def mean_error(y, p):

@@ -1,7 +1,4 @@
-"""Pictures of what the methods do.
-
-Imports `_data`, `mixing`, `over_sampling`, `saliency`.
-"""
+"""Pictures of how SPMix mixes."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from sklearn.utils import _safe_indexing, check_random_state
 
 from sklearn_medimb._data.images import as_array, read_images
 from sklearn_medimb._data.layout import as_pixels
+from sklearn_medimb.inspection._figure import pictures, pyplot
 from sklearn_medimb.mixing import expand_ratio, spmix
 from sklearn_medimb.over_sampling import SPMixSampler
 from sklearn_medimb.saliency import SaliencyMap, as_maps, check_maps
@@ -185,12 +183,12 @@ class SPMixDisplay:
         low, high = (0, 255) if images.dtype == np.uint8 else (pixels.min(), pixels.max())
         scale = max(float(high) - float(low), 1e-12)
         return cls(
-            base=_pictures((base - low) / scale),
-            base_saliency=_pictures(found[: len(shown), None]),
-            partner=_pictures((partner - low) / scale),
-            partner_saliency=_pictures(found[len(shown) :, None]),
-            ratio=_pictures(share[:, None]),
-            result=_pictures((result - low) / scale),
+            base=pictures((base - low) / scale),
+            base_saliency=pictures(found[: len(shown), None]),
+            partner=pictures((partner - low) / scale),
+            partner_saliency=pictures(found[len(shown) :, None]),
+            ratio=pictures(share[:, None]),
+            result=pictures((result - low) / scale),
             labels=labels[rows].reshape(2, -1).T.tolist(),
         ).plot(axes)
 
@@ -207,12 +205,7 @@ class SPMixDisplay:
         display : SPMixDisplay
             This object.
         """
-        try:
-            import matplotlib.pyplot as plt
-        except ImportError as error:
-            raise ImportError(
-                'SPMixDisplay needs matplotlib: pip install "sklearn_medimb[plot]".'
-            ) from error
+        plt = pyplot(self)
         n = len(self.base)
         if axes is None:
             height, width = self.base.shape[1:3]
@@ -230,9 +223,9 @@ class SPMixDisplay:
             (self.ratio, "viridis"),
             (self.result, "gray"),
         )
-        for column, (pictures, colours) in enumerate(parts):
+        for column, (shown, colours) in enumerate(parts):
             axes[0, column].set_title(self.columns[column], fontsize=10)
-            for ax, picture in zip(axes[:, column], pictures, strict=True):
+            for ax, picture in zip(axes[:, column], shown, strict=True):
                 ax.imshow(picture, cmap=colours, vmin=0, vmax=1)
                 ax.set_xticks([])
                 ax.set_yticks([])
@@ -245,12 +238,3 @@ class SPMixDisplay:
         self.axes_ = axes
         self.figure_ = axes[0, 0].figure
         return self
-
-
-def _pictures(images: torch.Tensor) -> np.ndarray:
-    """Turn ``(n, C, *spatial)`` into what imshow takes: the middle slice, gray or RGB."""
-    if images.ndim == 5:
-        images = images[:, :, images.shape[2] // 2]
-    if images.shape[1] in (3, 4):
-        return images[:, :3].movedim(1, -1).clamp(0, 1).numpy()
-    return images.mean(dim=1).numpy()
