@@ -18,6 +18,7 @@ from sklearn.pipeline import Pipeline
 from sklearn_medimb.metrics._calibration import expected_calibration_error
 from sklearn_medimb.metrics._labels import labels_of, refuse_strangers
 from sklearn_medimb.metrics._recalls import Counts, head_tail_gap, shot_recall
+from sklearn_medimb.metrics._sides import check_prevalence, side_rates
 
 
 def scorer_name(metric: Any) -> str:
@@ -176,6 +177,21 @@ def _calibration(estimator: Any, X: Any, y: Any, *, class_wise: bool) -> float:
     )
 
 
+def _of_sides(
+    estimator: Any,
+    X: Any,
+    y: Any,
+    *,
+    measure: str,
+    positive: Any = None,
+    prevalence: float | None = None,
+) -> float:
+    """Score of one side against the other; the classifier knows labels that y may lack."""
+    y = labels_of(y, "y")
+    refuse_strangers(y, estimator.classes_)
+    return side_rates(y, estimator.predict(X), positive, prevalence, estimator.classes_)[measure]
+
+
 _SCORERS: dict[str, Any] = {
     "geometric_mean": make_scorer(geometric_mean_score),
     "few_shot_recall": partial(_by_shot, measure=_few),
@@ -183,9 +199,17 @@ _SCORERS: dict[str, Any] = {
     "neg_calibration_error": partial(_calibration, class_wise=False),
     "neg_class_wise_calibration_error": partial(_calibration, class_wise=True),
 }
+_SIDES: dict[str, Any] = {
+    name: partial(_of_sides, measure=name) for name in ("sensitivity", "specificity", "ppv", "npv")
+}
 
 
-def scorers(*names: str, train_counts: Counts | None = None) -> dict[str, Any]:
+def scorers(
+    *names: str,
+    train_counts: Counts | None = None,
+    positive: Any = None,
+    prevalence: float | None = None,
+) -> dict[str, Any]:
     """Scorers by name, for ``scoring=`` of cross_validate and searches.
 
     Parameters
@@ -193,22 +217,28 @@ def scorers(*names: str, train_counts: Counts | None = None) -> dict[str, Any]:
     *names : str
         Names that scikit-learn knows, such as "balanced_accuracy", and "geometric_mean",
         "few_shot_recall", "neg_head_tail_gap", "neg_calibration_error",
-        "neg_class_wise_calibration_error". None given: all of the latter.
+        "neg_class_wise_calibration_error". None given: all of the latter. Of a disease against all
+        else: "sensitivity", "specificity", and the predictive values "ppv" and "npv".
     train_counts : dict or pandas.Series from label to int, or array-like of labels, default=None
         For "few_shot_recall" and "neg_head_tail_gap", as in :func:`shot_recall`. None takes
         ``class_counts_`` of the classifier, also of one within a pipeline, a search or another
         meta-estimator; those of scikit-learn have none.
+    positive : label or collection of labels, default=None
+        The disease. None takes the greater one of two numbers, and refuses texts.
+    prevalence : float, default=None
+        Share of the ill that "ppv" and "npv" are to hold for; None is that of the samples scored.
 
     Returns
     -------
     scorers : dict from name to callable
         Greater is better. Classes that training lacked count: as rare ones, and as errors of what
-        was predicted for them.
+        was predicted for them. A sensitivity without an ill sample, or another share of nobody, is
+        NaN.
 
     Raises
     ------
     ValueError
-        If a name is unknown.
+        If a name is unknown, or `prevalence` no share.
 
     Examples
     --------
@@ -222,16 +252,17 @@ def scorers(*names: str, train_counts: Counts | None = None) -> dict[str, Any]:
     >>> bool(results["test_neg_calibration_error"].mean() > -0.2)
     True
     """
-    known = set(get_scorer_names()) | set(_SCORERS)
+    known = set(get_scorer_names()) | set(_SCORERS) | set(_SIDES)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"Unknown scorers {unknown}: choose among {sorted(known)}.")
-    return {
-        name: _with_counts(_SCORERS[name], train_counts) if name in _SCORERS else get_scorer(name)
-        for name in names or _SCORERS
-    }
-
-
-def _with_counts(scorer: Any, train_counts: Counts | None) -> Any:
-    if train_counts is None or getattr(scorer, "func", None) is not _by_shot:
-        return scorer
-    return partial(scorer, train_counts=train_counts)
+    if prevalence is not None:
+        check_prevalence(prevalence)
+    of_shots = {} if train_counts is None else {"train_counts": train_counts}
+    of_sides = {"positive": positive, "prevalence": prevalence}
+    made = {}
+    for name in names or _SCORERS:
+        scorer = _SCORERS.get(name) or _SIDES.get(name) or get_scorer(name)
+        own = of_sides if name in _SIDES else of_shots
+        is_ours = name in _SIDES or getattr(scorer, "func", None) is _by_shot
+        made[name] = partial(scorer, **own) if is_ours and own else scorer
+    return made

@@ -64,7 +64,9 @@ from sklearn_medimb.metrics import (
     expected_calibration_error,
     head_tail_gap,
     metric_interval,
+    negative_predictive_value,
     paired_difference,
+    positive_predictive_value,
     scorer_difference,
     scorer_interval,
     scorers,
@@ -1052,6 +1054,69 @@ def test_scorers_by_name_in_cross_validation_and_search():
     assert pickle.loads(pickle.dumps(scoring)).keys() == scoring.keys()
     with pytest.raises(ValueError, match=r"Unknown scorers \['recal'\]"):
         scorers("recal")
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_scorers_of_a_disease_are_bayes_formula(as_text):
+    X, y = make_classification(300, weights=[0.7], random_state=0)
+    positive = "ill" if as_text else None
+    y = np.array(["well", "ill"])[y] if as_text else y
+    clf = LogisticRegression().fit(X[:200], y[:200])
+    X, y = X[200:], y[200:]
+    ill, called = (one == ("ill" if as_text else 1) for one in (y, clf.predict(X)))
+    se, sp = called[ill].mean(), (~called[~ill]).mean()
+    wanted = {
+        "sensitivity": se,
+        "specificity": sp,
+        "ppv": 0.01 * se / (0.01 * se + 0.99 * (1 - sp)),
+        "npv": 0.99 * sp / (0.99 * sp + 0.01 * (1 - se)),
+    }
+    made = scorers(*wanted, positive=positive, prevalence=0.01)
+    for name, scorer in pickle.loads(pickle.dumps(made)).items():
+        assert scorer(clf, X, y) == pytest.approx(wanted[name], rel=1e-12)
+    assert scorers("sensitivity", positive=positive)["sensitivity"](clf, X, y) == se
+    own = {"positive": positive}
+    found = scorers("ppv", "npv", **own)  # at the frequency of these samples
+    assert found["ppv"](clf, X, y) == pytest.approx(ill[called].mean(), rel=1e-12)
+    assert found["npv"](clf, X, y) == pytest.approx((~ill[~called]).mean(), rel=1e-12)
+    p = clf.predict(X)
+    assert positive_predictive_value(y, p, prevalence=0.01, **own) == made["ppv"](clf, X, y)
+    assert negative_predictive_value(y, p, prevalence=0.01, **own) == made["npv"](clf, X, y)
+    assert wanted["ppv"] == pytest.approx(scorer_interval(clf, X, y, scoring=made["ppv"]).score)
+
+
+def test_a_disease_may_have_several_labels_and_samples_may_lack_it():
+    y = ["naevus", "melanoma", "carcinoma", "naevus"]
+    predicted = ["naevus", "carcinoma", "naevus", "naevus"]
+    malignant = {"positive": ["melanoma", "carcinoma"]}
+    clf = LogisticRegression().fit(np.eye(4), y)
+    score = scorers("sensitivity", "specificity", "ppv", "npv", **malignant)
+    assert positive_predictive_value(y, predicted, **malignant) == 1
+    assert negative_predictive_value(y, predicted, **malignant) == pytest.approx(2 / 3)
+    found = {name: one(clf, np.eye(4)[[0, 3]], ["naevus"] * 2) for name, one in score.items()}
+    assert np.isnan(found["sensitivity"])
+    assert found["specificity"] == 1
+    assert np.isnan(found["ppv"])
+    assert np.isnan(positive_predictive_value([0, 1], [0, 0], prevalence=0.1))
+
+
+@pytest.mark.parametrize("prevalence", [0, 1, -0.1, 2, "few", np.nan, [0.1]])
+def test_prevalence_is_a_share(prevalence):
+    with pytest.raises(ValueError, match=r"prevalence=.* must be a number between 0 and 1"):
+        scorers("ppv", prevalence=prevalence)
+    with pytest.raises(ValueError, match=r"prevalence=.* must be a number between 0 and 1"):
+        positive_predictive_value([0, 1], [0, 1], prevalence=prevalence)
+
+
+def test_disease_has_to_be_said_of_texts_and_of_many_classes():
+    with pytest.raises(ValueError, match=r"positive=None.* which of the labels \['a', 'b'\]"):
+        positive_predictive_value(["a", "b"], ["a", "a"])
+    with pytest.raises(ValueError, match=r"which of the labels \[0, 1, 2\]"):
+        negative_predictive_value([0, 1], [2, 1])
+    with pytest.raises(ValueError, match=r"positive='c' names \['c'\]"):
+        positive_predictive_value(["a", "b"], ["a", "a"], positive="c")
+    with pytest.raises(ValueError, match="y_true has no entry in row 1"):
+        positive_predictive_value([0, None], [0, 1])
 
 
 def test_scorers_use_the_class_counts_of_training(tiny, blobs):
