@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -195,6 +196,11 @@ class Batches:
             raw = self.preprocess.upload(raw)
         return to_unit_scale(raw, self.preprocess.dtype), self.targets[index]
 
+    def expect(self, picks: np.ndarray) -> None:
+        """Say which training rows will be gathered next: files are decoded during a step."""
+        if self.resident is None and not isinstance(self.images, CachedImages):
+            self.images.expect(self.rows[picks])
+
     def draw(self, images: torch.Tensor, augmentation: Augmentation) -> dict[str, Any] | None:
         """What `augmentation` will do to images; None where they stay as they are."""
         # Vectors are not augmented. Of the caller's own augmentations, draw and apply are asked.
@@ -225,8 +231,11 @@ class Batches:
             return augmentation.apply(images, params)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for picks in self.plan(self.rng):
+        plan = list(self.plan(self.rng))
+        for picks, following in zip_longest(plan, plan[1:]):
             images, targets = self.gather(picks)
+            if following is not None:
+                self.expect(following)
             views = [self.view(images, augmentation) for augmentation in self.views]
             stacked = views[0] if len(views) == 1 else torch.cat(views)
             yield self.preprocess.normalise(stacked), targets

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import sparse
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from sklearn_medimb._data.pixel_scale import on_one_scale
 
@@ -32,9 +32,15 @@ def is_lazy(X: Any) -> bool:
     return all(hasattr(X, name) for name in names) and X.ndim > 2
 
 
+def is_in_blocks(X: Any) -> bool:
+    """Whether `take` of a container reads several images of one size at once."""
+    return isinstance(X, ImageRows) and X.one_size
+
+
 class ImageRows:
     """Some rows of a source of images, in some order."""
 
+    one_size = False  # whether `take` reads several at once
     rows: np.ndarray
     dtype: np.dtype
     _image_shape: tuple[int, ...]
@@ -221,6 +227,7 @@ class MappedImages(ImageRows):
     ((5, 3, 8, 8), (2, 3, 8, 8))
     """
 
+    one_size = True
     _mapped: tuple[tuple[int, ...], np.ndarray] | None = None
     _seal: tuple[Any, ...] | None = None
 
@@ -308,12 +315,6 @@ def _seal(array: np.ndarray, n_places: int = 16, n_bytes: int = 4096) -> tuple[A
     return array.shape, array.dtype.str, array.flags.c_contiguous, digest.digest()
 
 
-def wrap_dataset(X: Any) -> Any:
-    """Turn a torch data set into a lazy sequence, unless it is one; leave everything else."""
-    is_sequence = all(hasattr(X, name) for name in ("shape", "ndim", "dtype"))
-    return DatasetImages(X) if isinstance(X, Dataset) and not is_sequence else X
-
-
 def _row_key(key: Any) -> Any:
     """Reduce ``X[rows, ...]``, which is how scikit-learn indexes, to its rows."""
     if not isinstance(key, tuple):
@@ -348,6 +349,8 @@ def one_column(X: Any) -> Any:
     if getattr(X, "ndim", 0) != 2 or not (is_array or hasattr(X, "iloc")) or not len(X):
         return X
     first = X[0] if is_array else [X.iloc[0, k] for k in range(X.shape[1])]
+    if len(first) == 1 and is_path(first[0]):
+        return X[:, 0] if is_array else X.iloc[:, 0]
     holding = [k for k, entry in enumerate(first) if is_image(entry) or isinstance(entry, list)]
     if not holding:
         return X
@@ -365,6 +368,11 @@ def is_image(image: Any) -> bool:
     if isinstance(image, np.generic):  # a number
         return False
     return hasattr(image, "shape") or hasattr(image, "__array_interface__")
+
+
+def is_path(entry: Any) -> bool:
+    """Whether an entry of a list is the path of a file."""
+    return isinstance(entry, (str, PathLike))
 
 
 def is_picture(image: Any) -> bool:

@@ -14,17 +14,17 @@ from sklearn.utils.validation import _num_samples, validate_data
 
 from sklearn_medimb._data.containers import (
     ImageList,
-    MappedImages,
     as_list,
     from_torch,
     holds_images,
     is_image,
+    is_in_blocks,
     is_lazy,
     is_picture,
     one_column,
     one_image,
-    wrap_dataset,
 )
+from sklearn_medimb._data.files import ImageFiles, wrap_dataset
 from sklearn_medimb._data.layout import Layout, infer_layout
 from sklearn_medimb._data.pixel_scale import (
     FOLD,
@@ -79,7 +79,7 @@ class Images:
         self.image_shape = resized_shape(layout.shape, resize)
         self.one_scale = OneScale()
         self.lazy = not isinstance(data, np.ndarray)
-        self.in_blocks = isinstance(data, (np.ndarray, MappedImages))
+        self.in_blocks = not self.lazy or is_in_blocks(data)
         self._first: tuple[int, np.dtype] | None = None  # row and dtype read first
 
     def __len__(self) -> int:
@@ -94,8 +94,7 @@ class Images:
             # writable even where the caller's array is a read-only memory map.
             block = self.data.take(rows, axis=0)
         else:
-            images = [self._announced(one_image(self.data, int(row)), row) for row in rows]
-            block = np.stack(images)
+            block = np.stack(list(self._one_by_one(rows)))
         return self.layout.canonical(torch.from_numpy(self._checked(block, rows, self.layout)))
 
     def _checked(self, block: np.ndarray, rows: np.ndarray, layout: Layout) -> np.ndarray:
@@ -139,8 +138,7 @@ class Images:
             return
         held: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
         n_values = 0
-        for place, row in enumerate(rows):
-            image = self._announced(one_image(self.data, int(row)), row)
+        for place, image in enumerate(self._one_by_one(rows)):
             held.setdefault(image.shape, []).append((place, image))
             n_values += image.size
             if n_values >= AT_ONCE or place == len(rows) - 1:
@@ -148,6 +146,19 @@ class Images:
                     places, images = zip(*found, strict=True)
                     yield np.array(places), np.stack(images)
                 held, n_values = {}, 0
+
+    def _one_by_one(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Images of a container, each as it announces them."""
+        if isinstance(self.data, ImageFiles):
+            found = self.data.stream(rows)
+        else:
+            found = (one_image(self.data, int(row)) for row in rows)
+        return (self._announced(image, row) for row, image in zip(rows, found, strict=True))
+
+    def expect(self, rows: np.ndarray) -> None:
+        """Have files begun to be decoded that will be asked for next."""
+        if isinstance(self.data, ImageFiles):
+            self.data.expect(rows)
 
     def in_memory(self) -> Images:
         """Resize what is in memory once, for all epochs; what is read on demand stays there."""
@@ -185,6 +196,9 @@ class Images:
         if self.scale is not None:
             self.scale.conclude()
 
+    def _file(self, row: int) -> str:
+        return f" ({self.data.path_of(row)!r})" if isinstance(self.data, ImageFiles) else ""
+
     def _announced(self, image: np.ndarray, row: int) -> np.ndarray:
         """Pass an image on if it is what the container announces."""
         shape, dtype = tuple(self.data.shape[1:]), np.dtype(self.data.dtype)
@@ -195,15 +209,16 @@ class Images:
                 self.layout.of(image.shape)
             except ValueError as error:
                 raise ValueError(
-                    f"Row {row} of X has shape {image.shape}, beside images of shape {shape}: "
-                    "image_size brings images to one size, but the order of their axes and their "
-                    "channels must be the same (of gray volumes, set spatial_dims=3)."
+                    f"Row {row} of X{self._file(row)} has shape {image.shape}, beside images of "
+                    f"shape {shape}: image_size brings images to one size, but the order of their "
+                    "axes and their channels must be the same (of gray volumes, set "
+                    "spatial_dims=3)."
                 ) from error
             shape = image.shape
         if image.shape != shape or not same_kind:
             raise ValueError(
-                f"X announces images of shape {shape} and dtype {dtype}, but row {row} has shape "
-                f"{image.shape} and dtype {image.dtype}."
+                f"X announces images of shape {shape} and dtype {dtype}, but row "
+                f"{row}{self._file(row)} has shape {image.shape} and dtype {image.dtype}."
             )
         first, known = self._first = self._first or (row, image.dtype)
         if scale_of(known) != scale_of(image.dtype):
@@ -267,7 +282,8 @@ def read_images(
     resize = resolve_size(image_size)
     X = one_column(X)
     _refuse_mixed_columns(X, image_shape)
-    X = as_array(wrap_dataset(X), float_dtype, of_any_size=resize is not None)
+    options = None if reset else getattr(estimator, "file_options_", None)
+    X = as_array(wrap_dataset(X, options), float_dtype, of_any_size=resize is not None)
     if not is_lazy(X) and getattr(X, "ndim", 2) <= 2:
         X = validate_data(estimator, X, reset=reset, dtype="numeric", ensure_all_finite=False)
     elif not is_lazy(X):
@@ -308,7 +324,7 @@ def read_images(
     peak = 0.0
     if not is_lazy(X):
         X, peak = _cast(X, dtype)
-    if shape == layout.shape and isinstance(X, (np.ndarray, MappedImages)):
+    if shape == layout.shape and (isinstance(X, np.ndarray) or is_in_blocks(X)):
         resize = None
     images = Images(X, layout, dtype, peak=peak, resize=resize)
     if not images.lazy:

@@ -22,7 +22,7 @@ from torch import nn
 
 from sklearn_medimb._data.batches import Batches, Context
 from sklearn_medimb._data.cached import CachedImages
-from sklearn_medimb._data.containers import wrap_dataset
+from sklearn_medimb._data.files import wrap_dataset
 from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.labels import read_labels, warn_of_marks
 from sklearn_medimb._data.plans import Plan, shuffled

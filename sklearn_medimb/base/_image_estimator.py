@@ -19,6 +19,7 @@ from torch import nn
 
 from sklearn_medimb._data.batches import Context, Untouched
 from sklearn_medimb._data.cached import CachedImages
+from sklearn_medimb._data.files import ImageFiles
 from sklearn_medimb._data.images import Images, channel_statistics, check_pixel_range, read_images
 from sklearn_medimb._data.pixel_scale import UNIT_MAX
 from sklearn_medimb._data.plans import n_batches
@@ -443,6 +444,8 @@ class BaseImageEstimator(Trains):
         )
         if reset:
             self.input_shape_ = images.layout.shape
+            files = images.data if isinstance(images.data, ImageFiles) else None
+            self.file_options_ = None if files is None else files.options
         check_pixel_range(self, images, reset=reset)
         return images
 

@@ -169,6 +169,9 @@ class SharedParameters(
         that has this size.
     input_shape_
         The same of the first image of X as it was given, before `image_size`.
+    file_options_
+        How files were read, where X was :class:`~sklearn_medimb.datasets.ImageFiles` or paths: so
+        paths are read afterwards, too. Else None.
     pixel_mean_
         Mean of each channel in the training images; uint8 counts as [0, 1].
     pixel_std_
@@ -262,6 +265,7 @@ class SharedParameters(
     n_iter_: int = learned("int")
     image_shape_: tuple[int, ...] = learned("tuple of int")
     input_shape_: tuple[int, ...] = learned("tuple of int")
+    file_options_: dict[str, Any] | None = learned("dict or None")
     pixel_mean_: np.ndarray = learned("ndarray of float of shape (n_channels,)", predicts=True)
     pixel_std_: np.ndarray = learned("ndarray of float of shape (n_channels,)", predicts=True)
     pixel_range_: str | float | None = learned("str, float or None")

@@ -15,7 +15,8 @@ from sklearn.utils import _safe_indexing
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from sklearn_medimb import SoftmaxClassifier, datasets
-from sklearn_medimb._data.containers import DatasetImages, is_lazy, wrap_dataset
+from sklearn_medimb._data.containers import DatasetImages, is_lazy
+from sklearn_medimb._data.files import wrap_dataset
 from sklearn_medimb._data.images import Images, channel_statistics, read_images
 from sklearn_medimb._data.layout import Layout, infer_layout
 from sklearn_medimb._data.pixel_scale import to_unit_scale

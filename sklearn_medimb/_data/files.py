@@ -1,0 +1,568 @@
+"""Image files as X: read on demand, several at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import stat
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from sklearn_medimb._data.containers import DatasetImages, ImageRows, as_list, is_path, one_column
+from sklearn_medimb._data.decoders import BadFileError, Decoded, Header, decode
+from sklearn_medimb._data.disk_cache import read_rows, write_once
+from sklearn_medimb._data.resize import Resize, resample, resized_shape, resolve_size
+
+MODES = ("auto", "L", "RGB")
+HELD = 2**28  # bytes of decoded images that stay in memory
+LUMA = np.array([19595, 38470, 7471], dtype=np.uint32)  # ITU-R 601, in parts of 65536
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files become images: the options of :class:`ImageFiles`."""
+
+    mode: str = "auto"
+    resize: Resize | None = None
+    window: tuple[float, float] | None = None
+    spacing: tuple[float, ...] | float | None = None
+    frames: str | int = "all"
+
+    def shape(self, header: Header) -> tuple[int, ...]:
+        """Shape of an image: ``(H, W)``, ``(H, W, 3)`` or ``(C, D, H, W)``."""
+        n_channels = 3 if self.mode == "RGB" else 1 if self.mode == "L" else header.channels
+        sides = self._at_spacing(header)
+        sides = resized_shape((n_channels, *sides), self.resize)[1:]
+        if len(sides) == 3:
+            return (n_channels, *sides)
+        return sides if n_channels == 1 else (*sides, n_channels)
+
+    def _at_spacing(self, header: Header) -> tuple[int, ...]:
+        """Sides once pixels are so far apart as is wanted."""
+        if self.spacing is None:
+            return header.sides
+        if header.spacing is None or min(header.spacing) <= 0:
+            raise BadFileError(f"does not say how far apart pixels are: spacing={self.spacing}.")
+        n = len(header.sides)
+        wanted = self.spacing if isinstance(self.spacing, tuple) else (self.spacing,) * n
+        if len(wanted) != n:
+            raise BadFileError(f"has sides {header.sides}, for which spacing={self.spacing}.")
+        triples = zip(header.sides, header.spacing, wanted, strict=True)
+        return tuple(max(1, round(side * own / new)) for side, own, new in triples)
+
+    def image(self, header: Header, pixels: np.ndarray) -> np.ndarray:
+        """Bring decoded pixels to this mode, spacing and size."""
+        shape, volume = self.shape(header), len(header.sides) == 3
+        if header.colour and self.mode == "L":
+            pixels = ((pixels @ LUMA + 0x8000) >> 16).astype(np.uint8)
+        elif header.channels == 1 and self.mode == "RGB":
+            pixels = np.repeat(pixels[..., None], 3, axis=-1)
+        if pixels.ndim == len(header.sides):
+            pixels = pixels[..., None]
+        pixels = np.moveaxis(pixels, -1, 0)
+        if self.spacing is not None or self.resize is not None:
+            tensor = torch.from_numpy(np.array(pixels))[None]
+            tensor = resample(tensor, self._at_spacing(header))
+            if self.resize is not None:
+                size = shape[1:] if volume else shape[:2]
+                tensor = resample(tensor, size, self.resize.aspect)
+            pixels = tensor[0].numpy()
+        return pixels if volume else np.moveaxis(pixels, 0, -1).reshape(shape)
+
+    def options(self) -> dict[str, Any]:
+        """Give what makes an :class:`ImageFiles` that reads so."""
+        return {
+            "mode": self.mode,
+            "image_size": self.resize,
+            "window": self.window,
+            "spacing": self.spacing,
+            "frames": self.frames,
+        }
+
+
+class ImageFiles(ImageRows):
+    """Image files, decoded when they are read: an ``X`` for every estimator.
+
+    What a file is, its content says, not its name: PNG, JPEG, TIFF, WebP and whatever else Pillow
+    reads, DICOM, NIfTI, ``.npy``. Headers are read at once, pixels when they are needed, several
+    files at a time. ``X[i]`` reads an image; a slice, mask or index array gives a further
+    container. What travels to other processes are paths and options.
+
+    Pixels are uint8 from 0 to 255 or float32 in the units of the file, one of them for all files,
+    and no file is stretched by its own least and largest value:
+
+    - Pictures of eight bits are uint8, those of one bit 0 and 255. A picture of 16 or 32 bits gray
+      is float32. The orientation that EXIF has is applied, profiles of colour are not; what is
+      transparent lies on black.
+    - DICOM: the modality's lookup table or rescaling is applied, MONOCHROME1 is inverted. CT and
+      PET remain in their units (HU), float32. Other gray images are shown, as uint8, in the window
+      or table of their own header; without one they are uint8 if they have eight bits, and float32
+      in the modality's units if they have more. Colours of any kind become RGB. Nothing of a header
+      is kept, or told in an error, that says who the patient is.
+    - NIfTI: slope and intercept are applied; volumes ``(D, H, W)`` run from feet to head, back to
+      front, left to right (the closest canonical orientation, RAS+, with its axes in reverse).
+      Several volumes in a file are channels. Of uint8 without scaling they are uint8, else float32.
+    - ``.npy``: ``(H, W)``, ``(H, W, C)`` or ``(C, H, W)`` with one or three channels, else a volume
+      ``(D, H, W)``. uint8 and bool are uint8, all else is float32; pickles are refused.
+
+    Images are ``(H, W)`` or ``(H, W, 3)``, volumes ``(C, D, H, W)``. Decoding always gives the same
+    pixels. The first 256 MB of decoded images stay in the memory of a process.
+
+    Parameters
+    ----------
+    paths : path-like or sequence of path-like
+        The files; a list, an array, or a column of a table.
+    mode : {"auto", "L", "RGB"}, default="auto"
+        Gray or colour. "auto" is "RGB" if one of the files has colour, else "L". Colour becomes
+        gray by the weights of ITU-R 601, and gray three equal channels.
+    image_size : int, tuple of int or Resize, default=None
+        The size that images come to when they are read; as in the estimators.
+    window : tuple of two floats, default=None
+        Centre and width of the values, of DICOM after MONOCHROME1 was inverted, that become 0 to
+        255, uint8: of DICOM, NIfTI, and of pictures and arrays of more than eight bits. In HU,
+        lungs are (-600, 1500), soft tissue is (40, 400).
+    spacing : float or tuple of float, default=None
+        Millimetres between pixels, ``(D, H, W)`` or ``(H, W)``, that NIfTI and DICOM images are
+        brought to, before `image_size`.
+    frames : {"all", "middle"} or int, default="all"
+        Of files with several frames, pages or slices, all of them as a volume, or one as an image.
+    cache : path-like, default=None
+        Folder that keeps the decoded images of all files in one ``.npy`` file, which the first
+        reader writes and all processes share. It is found again as long as paths, sizes, times and
+        options are the same; nobody removes it.
+
+    Attributes
+    ----------
+    paths : list of str
+        The files, in this order.
+    dtype : numpy.dtype
+        uint8 or float32.
+    options : dict
+        The parameters above but `paths` and `cache`, with "auto" resolved.
+
+    Raises
+    ------
+    ValueError
+        If there is no file, one is no image, damaged or of more than 268 million values, or files
+        do not go together. The message has the row and the path.
+    ImportError
+        If a package is missing: ``pip install "sklearn_medimb[files]"``.
+
+    Examples
+    --------
+    >>> import tempfile, pathlib, numpy as np
+    >>> from sklearn_medimb.datasets import ImageFiles
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> for name in "abc":
+    ...     np.save(folder / name, np.zeros((8, 6), dtype=np.uint8))
+    >>> X = ImageFiles(sorted(folder.glob("*.npy")))
+    >>> X.shape, X[[0, 2]].shape, X[1].shape
+    ((3, 8, 6), (2, 8, 6), (8, 6))
+    """
+
+    def __init__(
+        self,
+        paths: Any,
+        *,
+        mode: str = "auto",
+        image_size: Any = None,
+        window: tuple[float, float] | None = None,
+        spacing: float | tuple[float, ...] | None = None,
+        frames: str | int = "all",
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._paths = path_list(paths)
+        reading = as_reading(mode, image_size, window, spacing, frames)
+        found = survey(self._paths, reading)
+        for row, header in enumerate(found):
+            if isinstance(header, Exception):
+                kind = ImportError if isinstance(header, ImportError) else ValueError
+                raise kind(f"Row {row} of X could not be read: {header}") from None
+        headers = [header for header in found if isinstance(header, Header)]
+        self._reading = _resolved(reading, headers, self._paths)
+        shapes = {self._reading.shape(header) for header in set(headers)}
+        self.one_size = len(shapes) == 1
+        self.rows = np.arange(len(self._paths))
+        self.dtype = np.dtype(np.uint8 if headers[0].whole else np.float32)
+        self._image_shape = self._reading.shape(headers[0])
+        self._memory = _Memory()
+        self._cached: Path | None = None
+        if cache is not None:
+            if not self.one_size:
+                raise ValueError(
+                    f"cache= keeps images of one size, but these have {len(shapes)}: set "
+                    "image_size= of ImageFiles."
+                )
+            self._cached = Path(cache).absolute() / f"images-{self._digest()}.npy"
+
+    @property
+    def paths(self) -> list[str]:
+        """The files, in this order."""
+        return [self._paths[file] for file in self.rows]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What decides how a file is read."""
+        return self._reading.options()
+
+    def __repr__(self) -> str:
+        return f"ImageFiles({len(self)} files, shape={self.shape}, dtype={self.dtype})"
+
+    def path_of(self, row: int) -> str:
+        """File of a row."""
+        return self._paths[self.rows[row]]
+
+    def take(self, rows: np.ndarray, axis: int = 0) -> np.ndarray:
+        """Read several images of one size at once.
+
+        Parameters
+        ----------
+        rows : ndarray of int
+            Which of the images.
+        axis : {0}
+            As in NumPy.
+
+        Returns
+        -------
+        images : ndarray of shape (len(rows), ...)
+            In this order.
+        """
+        if axis != 0:
+            raise ValueError(f"axis={axis}: images are taken along axis 0.")
+        rows = np.arange(len(self))[rows]
+        if self._cached is not None:
+            self._write_cache()
+            whole = len(self._paths), *self._image_shape
+            return read_rows(self._cached, whole, self.dtype, self.rows[rows])
+        images = np.empty((len(rows), *self._image_shape), self.dtype)
+        for k, image in enumerate(self.stream(rows)):
+            if image.shape != self._image_shape:
+                raise ValueError(
+                    f"X announces images of shape {self._image_shape}, but "
+                    f"row {rows[k]} ({self.path_of(rows[k])!r}) has shape {image.shape}."
+                )
+            images[k] = image
+        return images
+
+    def stream(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        """Read images one after another, while the next ones are decoded.
+
+        Parameters
+        ----------
+        rows : ndarray of int
+            Which of the images.
+        """
+        for row, begun in zip(rows, self._ahead(self.rows[rows]), strict=True):
+            try:
+                image = begun.result()
+            except (ValueError, ImportError) as error:
+                raise type(error)(f"Row {row} of X could not be read: {error}") from None
+            yield image
+
+    def expect(self, rows: np.ndarray) -> None:
+        """Begin to decode images that will be read next.
+
+        Parameters
+        ----------
+        rows : ndarray of int
+            Which of the images.
+        """
+        if self._cached is None:
+            coming = self._memory.coming_here()
+            coming.clear()
+            coming.update({file: self._begin(file) for file in self.rows[rows].tolist()})
+
+    def _ahead(self, files: np.ndarray) -> Iterator[Future[np.ndarray]]:
+        """Images of files, of which a few are under way."""
+        coming, begun = self._memory.coming_here(), deque[Future[np.ndarray]]()
+        for file in files.tolist():
+            begun.append(coming.pop(file) if file in coming else self._begin(file))
+            if len(begun) > 2 * _n_threads():
+                yield begun.popleft()
+        yield from begun
+
+    def _begin(self, file: int) -> Future[np.ndarray]:
+        held = self._memory.images.get(file)
+        if held is None:
+            return _pool(os.getpid()).submit(self._decoded, file)
+        done: Future[np.ndarray] = Future()
+        done.set_result(held)
+        return done
+
+    def _decoded(self, file: int) -> np.ndarray:
+        image = read_file(self._paths[file], self._reading, self.dtype)
+        if self._cached is None:
+            self._memory.keep(file, image)
+        return image
+
+    def _read(self, row: int) -> np.ndarray:
+        if self._cached is not None:
+            self._write_cache()
+            whole = len(self._paths), *self._image_shape
+            return read_rows(self._cached, whole, self.dtype, np.array([row]))[0]
+        held = self._memory.images.get(row)
+        return np.array(self._decoded(row) if held is None else held)
+
+    def _write_cache(self) -> None:
+        assert self._cached is not None
+        if self._cached.exists():
+            return
+        if f"images-{self._digest()}.npy" != self._cached.name:
+            raise ValueError("Files have changed since X was made: make a new ImageFiles of them.")
+        every = ImageFiles.__new__(ImageFiles)
+        every.__dict__.update(vars(self), rows=np.arange(len(self._paths)))
+        write_once(self._cached, every.shape, self.dtype, every.stream(every.rows))
+
+    def _digest(self) -> str:
+        """Digest of what decides the pixels of all files."""
+        digest = hashlib.blake2b(repr(("1", self._reading)).encode(), digest_size=16)
+        for path in self._paths:
+            status = Path(path).stat()
+            known = Path(path).absolute(), status.st_size, status.st_mtime_ns
+            digest.update(repr(known).encode())
+        return digest.hexdigest()
+
+
+class _Memory:
+    """Decoded images of a process, by the number of the file; no other process gets them."""
+
+    def __init__(self) -> None:
+        self.images: dict[int, np.ndarray] = {}
+        self.n_bytes = 0
+        self.process = os.getpid()
+        self.coming: dict[int, Future[np.ndarray]] = {}
+
+    def __reduce__(self) -> Any:
+        return _Memory, ()
+
+    def keep(self, file: int, image: np.ndarray) -> None:
+        """Hold an image as long as there is room: in random order no rule does better."""
+        if self.n_bytes + image.nbytes <= HELD and file not in self.images:
+            self.n_bytes += image.nbytes
+            self.images[file] = image
+
+    def coming_here(self) -> dict[int, Future[np.ndarray]]:
+        """Images that threads of this process decode; those of a forked one's parent never come."""
+        if self.process != os.getpid():
+            self.process, self.coming = os.getpid(), {}
+        return self.coming
+
+
+def _n_threads() -> int:
+    return max(1, min(torch.get_num_threads(), 16))
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:  # noqa: ARG001
+    """Threads that decode; a forked process needs its own."""
+    return ThreadPoolExecutor(_n_threads(), thread_name_prefix="sklearn_medimb-files")
+
+
+# ---------------------------------------------------------------- one file
+
+
+@contextmanager
+def opened(path: str, reading: Reading) -> Iterator[Decoded]:
+    """Open a file, read its header, and have whatever goes wrong name the file."""
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise BadFileError("is no file.")
+        with Path(path).open("rb") as file:
+            yield decode(file, window=reading.window, frames=reading.frames)
+    except ImportError as error:
+        raise ImportError(f"{path!r} {error}") from None
+    except MemoryError:
+        raise BadFileError(f"{path!r} needs more memory than there is.") from None
+    except BadFileError as error:
+        raise BadFileError(f"{path!r} {error}") from None
+    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+        why = getattr(error, "strerror", None) or error
+        raise BadFileError(f"{path!r} cannot be opened: {why}.") from None
+
+
+def read_header(path: str, reading: Reading) -> Header:
+    """What a file says of its pixels."""
+    with opened(path, reading) as (header, _):
+        reading.shape(header)  # it must have the spacing, and the axes that size and spacing have
+        return header
+
+
+def read_file(path: str, reading: Reading, dtype: np.dtype) -> np.ndarray:
+    """Decode a file."""
+    with opened(path, reading) as (header, pixels):
+        if header.whole != (dtype == np.uint8):
+            raise BadFileError(f"holds pixels of another kind than {dtype}, as before.")
+        return reading.image(header, pixels())
+
+
+def survey(paths: Sequence[str], reading: Reading) -> list[Header | Exception]:
+    """Read the headers of files; what is wrong with a file stands in its place."""
+
+    def look(path: str) -> Header | Exception:
+        try:
+            return read_header(path, reading)
+        except (ValueError, ImportError) as error:
+            return error
+
+    if _n_threads() == 1:
+        return [look(path) for path in paths]
+    return list(_pool(os.getpid()).map(look, paths))
+
+
+def broken_files(
+    paths: Sequence[str],
+    *,
+    mode: str = "auto",
+    image_size: Any = None,
+    window: Any = None,
+    spacing: Any = None,
+    frames: Any = "all",
+) -> dict[int, str]:
+    """Decode files, and say for those that cannot be what is wrong with them.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        The files.
+    mode, image_size, window, spacing, frames
+        As in :class:`ImageFiles`.
+    """
+    reading = as_reading(mode, image_size, window, spacing, frames)
+
+    def look(path: str) -> str | None:
+        try:
+            with opened(path, reading) as (header, pixels):
+                reading.shape(header)
+                pixels()
+        except ValueError as error:
+            return str(error)
+        return None
+
+    found = enumerate(_pool(os.getpid()).map(look, paths))
+    return {row: why for row, why in found if why is not None}
+
+
+def _resolved(reading: Reading, headers: Sequence[Header], paths: Sequence[str]) -> Reading:
+    """Choose the mode for all files, and refuse files that do not go together."""
+
+    def differing(kinds: Sequence[Any]) -> tuple[int, str] | None:
+        k = next((k for k, kind in enumerate(kinds) if kind != kinds[0]), None)
+        return None if k is None else (k, f"row 0 ({paths[0]!r}) and row {k} ({paths[k]!r})")
+
+    if found := differing([len(header.sides) for header in headers]):
+        k, names = found
+        raise ValueError(
+            f"X mixes images and volumes: {names} have sides {headers[0].sides} and "
+            f"{headers[k].sides}. frames= takes one slice of each volume."
+        )
+    if found := differing([header.whole for header in headers]):
+        k, names = found
+        eight = "values of more than eight bits" if headers[0].whole else "eight bits"
+        raise ValueError(
+            f"X mixes images whose scales may differ: of {names}, the latter has {eight}. Set "
+            "window=(centre, width) to bring all of them to eight bits."
+        )
+    odd = next((k for k, h in enumerate(headers) if h.channels > 1 and not h.colour), None)
+    if odd is not None:
+        if found := differing([(header.channels, header.colour) for header in headers]):
+            k, names = found
+            raise ValueError(
+                f"X mixes images of different channels: {names} have {headers[0].channels} and "
+                f"{headers[k].channels}."
+            )
+        if reading.mode != "auto":
+            raise ValueError(
+                f"mode={reading.mode!r} is for gray and colour, but row {odd} ({paths[odd]!r}) has "
+                f"{headers[odd].channels} channels of another kind."
+            )
+        return reading
+    if reading.mode == "auto":
+        return replace(reading, mode="RGB" if any(h.colour for h in headers) else "L")
+    return reading
+
+
+# ---------------------------------------------------------------- what the caller passes
+
+
+def as_reading(mode: Any, image_size: Any, window: Any, spacing: Any, frames: Any) -> Reading:
+    """Check the options of :class:`ImageFiles`."""
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} must be one of {MODES}.")
+    if window is not None:
+        numbers = isinstance(window, (tuple, list)) and all(_is_finite(part) for part in window)
+        if not numbers or len(window) != 2 or not window[1] > 0:
+            raise ValueError(f"window={window!r} must be a centre and a width above 0.")
+        window = float(window[0]), float(window[1])
+    if spacing is not None:
+        parts = spacing if isinstance(spacing, (tuple, list)) else (spacing,)
+        if not parts or not all(_is_finite(part) and part > 0 for part in parts):
+            raise ValueError(f"spacing={spacing!r} must hold millimetres above 0.")
+        several = isinstance(spacing, (tuple, list))
+        spacing = tuple(float(part) for part in parts) if several else float(spacing)
+    whole = isinstance(frames, Integral) and not isinstance(frames, bool) and int(frames) >= 0
+    if not whole and frames not in ("all", "middle"):
+        raise ValueError(f'frames={frames!r} must be "all", "middle", or a number from 0.')
+    frames = int(frames) if whole else frames
+    return Reading(mode, resolve_size(image_size), window, spacing, frames)
+
+
+def _is_finite(number: Any) -> bool:
+    return isinstance(number, Real) and not isinstance(number, bool) and math.isfinite(number)
+
+
+def path_list(paths: Any) -> list[str]:
+    """Paths as they are, as strings.
+
+    Raises
+    ------
+    TypeError
+        If an entry is no path.
+    ValueError
+        If there is none.
+    """
+    entries = [paths] if is_path(paths) else as_list(one_column(paths))
+    entries = list(entries)
+    if not entries:
+        raise ValueError(
+            "Found array with 0 sample(s) while a minimum of 1 is required: there are no paths."
+        )
+    for row, entry in enumerate(entries):
+        if not is_path(entry) or not os.fspath(entry):
+            raise TypeError(f"Row {row} of X must be the path of a file, not {entry!r}.")
+    return [os.fsdecode(entry) for entry in entries]
+
+
+def holds_paths(X: Any) -> bool:
+    """Whether X is a list, an array or a column of paths."""
+    if isinstance(X, np.ndarray) and X.dtype.kind == "U" and X.ndim == 1:
+        return len(X) > 0
+    X = as_list(X)
+    return isinstance(X, (list, tuple)) and len(X) > 0 and is_path(X[0])
+
+
+def wrap_dataset(X: Any, options: dict[str, Any] | None = None) -> Any:
+    """Turn a torch data set, or paths, into a lazy sequence; leave everything else.
+
+    Parameters
+    ----------
+    X : object
+        What the caller passed.
+    options : dict, default=None
+        How files are read.
+    """
+    if holds_paths(X):
+        return ImageFiles(X, **(options or {}))
+    is_sequence = all(hasattr(X, name) for name in ("shape", "ndim", "dtype"))
+    return DatasetImages(X) if isinstance(X, Dataset) and not is_sequence else X
