@@ -163,7 +163,9 @@ def _picture(image: Any, window: Window | None, frames: str | int) -> Decoded:
         image.seek(page)
     mode = _mode(image)
     # Of a TIFF, Pillow has turned the sides already.
-    turn = 1 if tiff else _library("PIL.Image", "pillow").Image.getexif(image).get(0x0112, 1)
+    told = not tiff and any("exif" in str(key) or "xmp" in str(key) for key in image.info)
+    exif = _library("PIL.Image", "pillow").Image.getexif
+    turn = exif(image).get(0x0112, 1) if told else 1
     width, height = image.size if turn not in (5, 6, 7, 8) else image.size[::-1]
     sides = (height, width) if page is not None else (n_pages, height, width)
     _check_size(sides, 4)

@@ -8,10 +8,11 @@ import os
 import stat
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,11 @@ class Reading:
 
     def image(self, header: Header, pixels: np.ndarray) -> np.ndarray:
         """Bring decoded pixels to this mode, spacing and size."""
-        shape, volume = self.shape(header), len(header.sides) == 3
+        volume, resized = len(header.sides) == 3, not (self.spacing is self.resize is None)
+        n_channels = {"L": 1, "RGB": 3}.get(self.mode, header.channels)
+        if n_channels == header.channels and not volume and not resized:
+            return pixels
+        shape = self.shape(header)
         if header.colour and self.mode == "L":
             pixels = ((pixels @ LUMA + 0x8000) >> 16).astype(np.uint8)
         elif header.channels == 1 and self.mode == "RGB":
@@ -72,7 +77,7 @@ class Reading:
         if pixels.ndim == len(header.sides):
             pixels = pixels[..., None]
         pixels = np.moveaxis(pixels, -1, 0)
-        if self.spacing is not None or self.resize is not None:
+        if resized:
             tensor = torch.from_numpy(np.array(pixels))[None]
             tensor = resample(tensor, self._at_spacing(header))
             if self.resize is not None:
@@ -264,12 +269,18 @@ class ImageFiles(ImageRows):
         rows : ndarray of int
             Which of the images.
         """
-        for row, begun in zip(rows, self._ahead(self.rows[rows]), strict=True):
-            try:
-                image = begun.result()
-            except (ValueError, ImportError) as error:
-                raise type(error)(f"Row {row} of X could not be read: {error}") from None
-            yield image
+        files, step = self.rows[rows].tolist(), self._at_once
+        parts = (files[start : start + step] for start in range(0, len(files), step))
+        under_way: deque[list[_Begun]] = deque(map(self._begin, islice(parts, 2 * _n_threads())))
+        row = iter(rows)
+        while under_way:
+            for future, place in under_way.popleft():
+                image, here = future.result()[place], next(row)
+                if isinstance(image, Exception):
+                    text = f"Row {here} of X could not be read: {image}"
+                    raise type(image)(text) from None
+                yield image
+            under_way.extend(map(self._begin, islice(parts, 1)))
 
     def expect(self, rows: np.ndarray) -> None:
         """Begin to decode images that will be read next.
@@ -280,28 +291,40 @@ class ImageFiles(ImageRows):
             Which of the images.
         """
         if self._cached is None:
-            coming = self._memory.coming_here()
-            coming.clear()
-            coming.update({file: self._begin(file) for file in self.rows[rows].tolist()})
+            files, step, coming = self.rows[rows].tolist(), self._at_once, {}
+            for start in range(0, len(files), step):
+                part = files[start : start + step]
+                coming.update(zip(part, self._begin(part), strict=True))
+            self._memory.coming = os.getpid(), coming
 
-    def _ahead(self, files: np.ndarray) -> Iterator[Future[np.ndarray]]:
-        """Images of files, of which a few are under way."""
-        coming, begun = self._memory.coming_here(), deque[Future[np.ndarray]]()
-        for file in files.tolist():
-            begun.append(coming.pop(file) if file in coming else self._begin(file))
-            if len(begun) > 2 * _n_threads():
-                yield begun.popleft()
-        yield from begun
+    @property
+    def _at_once(self) -> int:
+        """Files that a thread takes: of small ones several, or threads wait for each other."""
+        return max(1, min(16, 2**20 // (math.prod(self._image_shape) * self.dtype.itemsize)))
 
-    def _begin(self, file: int) -> Future[np.ndarray]:
-        held = self._memory.images.get(file)
-        if held is None:
-            return _pool(os.getpid()).submit(self._decoded, file)
-        done: Future[np.ndarray] = Future()
-        done.set_result(held)
-        return done
+    def _begin(self, files: list[int]) -> list[_Begun]:
+        """Have a thread decode files, unless one does so already."""
+        process, coming = self._memory.coming
+        coming = coming if process == os.getpid() else {}  # a forked process has no such threads
+        new = [file for file in files if file not in coming]
+        future = _pool(os.getpid()).submit(self._decoded, new) if new else None
+        begun = {file: (future, place) for place, file in enumerate(new)}
+        return [begun[file] if file in begun else coming.pop(file) for file in files]
 
-    def _decoded(self, file: int) -> np.ndarray:
+    def _decoded(self, files: list[int]) -> list[np.ndarray | Exception]:
+        """Images, or what is wrong with a file."""
+        held = self._memory.images
+        found: list[np.ndarray | Exception] = []
+        for file in files:
+            try:
+                image = held[file] if file in held else self._decode(file)
+            except (ValueError, ImportError) as error:
+                found.append(error)
+            else:
+                found.append(image)
+        return found
+
+    def _decode(self, file: int) -> np.ndarray:
         image = read_file(self._paths[file], self._reading, self.dtype)
         if self._cached is None:
             self._memory.keep(file, image)
@@ -313,7 +336,7 @@ class ImageFiles(ImageRows):
             whole = len(self._paths), *self._image_shape
             return read_rows(self._cached, whole, self.dtype, np.array([row]))[0]
         held = self._memory.images.get(row)
-        return np.array(self._decoded(row) if held is None else held)
+        return np.array(self._decode(row) if held is None else held)
 
     def _write_cache(self) -> None:
         assert self._cached is not None
@@ -329,10 +352,13 @@ class ImageFiles(ImageRows):
         """Digest of what decides the pixels of all files."""
         digest = hashlib.blake2b(repr(("1", self._reading)).encode(), digest_size=16)
         for path in self._paths:
-            status = Path(path).stat()
-            known = Path(path).absolute(), status.st_size, status.st_mtime_ns
+            status = os.stat(path)  # noqa: PTH116
+            known = os.path.abspath(path), status.st_size, status.st_mtime_ns  # noqa: PTH100
             digest.update(repr(known).encode())
         return digest.hexdigest()
+
+
+_Begun = tuple[Any, int]  # a Future of several images, and the place of one in it
 
 
 class _Memory:
@@ -341,8 +367,7 @@ class _Memory:
     def __init__(self) -> None:
         self.images: dict[int, np.ndarray] = {}
         self.n_bytes = 0
-        self.process = os.getpid()
-        self.coming: dict[int, Future[np.ndarray]] = {}
+        self.coming: tuple[int, dict[int, _Begun]] = os.getpid(), {}  # what a process expects
 
     def __reduce__(self) -> Any:
         return _Memory, ()
@@ -352,12 +377,6 @@ class _Memory:
         if self.n_bytes + image.nbytes <= HELD and file not in self.images:
             self.n_bytes += image.nbytes
             self.images[file] = image
-
-    def coming_here(self) -> dict[int, Future[np.ndarray]]:
-        """Images that threads of this process decode; those of a forked one's parent never come."""
-        if self.process != os.getpid():
-            self.process, self.coming = os.getpid(), {}
-        return self.coming
 
 
 def _n_threads() -> int:
@@ -377,9 +396,10 @@ def _pool(process: int) -> ThreadPoolExecutor:  # noqa: ARG001
 def opened(path: str, reading: Reading) -> Iterator[Decoded]:
     """Open a file, read its header, and have whatever goes wrong name the file."""
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):
+        # As quick as it gets: of small pictures, a Path would take as long as the header.
+        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
             raise BadFileError("is no file.")
-        with Path(path).open("rb") as file:
+        with open(path, "rb") as file:  # noqa: PTH123
             yield decode(file, window=reading.window, frames=reading.frames)
     except ImportError as error:
         raise ImportError(f"{path!r} {error}") from None
@@ -416,9 +436,7 @@ def survey(paths: Sequence[str], reading: Reading) -> list[Header | Exception]:
         except (ValueError, ImportError) as error:
             return error
 
-    if _n_threads() == 1:
-        return [look(path) for path in paths]
-    return list(_pool(os.getpid()).map(look, paths))
+    return [look(path) for path in paths]  # threads would only wait for Python here
 
 
 def broken_files(

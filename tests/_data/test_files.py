@@ -689,7 +689,7 @@ def test_what_is_expected_is_decoded_once_and_not_held_twice(pngs, monkeypatch):
     X.expect(np.array([3, 1]))
     np.testing.assert_array_equal(X.take(np.array([1, 3])), images[[1, 3]])
     assert len(read) == 2
-    assert not X._memory.coming
+    assert not X._memory.coming[1]
 
 
 def test_a_pickle_holds_paths_alone(pngs):
