@@ -291,7 +291,8 @@ class ImageFiles(ImageRows):
             Which of the images.
         """
         if self._cached is None:
-            files, step, coming = self.rows[rows].tolist(), self._at_once, {}
+            files, step = self.rows[rows].tolist(), self._at_once
+            coming: dict[int, _Begun] = {}
             for start in range(0, len(files), step):
                 part = files[start : start + step]
                 coming.update(zip(part, self._begin(part), strict=True))
@@ -305,11 +306,13 @@ class ImageFiles(ImageRows):
     def _begin(self, files: list[int]) -> list[_Begun]:
         """Have a thread decode files, unless one does so already."""
         process, coming = self._memory.coming
-        coming = coming if process == os.getpid() else {}  # a forked process has no such threads
-        new = [file for file in files if file not in coming]
-        future = _pool(os.getpid()).submit(self._decoded, new) if new else None
-        begun = {file: (future, place) for place, file in enumerate(new)}
-        return [begun[file] if file in begun else coming.pop(file) for file in files]
+        if process != os.getpid():  # a forked process has no such threads
+            coming = {}
+        begun = {file: coming.pop(file) for file in set(files) if file in coming}
+        if new := [file for file in dict.fromkeys(files) if file not in begun]:
+            future = _pool(os.getpid()).submit(self._decoded, new)
+            begun.update({file: (future, place) for place, file in enumerate(new)})
+        return [begun[file] for file in files]
 
     def _decoded(self, files: list[int]) -> list[np.ndarray | Exception]:
         """Images, or what is wrong with a file."""

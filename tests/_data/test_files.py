@@ -690,6 +690,9 @@ def test_what_is_expected_is_decoded_once_and_not_held_twice(pngs, monkeypatch):
     np.testing.assert_array_equal(X.take(np.array([1, 3])), images[[1, 3]])
     assert len(read) == 2
     assert not X._memory.coming[1]
+    X.expect(np.array([4, 4, 7]))
+    np.testing.assert_array_equal(X.take(np.array([7, 4, 4, 9, 9])), images[[7, 4, 4, 9, 9]])
+    assert len(read) == 5
 
 
 def test_a_pickle_holds_paths_alone(pngs):
