@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import json
 import math
 import os
 import platform
@@ -42,12 +41,12 @@ from typing import Any
 import numpy as np
 from contestants import METHODS, Setting, made_from, outside
 from imblearn.metrics import geometric_mean_score
-from joblib import Parallel, delayed, parallel_config
+from joblib import parallel_config
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.utils import Bunch
-from tqdm import tqdm
 
+from sklearn_medimb._machine.jobs import read_result, run_jobs
 from sklearn_medimb.datasets import load_npz, make_lesions, make_long_tailed
 from sklearn_medimb.metrics import expected_calibration_error, head_tail_gap, shot_recall
 
@@ -295,16 +294,6 @@ def _gpu() -> str:
     return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial_path = path.with_suffix(f".{os.getpid()}.tmp")
-    with partial_path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial_path.replace(path)
-
-
 def read_table(folder: Path) -> dict[tuple[str, ...], dict[str, str]]:
     """Rows of an earlier table, by job: they count as done too."""
     path = folder / "results.csv"
@@ -316,15 +305,6 @@ def read_table(folder: Path) -> dict[tuple[str, ...], dict[str, str]]:
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in ("suite", "data", "cut", "seed", "method"))
-
-
-def read_result(path: Path) -> dict[str, Any] | None:
-    """A job's result, if its file is there and whole."""
-    try:
-        result = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return result if "balanced_accuracy" in result else None
 
 
 def write_table(folder: Path) -> Path:
@@ -347,16 +327,6 @@ def write_table(folder: Path) -> Path:
         writer.writerows(ordered)
     temporary.replace(table)
     return table
-
-
-def outcome(
-    job: Job, folder: str | None, cls: type | None = None
-) -> tuple[Job, dict[str, Any] | str]:
-    """Result of a job, or why there is none; one that fails does not stop the others."""
-    try:
-        return job, run(job, folder, cls)
-    except Exception as error:  # reported at the end
-        return job, f"{type(error).__name__}: {error}"
 
 
 def main() -> None:
@@ -403,11 +373,11 @@ def run_all(args: argparse.Namespace, folder: str | None) -> list[tuple[Job, str
     known = read_table(args.out)
     missing = [
         job
-        for job, path in path_of.items()
-        if read_result(path) is None
-        and _key({**dataclasses.asdict(job), "cut": job.cut or "natural"}) not in known
+        for job in path_of
+        if _key({**dataclasses.asdict(job), "cut": job.cut or "natural"}) not in known
     ]
-    print(f"{len(path_of)} jobs, {len(path_of) - len(missing)} of them done", flush=True)
+    n_done = len(path_of) - sum(read_result(path_of[job]) is None for job in missing)
+    print(f"{len(path_of)} jobs, {n_done} of them done", flush=True)
     backend: dict[str, Any] = {"n_jobs": args.jobs}
     if args.dask:
         from dask.distributed import Client
@@ -416,17 +386,10 @@ def run_all(args: argparse.Namespace, folder: str | None) -> list[tuple[Job, str
         for name in ("contestants.py", "compare.py"):
             client.upload_file(str(Path(__file__).with_name(name)))
         backend = {"backend": "dask", "n_jobs": sum(client.nthreads().values())}
-    facts, failed = circumstances(), []
+    arguments = {job: (job, folder, own.get(job.method)) for job in missing}
     with parallel_config(**backend):
-        results = Parallel(return_as="generator_unordered")(
-            delayed(outcome)(job, folder, own.get(job.method)) for job in missing
-        )
-        for job, result in tqdm(results, total=len(missing), unit="job", smoothing=0.05):
-            if isinstance(result, str):
-                failed.append((job, result))
-            else:
-                write(path_of[job], json.dumps({**result, **facts}, indent=0))
-    return failed
+        _, failed = run_jobs(run, arguments, path_of.__getitem__, facts=circumstances(), show=True)
+    return list(failed.items())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,542 @@
+"""Several methods on the same images, folds and patients.
+
+Imports `_data`, `_machine`, `_training`, `inspection`, `methods`, `metrics`.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from imblearn.over_sampling import RandomOverSampler
+from joblib import parallel_config
+from sklearn.base import clone, is_classifier
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.utils import _safe_indexing, check_consistent_length
+from sklearn.utils.validation import _num_samples, has_fit_parameter
+
+from sklearn_medimb._data.files import wrap_dataset
+from sklearn_medimb._data.rows import group_codes
+from sklearn_medimb._machine.jobs import run_jobs
+from sklearn_medimb._training.digests import digest_of
+from sklearn_medimb.inspection._figure import COLOURS, new_axes
+from sklearn_medimb.methods import (
+    CSSNClassifier,
+    LMDClassifier,
+    MetricTwoStageClassifier,
+    SoftmaxClassifier,
+    SPMixClassifier,
+)
+from sklearn_medimb.metrics import Interval, metric_interval, paired_difference
+from sklearn_medimb.metrics._labels import labels_of
+
+Metric = Callable[[np.ndarray, np.ndarray], float]
+
+
+def common_methods(**params: Any) -> dict[str, Any]:
+    """The methods of this package and the classical remedies for imbalance, by name.
+
+    Parameters
+    ----------
+    **params
+        What all networks share, such as ``backbone="efficientnet_lite0", image_size=128``.
+
+    Returns
+    -------
+    estimators : dict from str to classifier
+        Not fitted; the plain network comes first.
+
+    Examples
+    --------
+    >>> from sklearn_medimb.comparison import common_methods
+    >>> list(common_methods(max_epochs=20))[:3]
+    ['cross-entropy', 'class weights', 'over-sampling']
+    """
+    softmax = partial(SoftmaxClassifier, **params)
+    return {
+        "cross-entropy": softmax(),
+        "class weights": softmax(class_weight="balanced"),
+        "over-sampling": softmax(sampler=RandomOverSampler()),
+        "focal loss": softmax(loss="focal"),
+        "class-balanced loss": softmax(loss="class_balanced"),
+        "LDAM": softmax(loss="ldam"),
+        "balanced softmax": softmax(loss="balanced_softmax"),
+        "logit adjustment": softmax(loss="logit_adjusted"),
+        "balanced mixup": softmax(mixup="balanced"),
+        "cRT": MetricTwoStageClassifier(**params, metric_weight=0, rebalance="crt"),
+        "metric two-stage": MetricTwoStageClassifier(**params),
+        "CSSN": CSSNClassifier(**params),
+        "LMD": LMDClassifier(**params),
+        "SPMix": SPMixClassifier(**params),
+    }
+
+
+class Comparison:
+    """What :func:`compare_methods` found.
+
+    Attributes
+    ----------
+    names : list of str
+        Methods, the best first by the first metric.
+    scores : dict from metric to dict from method to Interval
+        Of the predictions of all folds together.
+    differences : dict from metric to dict from method to Interval
+        Method minus `baseline`, on the same images. Together, over all methods, the intervals of a
+        metric hold with the level that was asked for (Bonferroni).
+    baseline : str
+        What the others are compared with.
+    fit_seconds, predict_seconds : dict from method to float
+        Mean over folds.
+    predictions : dict from method to ndarray of shape (n_tested,)
+        Of the images in `rows`, each made by a classifier that has not seen them.
+    probabilities : dict from method to ndarray of shape (n_tested, K)
+        Where a method gives them; columns follow `classes`.
+    classes : ndarray of shape (K,)
+        Labels.
+    rows : ndarray of int of shape (n_tested,)
+        The rows of X that were tested.
+    failures : dict from method to str
+        Why a method is not among `names`.
+    level : float
+        Coverage of the intervals.
+    n_images, n_patients : int
+        What was tested; patients are None where `groups` was not given.
+    """
+
+    names: list[str]
+    scores: dict[str, dict[str, Interval]]
+    differences: dict[str, dict[str, Interval]]
+    baseline: str
+    fit_seconds: dict[str, float]
+    predict_seconds: dict[str, float]
+    predictions: dict[str, np.ndarray]
+    probabilities: dict[str, np.ndarray]
+    classes: np.ndarray
+    rows: np.ndarray
+    failures: dict[str, str]
+    level: float
+    n_images: int
+    n_patients: int | None
+
+    def __init__(self, **found: Any) -> None:
+        vars(self).update(found)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Rows of the table, as dicts of numbers.
+
+        Returns
+        -------
+        records : list of dict
+            ``method``; of each metric its score, ``(low)``, ``(high)``, and the same of the
+            difference; ``fit_seconds`` and ``predict_seconds``.
+        """
+        table = []
+        for name in self.names:
+            row: dict[str, Any] = {"method": name}
+            for metric, found in self.scores.items():
+                parts = {"": found[name], f" - {self.baseline}": self.differences[metric][name]}
+                for what, (score, low, high) in parts.items():
+                    row[f"{metric}{what}"] = score
+                    row[f"{metric}{what} (low)"] = low
+                    row[f"{metric}{what} (high)"] = high
+            row["fit_seconds"] = self.fit_seconds[name]
+            row["predict_seconds"] = self.predict_seconds[name]
+            table.append(row)
+        return table
+
+    def to_frame(self) -> Any:
+        """The table as a pandas.DataFrame, a row for each method.
+
+        Returns
+        -------
+        frame : pandas.DataFrame
+            With the columns of :meth:`records`.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(self.records()).set_index("method")
+
+    def finding(self) -> str:
+        """In a sentence, who leads and whether by more than chance.
+
+        Returns
+        -------
+        finding : str
+            By the first metric, against the baseline.
+        """
+        metric, found = next(iter(self.scores.items()))
+        best = self.names[0]
+        lead = f"{best} leads: {_text(found[best])}"
+        if best == self.baseline:
+            return f"{lead}; no method is ahead of it"
+        difference = self.differences[metric][best]
+        sure = difference.low > 0
+        words = "ahead of" if sure else "not told apart from"
+        return f"{lead}; {words} {self.baseline}, {_text(difference, signed=True)}"
+
+    def __str__(self) -> str:
+        head = ["method"]
+        for metric in self.scores:
+            head += [metric, f"- {self.baseline}"]
+        lines = [[*head, "fit [s]"]]
+        for name in self.names:
+            cells = [name]
+            for metric, found in self.scores.items():
+                difference = self.differences[metric][name]
+                own = "" if name == self.baseline else _text(difference, signed=True)
+                cells += [_text(found[name]), own]
+            lines.append([*cells, f"{self.fit_seconds[name]:.1f}"])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in lines]
+        tested = f"{self.n_images} images"
+        if self.n_patients is not None:
+            tested += f" of {self.n_patients} patients"
+        about = f"{tested}, each tested once; intervals of {100 * self.level:g} %"
+        failed = [f"{name} failed: {why}" for name, why in self.failures.items()]
+        return "\n".join(row.rstrip() for row in [*rows, "", about, self.finding(), *failed])
+
+    __repr__ = __str__
+
+    def plot(self, metric: str | None = None, *, ax: Any = None) -> Any:
+        """Draw the scores with their intervals, the best on top.
+
+        Parameters
+        ----------
+        metric : str, default=None
+            Name of a metric; None takes the first.
+        ax : matplotlib Axes, default=None
+            Where to draw; None makes a figure.
+
+        Returns
+        -------
+        ax : matplotlib Axes
+            Drawn. Filled: what is told apart from the baseline.
+        """
+        chosen = next(iter(self.scores)) if metric is None else metric
+        if chosen not in self.scores:
+            raise ValueError(f"metric={metric!r} must be one of {list(self.scores)}.")
+        found, apart = self.scores[chosen], self.differences[chosen]
+        ax = new_axes(self, ax, (6.8, 0.34 * len(self.names) + 1.6))
+        for place, name in enumerate(self.names):
+            score, low, high = found[name]
+            colour = COLOURS[0] if name != self.baseline else COLOURS[1]
+            is_apart = name != self.baseline and (apart[name].low > 0 or apart[name].high < 0)
+            ax.errorbar(
+                score, place, xerr=[[max(score - low, 0)], [max(high - score, 0)]], fmt="o",
+                color=colour, mfc=colour if is_apart or name == self.baseline else "white",
+                capsize=3, lw=1.2, ms=6,
+            )  # fmt: skip
+        ax.axvline(found[self.baseline].score, color=COLOURS[1], lw=0.8, ls=":")
+        ax.set_yticks(range(len(self.names)), self.names, fontsize=9)
+        ax.invert_yaxis()
+        ax.set_xlabel(f"{chosen}, with its {100 * self.level:g} % interval")
+        title = self.finding().replace("; ", "\n") if metric is None else chosen
+        ax.set_title(title, loc="left", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+        return ax
+
+
+def compare_methods(
+    estimators: Mapping[str, Any] | Sequence[Any],
+    X: Any,
+    y: Any,
+    *,
+    groups: Any = None,
+    cv: Any = 5,
+    metrics: Mapping[str, Metric] | None = None,
+    baseline: str | None = None,
+    level: float = 0.95,
+    n_jobs: int | None = None,
+    folder: str | Path | None = None,
+    random_state: Any = 0,
+    verbose: int = 0,
+) -> Comparison:
+    """Compare classifiers on the same folds, with intervals and differences by patients.
+
+    Each classifier is fitted to the training part of each fold and predicts the rest. The scores
+    are of the predictions of all folds together, so that a class of a few images counts as a
+    whole. An interval says how much a score would change with other patients; it does not know
+    that other folds, or seeds, train other networks.
+
+    Parameters
+    ----------
+    estimators : dict from str to classifier, or list of classifiers
+        Not fitted; in a list, names are those of their classes. :func:`common_methods` has many.
+    X : array-like or lazy sequence of n images
+        Images, in any form that the classifiers take.
+    y : array-like of shape (n,)
+        Classes.
+    groups : array-like of shape (n,), default=None
+        Patient of each image: patients are kept whole, by folds, by the classifiers' own
+        validation, and in the intervals.
+    cv : int, splitter, or iterable of (train, test), default=5
+        An int makes stratified folds, drawn by `random_state`. No image may be tested twice.
+    metrics : dict from str to callable, default=None
+        ``metric(y_true, y_pred)`` of labels. None takes balanced accuracy, macro F1, the geometric
+        mean of the recalls, and the recall of the rarest class.
+    baseline : str, default=None
+        The method whose differences to the others are given; None takes the first.
+    level : float, default=0.95
+        Coverage of the intervals.
+    n_jobs : int, default=None
+        Processes, as in joblib.
+    folder : path-like, default=None
+        Where the result of each fold is kept, so that a run that was killed, or has one more
+        method, does no fold again. A result counts only for the same images, labels, folds and
+        parameters. Classifiers without a fixed ``random_state`` are given `random_state`.
+    random_state : int, default=0
+        Draws the folds, and seeds classifiers that have no seed of their own.
+    verbose : int, default=0
+        1 shows progress.
+
+    Returns
+    -------
+    comparison : Comparison
+        Prints as a table; ``plot()`` draws it, ``to_frame()`` makes it a DataFrame.
+
+    Raises
+    ------
+    ValueError
+        If two methods have one name, `baseline` is none of them, a fold tests an image twice, or
+        every method fails. A method that fails in a fold is left out with a warning.
+
+    Examples
+    --------
+    >>> from sklearn_medimb import MetricTwoStageClassifier, SoftmaxClassifier
+    >>> from sklearn_medimb.comparison import compare_methods
+    >>> from sklearn_medimb.datasets import make_lesions
+    >>> data = make_lesions([24, 9], image_size=16, random_state=0)
+    >>> methods = [SoftmaxClassifier(max_epochs=1), MetricTwoStageClassifier(max_epochs=1)]
+    >>> found = compare_methods(methods, data.images, data.target, cv=3)
+    >>> sorted(found.names)
+    ['MetricTwoStageClassifier', 'SoftmaxClassifier']
+    """
+    named = _named(estimators, random_state)
+    baseline = next(iter(named)) if baseline is None else baseline
+    if baseline not in named:
+        raise ValueError(f"baseline={baseline!r} must be one of {list(named)}.")
+    X, labels = wrap_dataset(X), labels_of(y, "y")
+    if _num_samples(X) != len(labels):
+        raise ValueError(f"X holds {_num_samples(X)} images, y {len(labels)} labels.")
+    patients = None if groups is None else group_codes(groups, labels)
+    classes, codes = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise ValueError(f"y holds one class only, {classes.tolist()}.")
+    folds = _folds(cv, labels, patients, random_state)
+    chosen = _default_metrics(classes, codes) if metrics is None else dict(metrics)
+
+    jobs = {
+        (name, k): (estimator, X, labels, patients, train, test, classes)
+        for name, estimator in named.items()
+        for k, (train, test) in enumerate(folds)
+    }
+    path_of = None
+    if folder is not None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        data = digest_of((X, labels, patients), "X", "folder")
+        marks = {name: digest_of(made, name, "folder") for name, made in named.items()}
+        paths = {
+            (name, k): Path(folder) / f"{_slug(name)}-{_mark(data, marks[name], folds[k])}.json"
+            for name, k in jobs
+        }
+        path_of = paths.__getitem__
+    with parallel_config(n_jobs=n_jobs) if n_jobs is not None else parallel_config():
+        results, errors = run_jobs(_fitted_and_asked, jobs, path_of, show=verbose > 0)
+    failures = {name: f"in fold {k}: {why}" for (name, k), why in reversed(errors.items())}
+    for name, why in failures.items():
+        warnings.warn(f"{name} is left out, for it failed {why}", stacklevel=2)
+    names = [name for name in named if name not in failures]
+    if not names:
+        raise ValueError(f"Every method failed; the first one {next(iter(failures.values()))}")
+    if baseline not in names:
+        raise ValueError(f"The baseline, {baseline}, failed {failures[baseline]}")
+
+    rows = np.concatenate([test for _, test in folds])
+    order = np.argsort(rows)
+    truth = codes[rows][order]
+    who = None if patients is None else patients[rows][order]
+
+    def together(name: str, what: str) -> np.ndarray:
+        parts = [np.asarray(results[name, k][what]) for k in range(len(folds))]
+        return np.concatenate(parts)[order]
+
+    answers = {name: together(name, "predicted").astype(int) for name in names}
+    predicted = {name: classes[answer] for name, answer in answers.items()}
+    known = np.arange(len(classes))
+    if metrics is not None:  # which are asked about the labels themselves
+        truth, answers, known = classes[truth], predicted, classes
+    proba = {name: together(name, "proba") for name in names if "proba" in results[name, 0]}
+    how: dict[str, Any] = {"groups": who, "labels": known}
+    shared = 1 - (1 - level) / max(1, len(names) - 1)
+    scores, differences = {}, {}
+    for metric, of in chosen.items():
+        scores[metric] = {
+            name: metric_interval(of, truth, answers[name], level=level, **how) for name in names
+        }
+        differences[metric] = {
+            name: Interval(0.0, 0.0, 0.0) if name == baseline else paired_difference(
+                of, truth, answers[name], answers[baseline], level=shared, **how
+            )
+            for name in names
+        }  # fmt: skip
+    first = scores[next(iter(chosen))]
+    seconds = {
+        what: {
+            name: float(np.mean([results[name, k][what] for k in range(len(folds))]))
+            for name in names
+        }
+        for what in ("fit_seconds", "predict_seconds")
+    }
+    return Comparison(
+        names=sorted(names, key=lambda name: -first[name].score),
+        scores=scores,
+        differences=differences,
+        baseline=baseline,
+        predictions=predicted,
+        probabilities=proba,
+        classes=classes,
+        rows=rows[order],
+        failures=failures,
+        level=level,
+        n_images=len(rows),
+        n_patients=None if who is None else len(np.unique(who)),
+        **seconds,
+    )
+
+
+def _named(estimators: Any, seed: Any) -> dict[str, Any]:
+    """Clones by name; those without a seed are given one."""
+    if isinstance(estimators, Mapping):
+        pairs = list(estimators.items())
+    else:
+        pairs = [(type(made).__name__, made) for made in estimators]
+    if not pairs:
+        raise ValueError("estimators is empty: there is nothing to compare.")
+    named: dict[str, Any] = {}
+    for name, estimator in pairs:
+        if name in named:
+            raise ValueError(f"Two methods are called {name}: pass a dict with names of your own.")
+        if isinstance(estimator, type) or not is_classifier(estimator):
+            raise TypeError(f"estimators: {name}={estimator!r} is no classifier.")
+        made = clone(estimator)
+        params = made.get_params()
+        unset = [k for k, v in params.items() if k.split("__")[-1] == "random_state" and v is None]
+        named[str(name)] = made.set_params(**dict.fromkeys(unset, seed))
+    return named
+
+
+def _folds(
+    cv: Any, y: np.ndarray, groups: np.ndarray | None, seed: Any
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Training and test rows; no row is tested twice, and no patient is on both sides."""
+    if isinstance(cv, int):
+        kind = StratifiedKFold if groups is None else StratifiedGroupKFold
+        cv = kind(cv, shuffle=True, random_state=seed)
+    rows = np.arange(len(y))
+    with warnings.catch_warnings():  # what keeps patients whole is checked below
+        warnings.filterwarnings("ignore", "The groups parameter is ignored")
+        found: Iterable[Any] = list(cv.split(rows, y, groups)) if hasattr(cv, "split") else cv
+    folds = [(rows[train], rows[test]) for train, test in found]
+    tested, times = np.unique(np.concatenate([test for _, test in folds]), return_counts=True)
+    if (times > 1).any():
+        raise ValueError(f"cv tests row {tested[times > 1][0]} of X twice: pass folds.")
+    for k, (train, test) in enumerate(folds):
+        if np.intersect1d(train, test).size:
+            raise ValueError(f"cv: fold {k} tests rows that it trains on.")
+        if groups is not None and np.intersect1d(groups[train], groups[test]).size:
+            raise ValueError(f"cv: fold {k} tests patients that it trains on.")
+        if lacking := sorted(set(y.tolist()) - set(y[train].tolist())):
+            raise ValueError(f"cv: fold {k} trains on no image of {lacking}: take fewer folds.")
+    return folds
+
+
+def _default_metrics(classes: np.ndarray, codes: np.ndarray) -> dict[str, Metric]:
+    """Metrics of codes: thousands of samples are asked about, and tables of counts are fast."""
+    n_classes, rarest = len(classes), int(np.bincount(codes).argmin())
+
+    def of_table(measure: Callable[[np.ndarray], float]) -> Metric:
+        def metric(y: np.ndarray, predicted: np.ndarray) -> float:
+            table = np.bincount(n_classes * y + predicted, minlength=n_classes**2)
+            return float(measure(table.reshape(n_classes, n_classes)))
+
+        return metric
+
+    def recalls(table: np.ndarray) -> np.ndarray:
+        size = table.sum(axis=1)
+        return table.diagonal()[size > 0] / size[size > 0]
+
+    def macro_f1(table: np.ndarray) -> float:
+        both = table.sum(axis=0) + table.sum(axis=1)
+        return float((2 * table.diagonal()[both > 0] / both[both > 0]).mean())
+
+    def of_rarest(table: np.ndarray) -> float:
+        size = table[rarest].sum()
+        return table[rarest, rarest] / size if size else np.nan
+
+    return {
+        "balanced accuracy": of_table(lambda table: recalls(table).mean()),
+        "macro F1": of_table(macro_f1),
+        "geometric mean": of_table(
+            lambda table: recalls(table).prod() ** (1 / len(recalls(table)))
+        ),
+        f"recall of {classes[rarest]}": of_table(of_rarest),
+    }
+
+
+def _fitted_and_asked(
+    estimator: Any,
+    X: Any,
+    y: np.ndarray,
+    groups: np.ndarray | None,
+    train: np.ndarray,
+    test: np.ndarray,
+    classes: np.ndarray,
+) -> dict[str, Any]:
+    """Predictions of a fold, and how long they took."""
+    made = clone(estimator)
+    takes = groups is not None and has_fit_parameter(made, "groups")
+    start = time.perf_counter()
+    made.fit(
+        _safe_indexing(X, train), y[train], **({"groups": groups[train]} if takes else {})  # type: ignore[index]
+    )  # fmt: skip
+    fitted, images = time.perf_counter(), _safe_indexing(X, test)
+    result: dict[str, Any] = {}
+    if hasattr(made, "predict_proba"):
+        proba = np.zeros((len(test), len(classes)))
+        proba[:, np.searchsorted(classes, made.classes_)] = made.predict_proba(images)
+        result["proba"] = proba.tolist()
+    asked = time.perf_counter()
+    predicted = np.asarray(made.predict(images))
+    check_consistent_length(predicted, test)
+    codes = np.searchsorted(classes, predicted).clip(max=len(classes) - 1)
+    if (strange := classes[codes] != predicted).any():
+        raise ValueError(f"it predicts {predicted[strange][0]!r}, which y does not hold")
+    return {
+        **result,
+        "predicted": codes.tolist(),
+        "fit_seconds": fitted - start,
+        "predict_seconds": time.perf_counter() - asked,
+    }
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+def _mark(data: bytes, method: bytes, fold: tuple[np.ndarray, np.ndarray]) -> str:
+    return digest_of((data, method, *fold), "cv", "folder").hex()[:20]
+
+
+def _text(interval: Interval, *, signed: bool = False) -> str:
+    """As .71 [.65, .78]."""
+    score, low, high = (_number(float(part), signed) for part in interval)
+    return f"{score} [{low}, {high}]"
+
+
+def _number(value: float, signed: bool) -> str:
+    return f"{value:+.2f}" if signed else f"{value:.2f}".removeprefix("0")
