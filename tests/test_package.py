@@ -45,6 +45,9 @@ PRINTED = {
     ],
     "two_stage": ["tail recall", "metric + cRT", "metric + virtual features", "LMD"],
     "optuna_search": ["of them pruned", "best balanced accuracy", "weight_decay"],
+    "operating_point": [
+        "threshold", "on new patients", "operating point", "at the true frequency", "decided",
+    ],
     "virtual_features": ["tail recall", "virtual features", "own covariance", "P x K batch"],
 }  # fmt: skip
 WITHOUT_FIGURE = {"deployment": ["--folder", "FOLDER"]}

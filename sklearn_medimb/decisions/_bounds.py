@@ -66,7 +66,10 @@ def misses_allowed(
     n = len(order)
     if confidence is None:
         return min(int(share * n + 1e-9), n - 1)
-    n_least, n_effective = (float(n), float(n)) if groups is None else _sizes(groups[order], share)
+    n_least = n_effective = float(n)
+    if groups is not None:
+        permitted = np.arange(n) < max(round(share * n), 1)
+        n_least, n_effective = independent_images(permitted, groups[order])
     if (1 - share) ** n_least > 1 - confidence:
         needed = int(np.ceil(np.log(1 - confidence) / np.log(1 - share)))
         raise TooFewError(n_least, (1 - confidence) ** (1 / n_least), needed)
@@ -79,26 +82,28 @@ def confidence_of(missed: np.ndarray, n: float, share: float) -> np.ndarray:
     return special.betainc(missed + 1, np.maximum(n - missed, 1e-9), share)
 
 
-def _sizes(groups: np.ndarray, share: float) -> tuple[float, float]:
+def independent_images(missed: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
     """Independent images that these count as, at the least and by their design effect.
 
     Parameters
     ----------
+    missed : ndarray of bool of shape (n,)
+        Images that are missed; where none are, or all, nothing tells how much patients matter.
     groups : ndarray of int of shape (n,)
-        Patient of each image, by rising score.
-    share : float
-        Of images that may be missed.
+        Patient of each image.
+
+    Returns
+    -------
+    n_least, n_effective : float
+        With images of a patient that are missed all or none, and as estimated.
     """
-    n = len(groups)
-    sizes = np.unique(groups, return_counts=True)[1]
-    most = (sizes**2).sum() / n
-    missed = groups[: max(round(share * n), 1)]
-    of_patient = np.bincount(missed, minlength=groups.max() + 1)
-    patients = np.bincount(groups, minlength=groups.max() + 1)
-    p, m = len(missed) / n, len(sizes)
-    deff = 1.0
-    if p < 1 and m > 1:
-        variance = m / (m - 1) * ((of_patient - p * patients) ** 2).sum() / n**2
-        n_missed = int((of_patient > 0).sum())
-        deff = variance / (p * (1 - p) / n) * n_missed / stats.chi2.ppf(DOUBT, n_missed)
+    n, p = len(missed), missed.mean()
+    patients = np.unique(groups, return_inverse=True)[1]
+    sizes, of_patient = np.bincount(patients), np.bincount(patients, missed)
+    most, m = (sizes**2).sum() / n, len(sizes)
+    if not 0 < p < 1 or m < 2:
+        return n / most, n / most
+    variance = m / (m - 1) * ((of_patient - p * sizes) ** 2).sum() / n**2
+    n_missed = int((of_patient > 0).sum())
+    deff = variance / (p * (1 - p) / n) * n_missed / stats.chi2.ppf(DOUBT, n_missed)
     return n / most, n / float(np.clip(deff, 1, most))

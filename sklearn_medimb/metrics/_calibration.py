@@ -56,6 +56,35 @@ def expected_calibration_error(
     C. Guo et al., "On calibration of modern neural networks", ICML 2017. Class-wise: M. Kull et
     al., "Beyond temperature scaling", NeurIPS 2019.
     """
+    y_true, proba, labels = probabilities_of(y_true, y_proba, labels)
+    if n_bins < 1:
+        raise ValueError(f"n_bins={n_bins} must be at least 1.")
+    if strategy not in ("uniform", "quantile"):
+        raise ValueError(f'strategy={strategy!r} must be "uniform" or "quantile".')
+    hits = y_true[:, np.newaxis] == np.asarray(labels)
+    if not class_wise:
+        rows, top = np.arange(len(proba)), proba.argmax(axis=1)
+        return _calibration_error(hits[rows, top], proba[rows, top], n_bins, strategy)
+    errors = [
+        _calibration_error(hits[:, k], proba[:, k], n_bins, strategy) for k in range(len(labels))
+    ]
+    return float(np.mean(errors))
+
+
+def probabilities_of(
+    y_true: Any, y_proba: Any, labels: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read labels and probabilities, as :func:`expected_calibration_error` takes them.
+
+    Returns
+    -------
+    y_true : ndarray of shape (n,)
+        True labels.
+    proba : ndarray of float64 of shape (n, n_classes)
+        Probabilities.
+    labels : ndarray of shape (n_classes,)
+        Labels of the columns.
+    """
     y_true = labels_of(y_true, "y_true")
     proba = np.asarray(y_proba, dtype=np.float64)
     check_consistent_length(y_true, proba)
@@ -73,18 +102,7 @@ def expected_calibration_error(
         raise ValueError("y_proba must hold probabilities: rows of numbers >= 0 that sum to 1.")
     if unknown := sorted(set(y_true.tolist()) - set(np.asarray(labels).tolist())):
         raise ValueError(f"y_true holds {unknown}, which are not among labels.")
-    if n_bins < 1:
-        raise ValueError(f"n_bins={n_bins} must be at least 1.")
-    if strategy not in ("uniform", "quantile"):
-        raise ValueError(f'strategy={strategy!r} must be "uniform" or "quantile".')
-    hits = y_true[:, np.newaxis] == np.asarray(labels)
-    if not class_wise:
-        rows, top = np.arange(len(proba)), proba.argmax(axis=1)
-        return _calibration_error(hits[rows, top], proba[rows, top], n_bins, strategy)
-    errors = [
-        _calibration_error(hits[:, k], proba[:, k], n_bins, strategy) for k in range(len(labels))
-    ]
-    return float(np.mean(errors))
+    return y_true, proba, np.asarray(labels)
 
 
 def _calibration_error(

@@ -163,7 +163,7 @@ def test_intervals_cover_in_simulated_studies():
     rng = np.random.default_rng(0)
     clf = OperatingPoint(KNOWN, min_sensitivity=0.9, prevalence=0.05)
     found = []
-    for _ in range(150):
+    for _ in range(100):
         clf.fit(*study(rng, 200, 400)[:2])
         se, sp = stats.norm.sf(clf.threshold_ - 2), stats.norm.cdf(clf.threshold_)
         ppv = 0.05 * se / (0.05 * se + 0.95 * (1 - sp))
