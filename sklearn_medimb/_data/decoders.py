@@ -105,6 +105,8 @@ def decode(file: Any, *, window: Window | None, frames: str | int) -> Decoded:
             "is none of the image files that are read: PNG, JPEG, TIFF, WebP and others of Pillow, "
             "DICOM, NIfTI, .npy."
         ) from None
+    except Exception as error:
+        raise BadFileError(f"is a damaged picture ({type(error).__name__}: {error}).") from None
     return _guarded(_picture, image.format, image, window, frames)
 
 
@@ -286,6 +288,10 @@ def _nifti(file: Any, window: Window | None, frames: str | int) -> Decoded:
     second = start[4:8] == b"n+2\0"
     holder = nibabel.FileHolder(fileobj=file)
     cls = nibabel.Nifti2Image if second else nibabel.Nifti1Image
+    block = file.read(cls.header_class.template_dtype.itemsize)
+    file.seek(0)
+    if not 0 <= cls.header_class(block, check=False)["vox_offset"] <= MAX_VALUES // 4:
+        raise BadFileError("says that its pixels begin far behind its header.")
     volume = cls.from_file_map({"header": holder, "image": holder}, mmap=False)
     shape = tuple(int(side) for side in volume.shape)
     dtype = volume.get_data_dtype()

@@ -152,6 +152,8 @@ class ImageFiles(ImageRows):
     ----------
     paths : list of str
         The files, in this order.
+    sizes : list of tuple of int
+        Sides of each image in its file, before `spacing` and `image_size`.
     dtype : numpy.dtype
         uint8 or float32.
     options : dict
@@ -202,6 +204,7 @@ class ImageFiles(ImageRows):
         self.rows = np.arange(len(self._paths))
         self.dtype = np.dtype(np.uint8 if headers[0].whole else np.float32)
         self._image_shape = self._reading.shape(headers[0])
+        self._sizes = [header.sides for header in headers]
         self._memory = _Memory()
         self._cached: Path | None = None
         if cache is not None:
@@ -216,6 +219,11 @@ class ImageFiles(ImageRows):
     def paths(self) -> list[str]:
         """The files, in this order."""
         return [self._paths[file] for file in self.rows]
+
+    @property
+    def sizes(self) -> list[tuple[int, ...]]:
+        """Sides of each image in its file."""
+        return [self._sizes[file] for file in self.rows]
 
     @property
     def options(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from sklearn_medimb.datasets._tables import (
 
 _IGNORED = {"thumbs.db", "desktop.ini", "__macosx", "dicomdir"}
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "holdout"}
+_TINY = 4  # pixels along a side, of which no picture is made
 _SHOWN = 5  # of what a message lists
 
 
@@ -89,7 +90,7 @@ def from_folder(
     -----
     UserWarning
         If the same picture has several labels or patients, or occurs several times; if files are
-        left out.
+        left out, or have sides of less than four pixels.
 
     Examples
     --------
@@ -290,6 +291,12 @@ def _gathered(
         groups = None if groups is None else groups[kept]
         table = None if table is None else table.iloc[kept]
     images = ImageFiles(paths, **options)
+    sizes = zip(images.paths, images.sizes, strict=True)
+    if tiny := [f"{path!r} {size}" for path, size in sizes if min(size[-2:]) < _TINY]:
+        warnings.warn(
+            f"{len(tiny)} of {len(paths)} files are smaller than {_TINY} pixels: {_listed(tiny)}.",
+            stacklevel=3,
+        )
     same = _duplicates(paths) if duplicates else []
     _warn_of_duplicates(same, paths, labels, groups)
     return Bunch(

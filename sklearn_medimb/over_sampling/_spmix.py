@@ -12,6 +12,7 @@ from imblearn.utils import check_target_type
 from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
 
 from sklearn_medimb._data.containers import ExtendedImages, holds_images
+from sklearn_medimb._data.files import wrap_dataset
 from sklearn_medimb._data.images import Images, as_array, warn_of_flat_images
 from sklearn_medimb._data.layout import as_pixels
 from sklearn_medimb._data.rows import group_codes
@@ -162,6 +163,7 @@ class SPMixSampler(SaliencyParameters, CheckedOverSampler):
             If the input is wrong or ambiguous, there is one class only, or `groups` leaves an
             image without a partner.
         """
+        X = wrap_dataset(X)
         if holds_images(X) or not isinstance(X, (list, tuple)):
             X = as_array(X)  # a list of images comes back as one array
         return super().fit_resample(X, y, groups=groups, maps=maps)

@@ -10,6 +10,7 @@ import struct
 import sys
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sklearn_medimb import SoftmaxClassifier
+from sklearn_medimb import SoftmaxClassifier, SPMixSampler
 from sklearn_medimb._data import files as files_module
 from sklearn_medimb._data.images import read_images
 from sklearn_medimb.datasets import ImageFiles, MappedImages, Resize
@@ -476,6 +477,14 @@ def huge_nifti(path):
     return path
 
 
+def far_nifti(path):
+    nifti(path, np.ones((4, 4, 4)))
+    content = bytearray(path.read_bytes())
+    content[108:112] = struct.pack("<f", 2e9)  # vox_offset
+    path.write_bytes(content)
+    return path
+
+
 def pickled(path):
     np.save(path, np.array([[{"a": 1}, None]], dtype=object))
     return path
@@ -518,6 +527,7 @@ BAD_HEADERS = {
     "huge.npy": (huge_array, r"\(40000, 40000\): more than"),
     "huge.dcm": (huge_dicom, r"40000, 40000\): more than"),
     "huge.nii": (huge_nifti, r"4000, 4000, 4000\): more than"),
+    "far.nii": (far_nifti, "far behind its header"),
     "many_frames": (lambda p: dicom(p, FILM, NumberOfFrames=10**8), "more than"),
     "no_pixels.dcm": (lambda p: dicom(p, FILM, Rows=None), "without pixels"),
     "zero_rows.dcm": (lambda p: dicom(p, FILM, Rows=0), "without pixels"),
@@ -655,6 +665,7 @@ def test_reading_is_lazy_ordered_and_the_same_in_threads(pngs, monkeypatch):
     X = ImageFiles(paths)
     assert (X.shape, X.ndim, X.dtype, len(X)) == ((60, 12, 12, 3), 4, np.uint8, 60)
     assert X.paths == [str(path) for path in paths]
+    assert X[3:5].sizes == [(12, 12)] * 2
     assert not read
     rows = np.random.default_rng(0).permutation(60)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
@@ -742,6 +753,21 @@ def test_a_cache_is_built_once_and_found_again(pngs, tmp_path, monkeypatch):
         np.testing.assert_array_equal(again[4], images[4])
     assert not X._memory.images
     assert not list(folder.glob("*.tmp"))
+
+
+def test_of_several_readers_one_builds_the_cache(pngs, tmp_path, monkeypatch):
+    paths, images, _ = pngs
+    read = []
+    plain = files_module.read_file
+    monkeypatch.setattr(
+        files_module, "read_file", lambda path, *rest: read.append(path) or plain(path, *rest)
+    )
+    readers = [ImageFiles(paths, cache=tmp_path / "cache") for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda X: X.take(np.arange(60)), readers))
+    for several in found:
+        np.testing.assert_array_equal(several, images)
+    assert len(read) == 60
 
 
 def test_a_cache_knows_files_and_options(pngs, tmp_path):
@@ -841,6 +867,15 @@ def test_a_path_among_other_things_is_refused(pngs):
         SoftmaxClassifier(**SMALL).fit(X, y)
     with pytest.raises(ValueError, match=r"Row 1 .*nowhere\.png"):
         SoftmaxClassifier(**SMALL).fit([paths[0], "nowhere.png"], y[:2])
+
+
+def test_a_sampler_takes_paths(pngs):
+    paths, images, y = pngs
+    sampler = SPMixSampler(random_state=0)
+    expected, y_expected = sampler.fit_resample(images, y)
+    found, y_found = sampler.fit_resample([str(path) for path in paths], y)
+    np.testing.assert_array_equal(y_found, y_expected)
+    np.testing.assert_array_equal([found[k] for k in range(len(found))], expected)
 
 
 def test_volumes_of_files_need_no_further_word(tmp_path):

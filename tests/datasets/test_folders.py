@@ -188,6 +188,14 @@ def test_files_beside_the_classes_are_told(tree):
         assert len(from_folder(tree).images) == 4
 
 
+def test_pictures_of_a_pixel_are_told(tree):
+    picture(tree / "benign" / "dot.png", 9, size=1)
+    with pytest.warns(UserWarning, match=r"1 of 5 files are smaller .*dot\.png' \(1, 1\)"):
+        data = from_folder(tree)
+    with pytest.raises(ValueError, match=r"row 3 \(.*dot\.png'\) has shape \(1, 1\)"):
+        SoftmaxClassifier(**SMALL).fit(data.images[::-1], data.labels[::-1])
+
+
 def test_broken_files_are_left_out_when_asked(tree):
     break_file(tree / "benign" / "p1_a.png")
     (tree / "malignant" / "notes.txt").write_text("what was seen")
