@@ -61,8 +61,8 @@ class WrappedClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         ],
     }
 
-    def _read(self, X: Any, y: Any) -> tuple[Any, np.ndarray]:
-        """Return X as it is, and labels of at least two classes."""
+    def _read(self, X: Any, y: Any) -> tuple[Any, np.ndarray, np.ndarray]:
+        """Return X as it is, labels, at least two, and classes: a frozen classifier's, or these."""
         if y is None:
             raise ValueError(
                 f"{type(self).__name__} requires y to be passed, but the target y is None."
@@ -71,13 +71,23 @@ class WrappedClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         y = read_labels(y, warn=True)
         assert_all_finite(y, input_name="y")
         check_classification_targets(y)
-        if len(classes := np.unique(y)) < 2:
+        classes = np.unique(y)
+        if len(classes) < 2:
             raise ValueError(
                 f"{type(self).__name__} needs at least 2 classes in y, but found "
                 f"{len(classes)} class: {classes.tolist()}."
             )
+        if isinstance(self.estimator, FrozenEstimator):
+            check_is_fitted(self.estimator)
+            known = self.estimator.classes_
+            if strangers := sorted(set(classes.tolist()) - set(known.tolist())):
+                raise ValueError(
+                    f"y holds {strangers}, but the frozen estimator knows {known.tolist()}: give y "
+                    "in the labels that it was fitted on."
+                )
+            classes = known
         (X,) = indexable(X)
-        return X, y
+        return X, y, classes
 
     def _keep(self, fitted: Any) -> None:
         """Keep what is fitted."""

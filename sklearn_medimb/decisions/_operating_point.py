@@ -136,7 +136,7 @@ class OperatingPoint(WrappedClassifier):
         **WrappedClassifier._parameter_constraints,
         "min_sensitivity": [Range(Real, 0, 1, closed="neither"), None],
         "min_specificity": [Range(Real, 0, 1, closed="neither"), None],
-        "cost": ["array-like", None],
+        "cost": "no_validation",
         "prevalence": "no_validation",  # as of the metrics, whose error says why
         "positive": "no_validation",
         "confidence": [Range(Real, 0, 1, closed="neither"), None],
@@ -200,8 +200,7 @@ class OperatingPoint(WrappedClassifier):
             the promise.
         """
         cost = self._check_aim()
-        X, y = self._read(X, y)
-        classes = np.unique(y)
+        X, y, classes = self._read(X, y)
         mask = positive_classes(classes, self.positive)
         ill = np.isin(y, classes[mask])
         prevalence = ill.mean() if self.prevalence is None else check_prevalence(self.prevalence)
@@ -247,7 +246,10 @@ class OperatingPoint(WrappedClassifier):
             )
         if self.cost is None:
             return None
-        cost = np.asarray(self.cost, dtype=np.float64)
+        try:
+            cost = np.asarray(self.cost, dtype=np.float64)
+        except (TypeError, ValueError):
+            cost = np.empty(0)
         if cost.shape != (2,) or not (np.isfinite(cost) & (cost > 0)).all():
             raise ValueError(
                 f"cost={self.cost!r} must be two numbers above 0: of a missed positive and of a "

@@ -124,11 +124,11 @@ class PriorShift(WrappedClassifier):
     Equal class shares, "balanced", are what a classifier is taught by ``class_weight="balanced"``,
     by samplers that make or draw classes in equal numbers, by the losses "balanced_softmax" and
     "logit_adjusted", by the balanced heads of :mod:`sklearn_medimb.rebalance`, and so by the
-    two-stage classifiers and CSSN as they are by default. Those of the training images,
-    "training", are right for whatever is trained on them as they are: plain cross-entropy,
-    ``LogisticRegression()``, ``rebalance="none"``. What is in between, a sampler with another
-    strategy or ``class_weight={...}``, needs its shares as a dict: images of a class times their
-    weight. Focal and margin losses give no probabilities of any prior: calibrate them first.
+    two-stage classifiers and CSSN as they are by default. Those of `y`, "training", are right for
+    whatever is trained on the images as they are: plain cross-entropy, ``LogisticRegression()``,
+    ``rebalance="none"``. What is in between, a sampler with another strategy or
+    ``class_weight={...}``, needs its shares as a dict: images of a class times their weight. Focal
+    and margin losses give no probabilities of any prior: calibrate them first.
 
     Shares do not mend probabilities that are too sure of themselves. Calibrate first, on
     out-of-fold predictions, and with "training" then: the calibrated ones belong to `y`.
@@ -193,8 +193,7 @@ class PriorShift(WrappedClassifier):
         ValueError
             If the shares do not belong to the labels.
         """
-        X, y = self._read(X, y)
-        classes, counts = np.unique(y, return_counts=True)
+        X, y, classes = self._read(X, y)
         if isinstance(self.prevalence, Mapping):
             prevalence = _by_label(self.prevalence, classes, "prevalence")
         elif len(classes) == 2:
@@ -209,7 +208,9 @@ class PriorShift(WrappedClassifier):
         if isinstance(self.train_prior, Mapping):
             before = _by_label(self.train_prior, classes, "train_prior")
         elif self.train_prior == "training":
-            before = counts / counts.sum()
+            before = _shares(
+                [(y == label).mean() for label in classes], len(classes), "train_prior"
+            )
         else:
             before = np.full(len(classes), 1 / len(classes))
         self._keep(clone(self.estimator).fit(X, y, **self._routed(fit_params)))

@@ -218,12 +218,12 @@ class SelectiveClassifier(WrappedClassifier):
         """
         if (self.coverage is None) == (self.max_error is None):
             raise ValueError("Give exactly one of coverage and max_error.")
-        X, y = self._read(X, y)
+        X, y, classes = self._read(X, y)
         params = self._routed({"groups": groups, **fit_params})
         splits, codes = split_patients(self.estimator, self.cv, y, groups, self.random_state)
-        answer = partial(_certainty_and_class, classes=np.unique(y))
+        answer = partial(_certainty_and_class, classes=classes)
         answers = out_of_fold(self.estimator, X, y, splits, params, self.n_jobs, answer)
-        certainty, wrong = answers[:, 0], answers[:, 1] != np.unique(y, return_inverse=True)[1]
+        certainty, wrong = answers[:, 0], answers[:, 1] != np.searchsorted(classes, y)
         curve = _curve(certainty, wrong)
         if self.max_error is not None:
             threshold = self._most_decided(self.max_error, curve, certainty, wrong, codes)

@@ -95,3 +95,21 @@ def test_class_is_documented_and_has_an_example(name):
     attributes = {a for a in vars(fitted) if a.endswith("_") and not a.startswith("_")}
     for documented in [*inspect.signature(cls).parameters, *attributes]:
         assert re.search(rf"^ *(\w+, )*{documented}(, \w+)* : ", cls.__doc__, re.M), documented
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_labels_are_those_of_the_frozen_classifier(name):
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1, 2], 20)
+    X = rng.normal(size=(60, 2)) + y[:, np.newaxis]
+    known = FrozenEstimator(LogisticRegression().fit(X, y))
+    make = {
+        "OperatingPoint": lambda: OperatingPoint(known, cost=(1, 1), positive=[1, 2]),
+        "PriorShift": lambda: PriorShift(known, {0: 0.8, 1: 0.1, 2: 0.1}),
+        "SelectiveClassifier": lambda: SelectiveClassifier(known, coverage=0.5),
+    }[name]
+    with pytest.raises(ValueError, match=r"y holds \['a', 'b', 'c'\], but the frozen estimator"):
+        make().fit(X, np.array(["a", "b", "c"])[y])
+    fitted = make().fit(X[:40], y[:40])  # who lacks a class is told of it
+    assert fitted.predict_proba(X).shape == (60, 3)
+    assert set(fitted.predict(X)) <= {0, 1, 2}

@@ -339,7 +339,7 @@ def test_images_and_lazy_images(tiny):
     assert not lazy.was_converted
 
 
-def test_scikit_learn_checks():
+def test_scikit_learn_checks(without_intervals):
     """All but two: a threshold that is not .5, and texts, of which nobody says which is ill."""
     clf = OperatingPoint(
         LogisticRegression(), min_sensitivity=0.9, confidence=None, cv=2, random_state=0
@@ -373,6 +373,7 @@ def test_scikit_learn_checks():
         ({"min_sensitivity": 1}, "'min_sensitivity' parameter"),
         ({"cost": (1, 0)}, "cost=.* two numbers above 0"),
         ({"cost": (1,)}, "cost=.* two numbers above 0"),
+        ({"cost": ("dear", 1)}, "cost=.* two numbers above 0"),
         ({"cost": (1, 1), "prevalence": 0}, "prevalence=0 must be a number between 0 and 1"),
         ({"cost": (1, 1), "prevalence": 1.5}, r"prevalence=1\.5 must be"),
         ({"cost": (1, 1), "prevalence": np.nan}, "prevalence=nan must be"),

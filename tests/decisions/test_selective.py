@@ -42,6 +42,13 @@ class Calibrated(ClassifierMixin, BaseEstimator):
 KNOWN = FrozenEstimator(Calibrated())
 
 
+@pytest.fixture
+def without_intervals(monkeypatch):
+    """What takes most of the time, where it is not asked for."""
+    nothing = Interval(*np.zeros((3, 2)))
+    monkeypatch.setattr(_selective, "metric_interval", lambda *_, **__: nothing)
+
+
 def true_error(threshold):
     """Of uniform chances beyond a threshold: mean of 1 - p over p in [t, 1]."""
     return (1 - threshold) / 2
@@ -80,9 +87,7 @@ def test_curve_is_that_of_every_threshold():
 
 
 @pytest.mark.parametrize(("images", "studies"), [(1, 300), (2, 100)])
-def test_error_is_kept_in_simulated_studies(images, studies, monkeypatch):
-    nothing = Interval(*np.zeros((3, 2)))
-    monkeypatch.setattr(_selective, "metric_interval", lambda *_, **__: nothing)
+def test_error_is_kept_in_simulated_studies(images, studies, without_intervals):
     rng = np.random.default_rng(0)
     clf = SelectiveClassifier(KNOWN, max_error=0.15)
     t = []
@@ -174,7 +179,7 @@ def test_refuses_what_cannot_be(params, message):
     assert not hasattr(clf, "estimator_")
 
 
-def test_scikit_learn_checks():
+def test_scikit_learn_checks(without_intervals):
     clf = SelectiveClassifier(LogisticRegression(), coverage=0.8, cv=2, random_state=0)
     for estimator, check in estimator_checks_generator(clf):
         if check.func.__name__ != "check_array_api_input":
