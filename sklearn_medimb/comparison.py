@@ -100,6 +100,10 @@ class Comparison:
         Labels.
     rows : ndarray of int of shape (n_tested,)
         The rows of X that were tested.
+    folds : list of (ndarray of int, ndarray of int)
+        Training and test rows.
+    estimators : dict from method to classifier
+        Not fitted, with their seeds.
     failures : dict from method to str
         Why a method is not among `names`.
     level : float
@@ -118,6 +122,8 @@ class Comparison:
     probabilities: dict[str, np.ndarray]
     classes: np.ndarray
     rows: np.ndarray
+    folds: list[tuple[np.ndarray, np.ndarray]]
+    estimators: dict[str, Any]
     failures: dict[str, str]
     level: float
     n_images: int
@@ -401,6 +407,8 @@ def compare_methods(
         probabilities=proba,
         classes=classes,
         rows=rows[order],
+        folds=folds,
+        estimators={name: named[name] for name in names},
         failures=failures,
         level=level,
         n_images=len(rows),
