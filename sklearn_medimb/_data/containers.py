@@ -115,9 +115,10 @@ class ImageList(ImageRows):
 
 
 class DatasetImages(ImageRows):
-    """The images of a torch data set, read on demand: an ``X`` for every estimator.
+    """The images of a data set, read on demand: an ``X`` for every estimator.
 
-    An item is an image (array, tensor, PIL image), a tuple or list that begins with one, or a
+    Of torch, and with it of MONAI, or of Hugging Face's ``datasets``. An item is an image (array,
+    tensor, PIL image), a tuple or list that begins with one, or a
     mapping with the key "image". Labels in the items are ignored: pass them as ``y``. All images
     must have the shape of the first (with ``image_size=``, the number of channels), whether they
     are uint8 included, which is checked as they are read. PIL images are read as gray, RGB or
@@ -128,7 +129,7 @@ class DatasetImages(ImageRows):
 
     Parameters
     ----------
-    dataset : torch.utils.data.Dataset
+    dataset : torch.utils.data.Dataset or datasets.Dataset
         A map-style data set, with ``__len__`` and ``__getitem__``. Estimators wrap one by
         themselves; tools that index ``X`` (``cross_val_score``) need it wrapped.
 

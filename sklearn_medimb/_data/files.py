@@ -582,16 +582,18 @@ def holds_paths(X: Any) -> bool:
 
 
 def wrap_dataset(X: Any, options: dict[str, Any] | None = None) -> Any:
-    """Turn a torch data set, or paths, into a lazy sequence; leave everything else.
+    """Turn a data set, or paths, into a lazy sequence; leave everything else.
 
     Parameters
     ----------
     X : object
-        What the caller passed.
+        What the caller passed. A data set is one of torch, or of Hugging Face's ``datasets``.
     options : dict, default=None
         How files are read.
     """
     if holds_paths(X):
         return ImageFiles(X, **(options or {}))
     is_sequence = all(hasattr(X, name) for name in ("shape", "ndim", "dtype"))
-    return DatasetImages(X) if isinstance(X, Dataset) and not is_sequence else X
+    has_columns = all(hasattr(X, name) for name in ("column_names", "features", "with_format"))
+    is_dataset = isinstance(X, Dataset) or has_columns
+    return DatasetImages(X) if is_dataset and not is_sequence else X

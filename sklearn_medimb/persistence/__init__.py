@@ -14,7 +14,7 @@ A file is neither secret nor signed: its digest finds damage, but whoever writes
 that loads, with weights and parameters of their choice. It fetches nothing, calls no function that
 the file names, and takes little more memory than the file, and the start that it names, are long.
 
-Imports `_machine`, `backbones`, `base`, `rebalance`.
+Imports `_data`, `_machine`, `backbones`, `base`, `rebalance`.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from skorch.history import History
 
 import sklearn_medimb
+from sklearn_medimb._data.files import as_reading
 from sklearn_medimb.backbones import Backbone, check_described
 from sklearn_medimb.base._classifier import BaseImageClassifier
 from sklearn_medimb.base._image_estimator import BaseImageEstimator
@@ -251,6 +252,8 @@ def _check_types(cls: type, state: dict[str, Any], fitted: bool) -> None:
         odd.append("input_shape_")
     elif state.get("n_features_in_", n := math.prod(given)) != n:
         odd.append("n_features_in_")
+    if (files := state.get("file_options_")) is not None:
+        as_reading(**files)  # how files are read, and nothing else: no folder to write to
     if not all(isinstance(row, dict) for row in state.get("history_", [])):
         odd.append("history_")
     if odd:

@@ -11,17 +11,20 @@ import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.model_selection import cross_val_score
 
 from sklearn_medimb import SoftmaxClassifier, SPMixSampler
 from sklearn_medimb._data import files as files_module
 from sklearn_medimb._data.images import read_images
-from sklearn_medimb.datasets import ImageFiles, MappedImages, Resize
+from sklearn_medimb.datasets import DatasetImages, ImageFiles, MappedImages, Resize
+from tests.forgery import forged, set_state
 from tests.helpers import SMALL, make_blobs
 
 Image = pytest.importorskip("PIL.Image")
@@ -849,7 +852,7 @@ def test_paths_are_read_as_in_fit(tmp_path, pngs):
 
 
 def test_options_are_saved(tmp_path, pngs):
-    pytest.importorskip("skops")
+    pytest.importorskip("safetensors")
     from sklearn_medimb.persistence import load, save
 
     paths, _, y = pngs
@@ -858,6 +861,23 @@ def test_options_are_saved(tmp_path, pngs):
     again = load(tmp_path / "model.safetensors")
     assert again.file_options_["image_size"].aspect == "pad"
     np.testing.assert_array_equal(again.predict_proba(paths), clf.predict_proba(paths))
+
+
+@pytest.mark.parametrize(
+    "options", [{"cache": "/tmp"}, {"mode": "x"}, {"frames": -1}, {"image_size": 10**6}]
+)
+def test_a_file_of_a_model_cannot_say_more_than_how_to_read(tmp_path, pngs, options):
+    pytest.importorskip("safetensors")
+    from sklearn_medimb.persistence import load, save
+
+    paths, _, y = pngs
+    path = tmp_path / "model.safetensors"
+    save(SoftmaxClassifier(**SMALL).fit(paths, y), path)
+    known = {"mode": "RGB", "image_size": None, "window": None, "spacing": None, "frames": "all"}
+    for given, refused in ((known, False), ({**known, **options}, True)):
+        forged(path, set_state("file_options_", {"dict": [[k, v] for k, v in given.items()]}))
+        with pytest.raises(ValueError) if refused else nullcontext():
+            load(path)
 
 
 def test_a_path_among_other_things_is_refused(pngs):
@@ -914,3 +934,55 @@ def test_reading_writes_nothing_and_warns_of_nothing(tmp_path):
     buffer = io.BytesIO()
     np.save(buffer, X.take([0]))
     assert buffer.tell()
+
+
+# ---------------------------------------------------------------- data sets of others
+
+
+class Columns:
+    """What estimators see of a data set of Hugging Face, whose items are decoded on demand."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+        self.column_names, self.features = ["label", "image"], {"label": None, "image": None}
+        self.shape = len(images), 2
+
+    def with_format(self, kind):
+        raise AssertionError("nobody asked for another format")
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        if key == "label":
+            return self.labels
+        assert type(key) is int
+        return {"label": self.labels[key], "image": Image.fromarray(self.images[key])}
+
+
+class Volumes(torch.utils.data.Dataset):
+    """What MONAI's data sets give: dictionaries with tensors, channels first."""
+
+    class Meta(torch.Tensor):
+        pass
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, key):
+        tensor = torch.from_numpy(np.ascontiguousarray(np.moveaxis(self.images[key], -1, 0)))
+        return {"image": tensor.as_subclass(self.Meta), "label": 0, "image_meta_dict": {}}
+
+
+@pytest.mark.parametrize("kind", ["columns", "dictionaries"])
+def test_data_sets_of_others_are_images(pngs, kind):
+    _, images, y = pngs
+    X = Columns(images, y) if kind == "columns" else Volumes(images)
+    expected = SoftmaxClassifier(**SMALL).fit(images, y).predict_proba(images)
+    clf = SoftmaxClassifier(**SMALL, early_stopping=False).fit(X, y)
+    np.testing.assert_array_equal(clf.predict_proba(X), expected)
+    scores = cross_val_score(clf, DatasetImages(X), y, cv=2, error_score="raise")
+    assert np.isfinite(scores).all()
