@@ -164,28 +164,41 @@ def _picture(image: Any, window: Window | None, frames: str | int) -> Decoded:
     if page:
         image.seek(page)
     mode = _mode(image)
-    # Of a TIFF, Pillow has turned the sides already.
-    told = not tiff and any("exif" in str(key) or "xmp" in str(key) for key in image.info)
-    exif = _library("PIL.Image", "pillow").Image.getexif
-    turn = exif(image).get(0x0112, 1) if told else 1
-    width, height = image.size if turn not in (5, 6, 7, 8) else image.size[::-1]
-    sides = (height, width) if page is not None else (n_pages, height, width)
+    plane = _sides(image)
+    sides = plane if page is not None else (n_pages, *plane)
     _check_size(sides, 4)
 
     def pixels() -> np.ndarray:
         if page is not None:
-            return _upright(image, mode, window, turn)
+            return _upright(image, mode, window)
         pages = []
         for k in range(n_pages):
             image.seek(k)
-            if image.size != (width, height) or _mode(image) != mode:
+            if _sides(image) != plane or _mode(image) != mode:
                 raise BadFileError("has pages of several sizes or modes: choose one by frames=.")
-            pages.append(_upright(image, mode, window, turn))
+            pages.append(_upright(image, mode, window))
         return np.stack(pages)
 
     colour = mode == "RGB"
     whole = mode != "F" or window is not None
     return Header(sides, 3 if colour else 1, whole, colour), pixels
+
+
+def _orientation(image: Any) -> int:
+    """EXIF's, as far as it comes before the pixels."""
+    if image.format == "TIFF":
+        return image.tag_v2.get(0x0112, 1)
+    if not any("exif" in str(key) or "xmp" in str(key) for key in image.info):
+        return 1
+    return _library("PIL.Image", "pillow").Image.getexif(image).get(0x0112, 1)
+
+
+def _sides(image: Any) -> tuple[int, ...]:
+    """Height and width of the upright picture."""
+    width, height = image.size
+    if image.format == "TIFF":  # some versions of Pillow have turned the size already
+        width, height = image.tag_v2.get(0x0100, 0), image.tag_v2.get(0x0101, 0)
+    return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
 
 
 def _mode(image: Any) -> str:
@@ -206,8 +219,8 @@ def _is_gray(palette: Any) -> bool:
     return bool((colours == colours[:, :1]).all())
 
 
-def _upright(image: Any, mode: str, window: Window | None, turn: int) -> np.ndarray:
-    if turn != 1:
+def _upright(image: Any, mode: str, window: Window | None) -> np.ndarray:
+    if _orientation(image) != 1:
         image = _library("PIL.ImageOps", "pillow").exif_transpose(image)
     if mode == "F":
         return _values(np.asarray(image), window)

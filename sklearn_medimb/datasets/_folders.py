@@ -55,7 +55,9 @@ def from_folder(
         The folder.
     groups : str or callable, default=None
         The patient of a file: a regular expression with one group, which is looked for in the
-        file's name, or a function of its path. With a table, use `group`.
+        file's name, or a function of its path, which may look into the file:
+        ``lambda path: pydicom.dcmread(path, stop_before_pixels=True).PatientID``. With a table, use
+        `group`.
     table : DataFrame or path-like, default=None
         Says which files there are and what they show, by paths within the folder; sub-folders are
         then no classes. See :func:`from_table`.
