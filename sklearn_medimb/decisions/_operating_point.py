@@ -104,8 +104,11 @@ class OperatingPoint(WrappedClassifier):
     one patient [3]_. The sensitivity promised is that of images, of patients like these.
 
     The promise is exact for a frozen classifier and samples that do not depend on one another. By
-    cross-validation it supposes that the scores of the last fit, on everything, are distributed
-    as those of the folds. Very small data sets strain this, where the fits differ.
+    cross-validation it supposes that the scores of the last fit, on everything, are distributed as
+    those of the folds. Where a classifier would still gain from more samples the last fit is the
+    better one: in simulations the promise was kept, but the intervals were about the folds. With
+    60 features of 100 ill and 300 well that of specificity covered the last fit's in 55 % with 5
+    folds, in 92 % with 20: take more folds there.
 
     ``predict`` gives the most probable label of the side that is decided on: with two labels, that
     one. Weights given to ``fit`` reach the classifier only; the threshold counts each sample once.
