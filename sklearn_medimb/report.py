@@ -307,8 +307,8 @@ def _decision_section(
     prevalence: float | None,
     how: dict[str, Any],
 ) -> tuple[list[str], OperatingPoint | None]:
-    name = escape(str(how["positive"]))
-    head = f"<h2>A decision: {name} or not</h2>"
+    disease = " or ".join(map(str, np.ravel(how["positive"])))
+    head = f"<h2>A decision: {escape(disease)} or not</h2>"
     told = FrozenEstimator(_Told(classes))
     try:
         point = OperatingPoint(told, prevalence=prevalence, **how).fit(proba, truth, who)
@@ -318,7 +318,7 @@ def _decision_section(
     promise = (
         f"Positive from a probability of {point.threshold_:.3f}. With a confidence of "
         f"{100 * how['confidence']:g} % at least {100 * how['min_sensitivity']:g} % of further "
-        f"images of {how['positive']} are found. Predictive values are for "
+        f"images of {disease} are found. Predictive values are for "
         f"{100 * point.prevalence_:.3g} % ill."
     )
     words = {

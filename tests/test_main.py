@@ -1,0 +1,155 @@
+"""The command line: from a folder to a model, predictions, a comparison and a page."""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from sklearn_medimb.__main__ import main
+from sklearn_medimb.persistence import load
+
+pillow = pytest.importorskip("PIL.Image")
+pytest.importorskip("safetensors")
+
+SMALL = ["--image-size", "12", "--param", "max_epochs=1", "--param", "batch_size=8"]
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Two classes of gray pictures, two of each patient, and a table of them."""
+    folder = tmp_path_factory.mktemp("data") / "scans"
+    rng = np.random.default_rng(0)
+    rows = ["file;finding;patient"]
+    for i in range(36):
+        name = "melanoma" if i % 3 == 0 else "nevus"
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 90, (14, 14), dtype=np.uint8)
+        if name == "melanoma":
+            pixels[4:10, 4:10] += 120
+        path = folder / name / f"p{i // 6}{i % 3}_{i}.png"
+        pillow.fromarray(pixels).save(path)
+        rows.append(f"{path.relative_to(folder)};{name};{i // 6}{i % 3}")
+    (folder.parent / "scans.csv").write_text("\ufeff" + "\n".join(rows))
+    return folder
+
+
+def run(*args):
+    return main([str(arg) for arg in args])
+
+
+TABLE = ["--table", "{scans}.csv", "--path", "file"]
+PATIENTS = ["--patients", "^p([0-9]+)_"]
+
+
+def test_train_and_predict(scans, tmp_path, capsys):
+    out = tmp_path / "model"
+    assert run("train", scans, *PATIENTS, *SMALL, "--method", "crt", "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "36 images of 12 x 12, uint8" in said
+    assert "nevus: 24 images\n  melanoma: 12 images\n18 patients" in said
+    clf = load(out / "model.safetensors")
+    assert clf.classes_.tolist() == ["melanoma", "nevus"]
+    assert clf.image_shape_[-2:] == (12, 12)
+    (scans / "melanoma" / ".hidden").write_text("nothing")
+    assert run("predict", out, scans / "melanoma", "--out", tmp_path / "p.csv") == 0
+    (scans / "melanoma" / ".hidden").unlink()
+    with (tmp_path / "p.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12
+    paths = [row["path"] for row in rows]
+    wanted = clf.predict_proba(paths)
+    found = np.array([[row["p(melanoma)"], row["p(nevus)"]] for row in rows], dtype=float)
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert [row["predicted"] for row in rows] == clf.predict(paths).tolist()
+    capsys.readouterr()
+    assert run("predict", out, paths[0]) == 0
+    assert capsys.readouterr().out.startswith("path,predicted,p(melanoma),p(nevus)\n")
+
+
+def test_a_dry_run_writes_nothing(scans, tmp_path, capsys):
+    for command in ("train", "compare", "report"):
+        out = tmp_path / command
+        how = ["--table", scans.parent / "scans.csv", "--path", "file", "--label", "finding"]
+        assert (
+            run(command, scans, *how, "--group", "patient", *SMALL, "--dry-run", "--out", out) == 0
+        )
+        said = capsys.readouterr().out
+        assert "18 patients" in said
+        assert "would" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_from_one_line(scans, tmp_path, capsys):
+    args = ["report", scans, *PATIENTS, *SMALL, "--methods", "cross-entropy", "cssn", "--folds", 2]
+    args += ["--positive", "melanoma", "--min-sensitivity", 0.5, "--out", tmp_path / "page.html"]
+    assert run(*args) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "A decision: melanoma or not" in page
+    assert "18 patients with 2 to 2 images" in page
+    kept = sorted((tmp_path / "page_folds").iterdir())
+    assert len(kept) == 4
+    times = [path.stat().st_mtime_ns for path in kept]
+    assert run(*args) == 0  # nothing is fitted again
+    assert [path.stat().st_mtime_ns for path in kept] == times
+
+
+def test_a_comparison_of_an_archive(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], [20, 10])
+    X = rng.integers(0, 255, (30, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", images=X, labels=y, class_names=["well", "ill"])
+    out = tmp_path / "out"
+    how = ["--methods", "logit-adjustment", "focal-loss", "--folds", 2]
+    assert run("compare", tmp_path / "a.npz", *SMALL, *how, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "no patients" in said
+    assert "each tested once" in said
+    with (out / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["method"] for row in rows} == {"logit-adjustment", "focal-loss"}
+    assert (out / "comparison.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        (["train", "nowhere", "--out", "m"], "'nowhere' is no folder"),
+        (["train", "{scans}", "--method", "magic", "--out", "m"], r"Unknown methods \['magic'\]"),
+        (["train", "{scans}", "--param", "lr", "--out", "m"], "--param 'lr' is not of the form"),
+        (["train", "{scans}", "--param", "speed=3", "--out", "m"], "speed"),
+        (["train", "{scans}", "--param", "lr=fast", "--out", "m"], "lr"),
+        (["train", "{scans}", "--group", "patient", "--out", "m"], "it needs --table"),
+        (["train", "{scans}", "--table", "{scans}.csv", "--out", "m"], "'path'"),
+        (["train", "{scans}", *TABLE, "--label", "none", "--out", "m"], "'none'"),
+        (
+            ["report", "{scans}", "--positive", "x", "--methods", "crt", "--folds", "2"],
+            "--positive",
+        ),
+        (["predict", "nowhere", "{scans}"], "nowhere"),
+        (["compare", "{scans}", "--folds", "1", "--methods", "crt"], "n_splits=1"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(args, match, scans, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = [arg.replace("{scans}", str(scans)) for arg in args]
+    small = [] if args[0] == "predict" else SMALL
+    assert main([*args, *small]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert re.search(match, error), error
+    assert not (tmp_path / "m").exists()
+
+
+def test_it_is_a_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "sklearn_medimb", "train", "nowhere", "--out", "m"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
