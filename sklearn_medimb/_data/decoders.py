@@ -220,7 +220,7 @@ def _is_gray(palette: Any) -> bool:
 
 
 def _upright(image: Any, mode: str, window: Window | None) -> np.ndarray:
-    if _orientation(image) != 1:
+    if image.format != "TIFF" and _orientation(image) != 1:  # Pillow turns TIFFs as it loads them
         image = _library("PIL.ImageOps", "pillow").exif_transpose(image)
     if mode == "F":
         return _values(np.asarray(image), window)
@@ -386,7 +386,9 @@ def _dicom(file: BinaryIO, window: Window | None, frames: str | int) -> Decoded:
     n_frames = int(data.get("NumberOfFrames") or 1)
     page = _frame(frames, n_frames)
     sides = (int(data.Rows), int(data.Columns))
-    _check_size((n_frames, *sides), 4 * int(data.get("SamplesPerPixel") or 1))
+    _check_size(
+        (n_frames if page is None else 1, *sides), 4 * int(data.get("SamplesPerPixel") or 1)
+    )
     kind = str(data.get("PhotometricInterpretation", ""))
     colour = kind == "PALETTE COLOR" or int(data.get("SamplesPerPixel") or 1) == 3
     gray = _Gray.of(data, kind, window)
@@ -396,20 +398,17 @@ def _dicom(file: BinaryIO, window: Window | None, frames: str | int) -> Decoded:
     def pixels() -> np.ndarray:
         file.seek(0)
         whole = pydicom.dcmread(file, force=True, specific_tags=_TAGS)
-        if syntax is None:  # as pydicom guesses where a file does not say it
-            big = not whole.original_encoding[1]
-            names = pydicom.uid.ExplicitVRBigEndian, pydicom.uid.ImplicitVRLittleEndian
-            explicit = pydicom.uid.ExplicitVRLittleEndian
-            implicit = whole.original_encoding[0]
-            whole.file_meta.TransferSyntaxUID = (
-                names[0] if big else names[1] if implicit else explicit
-            )
+        if syntax is None:  # pydicom has found out, and wants to be told
+            (implicit, little), uid = whole.original_encoding, pydicom.uid
+            explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+            whole.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
         try:
             array = pydicom.pixels.pixel_array(whole, index=page)
         except RuntimeError:
+            name = syntax.name if syntax else "nobody knows what"
             raise BadFileError(
-                f"holds pixels compressed as {syntax.name} that could not be decoded: they are "
-                'damaged, or need another decoder (pip install "pylibjpeg[all]").'
+                f"holds pixels, compressed as {name}, that could not be decoded: they are damaged, "
+                'or need another decoder (pip install "pylibjpeg[all]").'
             ) from None
         if kind == "PALETTE COLOR":
             array = pydicom.pixels.apply_color_lut(array, whole)
