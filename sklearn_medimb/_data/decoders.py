@@ -7,7 +7,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, BinaryIO
 
@@ -46,6 +46,10 @@ class Header:
     whole: bool
     colour: bool = False
     spacing: tuple[float, ...] | None = None
+
+    def slice(self) -> Header:
+        """What one slice of a volume has."""
+        return replace(self, sides=self.sides[-2:], spacing=self.spacing and self.spacing[-2:])
 
 
 Decoded = tuple[Header, Callable[[], np.ndarray]]

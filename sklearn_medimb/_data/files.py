@@ -141,8 +141,10 @@ class ImageFiles(ImageRows):
     spacing : float or tuple of float, default=None
         Millimetres between pixels, ``(D, H, W)`` or ``(H, W)``, that NIfTI and DICOM images are
         brought to, before `image_size`.
-    frames : {"all", "middle"} or int, default="all"
+    frames : {"all", "middle", "each"} or int, default="all"
         Of files with several frames, pages or slices, all of them as a volume, or one as an image.
+        "each": X has a row for each slice, in order. Of NIfTI a volume has to be read for any
+        slice; where not all fit into 256 MB, set `cache`.
     cache : path-like, default=None
         Folder that keeps the decoded images of all files in one ``.npy`` file, which the first
         reader writes and all processes share. It is found again as long as paths, sizes, times and
@@ -151,7 +153,9 @@ class ImageFiles(ImageRows):
     Attributes
     ----------
     paths : list of str
-        The files, in this order.
+        The file of each image.
+    files : ndarray of int
+        For each image which of the files that were given it is of.
     sizes : list of tuple of int
         Sides of each image in its file, before `spacing` and `image_size`.
     dtype : numpy.dtype
@@ -198,6 +202,14 @@ class ImageFiles(ImageRows):
                 kind = ImportError if isinstance(header, ImportError) else ValueError
                 raise kind(f"Row {row} of X could not be read: {header}") from None
         headers = [header for header in found if isinstance(header, Header)]
+        self._files = np.arange(len(self._paths))
+        self._slices: list[int] | None = None
+        if frames == "each":
+            n_slices = [header.sides[0] if len(header.sides) == 3 else 1 for header in headers]
+            self._files = np.repeat(self._files, n_slices)
+            self._slices = [k for n in n_slices for k in range(n)]
+            self._paths = [self._paths[file] for file in self._files]
+            headers = [headers[file].slice() for file in self._files]
         self._reading = _resolved(reading, headers, self._paths)
         shapes = {self._reading.shape(header) for header in set(headers)}
         self.one_size = len(shapes) == 1
@@ -217,13 +229,18 @@ class ImageFiles(ImageRows):
 
     @property
     def paths(self) -> list[str]:
-        """The files, in this order."""
-        return [self._paths[file] for file in self.rows]
+        """The file of each image."""
+        return [self._paths[row] for row in self.rows]
+
+    @property
+    def files(self) -> np.ndarray:
+        """For each image which of the files that were given it is of."""
+        return self._files[self.rows]
 
     @property
     def sizes(self) -> list[tuple[int, ...]]:
         """Sides of each image in its file."""
-        return [self._sizes[file] for file in self.rows]
+        return [self._sizes[row] for row in self.rows]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -309,7 +326,8 @@ class ImageFiles(ImageRows):
     @property
     def _at_once(self) -> int:
         """Files that a thread takes: of small ones several, or threads wait for each other."""
-        return max(1, min(16, 2**20 // (math.prod(self._image_shape) * self.dtype.itemsize)))
+        most = 16 if self._slices is None else 64
+        return max(1, min(most, 2**20 // (math.prod(self._image_shape) * self.dtype.itemsize)))
 
     def _begin(self, files: list[int]) -> list[_Begun]:
         """Have a thread decode files, unless one does so already."""
@@ -324,11 +342,13 @@ class ImageFiles(ImageRows):
 
     def _decoded(self, files: list[int]) -> list[np.ndarray | Exception]:
         """Images, or what is wrong with a file."""
-        held = self._memory.images
         found: list[np.ndarray | Exception] = []
+        ready: dict[int, np.ndarray] = {}  # slices of a volume that is wanted several times
         for file in files:
             try:
-                image = held[file] if file in held else self._decode(file)
+                if self._slices is not None and file not in ready:
+                    ready = self._beside(file, files)
+                image = ready[file] if file in ready else self._decode(file)
             except (ValueError, ImportError) as error:
                 found.append(error)
             else:
@@ -336,18 +356,39 @@ class ImageFiles(ImageRows):
         return found
 
     def _decode(self, file: int) -> np.ndarray:
-        image = read_file(self._paths[file], self._reading, self.dtype)
+        held = self._memory.images.get(file)
+        if held is not None:
+            return held
+        k = None if self._slices is None else self._slices[file]
+        image = read_file(self._paths[file], self._reading, self.dtype, k)
         if self._cached is None:
             self._memory.keep(file, image)
         return image
+
+    def _beside(self, file: int, files: list[int]) -> dict[int, np.ndarray]:
+        """All slices of a volume, if it is worth while: several are wanted, or all can be held."""
+        assert self._slices is not None
+        if file in self._memory.images:
+            return {}
+        first = file - self._slices[file]
+        number = int(self._files[file])
+        n = int(np.searchsorted(self._files, number, "right")) - first
+        n_bytes = n * math.prod(self._image_shape) * self.dtype.itemsize
+        room = self._cached is None and self._memory.n_bytes + n_bytes <= HELD
+        if n == 1 or not (room or sum(first <= other < first + n for other in files) > 1):
+            return {}
+        images = read_slices(self._paths[file], self._reading, self.dtype)
+        if room:
+            for k, image in enumerate(images):
+                self._memory.keep(first + k, image)
+        return dict(enumerate(images, start=first))
 
     def _read(self, row: int) -> np.ndarray:
         if self._cached is not None:
             self._write_cache()
             whole = len(self._paths), *self._image_shape
             return read_rows(self._cached, whole, self.dtype, np.array([row]))[0]
-        held = self._memory.images.get(row)
-        return np.array(self._decode(row) if held is None else held)
+        return np.array(self._decode(row))
 
     def _write_cache(self) -> None:
         assert self._cached is not None
@@ -362,7 +403,7 @@ class ImageFiles(ImageRows):
     def _digest(self) -> str:
         """Digest of what decides the pixels of all files."""
         digest = hashlib.blake2b(repr(("1", self._reading)).encode(), digest_size=16)
-        for path in self._paths:
+        for path in dict.fromkeys(self._paths):
             status = os.stat(path)  # noqa: PTH116
             known = os.path.abspath(path), status.st_size, status.st_mtime_ns  # noqa: PTH100
             digest.update(repr(known).encode())
@@ -411,7 +452,8 @@ def opened(path: str, reading: Reading) -> Iterator[Decoded]:
         if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
             raise BadFileError("is no file.")
         with open(path, "rb") as file:  # noqa: PTH123
-            yield decode(file, window=reading.window, frames=reading.frames)
+            frames = "all" if reading.frames == "each" else reading.frames
+            yield decode(file, window=reading.window, frames=frames)
     except ImportError as error:
         raise ImportError(f"{path!r} {error}") from None
     except MemoryError:
@@ -426,16 +468,29 @@ def opened(path: str, reading: Reading) -> Iterator[Decoded]:
 def read_header(path: str, reading: Reading) -> Header:
     """What a file says of its pixels."""
     with opened(path, reading) as (header, _):
-        reading.shape(header)  # it must have the spacing, and the axes that size and spacing have
+        # It must have the spacing, and the axes that size and spacing have.
+        reading.shape(header.slice() if reading.frames == "each" else header)
         return header
 
 
-def read_file(path: str, reading: Reading, dtype: np.dtype) -> np.ndarray:
-    """Decode a file."""
+def read_file(path: str, reading: Reading, dtype: np.dtype, k: int | None = None) -> np.ndarray:
+    """Decode a file, or a slice of it."""
+    reading = reading if k is None else replace(reading, frames=k)
     with opened(path, reading) as (header, pixels):
-        if header.whole != (dtype == np.uint8):
-            raise BadFileError(f"holds pixels of another kind than {dtype}, as before.")
+        _check_kind(header, dtype)
         return reading.image(header, pixels())
+
+
+def read_slices(path: str, reading: Reading, dtype: np.dtype) -> list[np.ndarray]:
+    """Decode a volume, slice by slice."""
+    with opened(path, reading) as (header, pixels):
+        _check_kind(header, dtype)
+        return [reading.image(header.slice(), part) for part in pixels()]
+
+
+def _check_kind(header: Header, dtype: np.dtype) -> None:
+    if header.whole != (dtype == np.uint8):
+        raise BadFileError(f"does not hold {dtype} any more.")
 
 
 def survey(paths: Sequence[str], reading: Reading) -> list[Header | Exception]:
@@ -472,8 +527,8 @@ def broken_files(
 
     def look(path: str) -> str | None:
         try:
-            with opened(path, reading) as (header, pixels):
-                reading.shape(header)
+            read_header(path, reading)
+            with opened(path, reading) as (_, pixels):
                 pixels()
         except ValueError as error:
             return str(error)
@@ -541,8 +596,8 @@ def as_reading(mode: Any, image_size: Any, window: Any, spacing: Any, frames: An
         several = isinstance(spacing, (tuple, list))
         spacing = tuple(float(part) for part in parts) if several else float(spacing)
     whole = isinstance(frames, Integral) and not isinstance(frames, bool) and int(frames) >= 0
-    if not whole and frames not in ("all", "middle"):
-        raise ValueError(f'frames={frames!r} must be "all", "middle", or a number from 0.')
+    if not whole and frames not in ("all", "middle", "each"):
+        raise ValueError(f'frames={frames!r} must be "all", "middle", "each", or a number from 0.')
     frames = int(frames) if whole else frames
     return Reading(mode, resolve_size(image_size), window, spacing, frames)
 

@@ -80,7 +80,8 @@ def from_folder(
         ``images``, an :class:`ImageFiles`; ``labels`` (n,) of str, or int where a table has whole
         numbers, or None; ``groups`` (n,) of str or None; ``table``, the rows of the images, or
         None; ``duplicates``, lists of rows that are the same picture; ``skipped``, pairs of a path
-        and what is wrong with it.
+        and what is wrong with it. With ``frames="each"`` slices have what their file has; where no
+        patient is told, the files are the groups, and `duplicates` has their first slices.
 
     Raises
     ------
@@ -294,13 +295,20 @@ def _gathered(
         table = None if table is None else table.iloc[kept]
     images = ImageFiles(paths, **options)
     sizes = zip(images.paths, images.sizes, strict=True)
-    if tiny := [f"{path!r} {size}" for path, size in sizes if min(size[-2:]) < _TINY]:
+    if tiny := dict.fromkeys(f"{path!r} {size}" for path, size in sizes if min(size[-2:]) < _TINY):
         warnings.warn(
-            f"{len(tiny)} of {len(paths)} files are smaller than {_TINY} pixels: {_listed(tiny)}.",
+            f"{len(tiny)} of {len(paths)} files are smaller than {_TINY} pixels: "
+            f"{_listed(list(tiny))}.",
             stacklevel=3,
         )
     same = _duplicates(paths) if duplicates else []
     _warn_of_duplicates(same, paths, labels, groups)
+    if options.get("frames") == "each":  # what belongs to a file belongs to its slices
+        groups = np.array(paths) if groups is None else groups
+        labels = None if labels is None else labels[images.files]
+        groups = groups[images.files]
+        table = None if table is None else table.iloc[images.files]
+        same = [np.searchsorted(images.files, files).tolist() for files in same]
     return Bunch(
         images=images, labels=labels, groups=groups, table=table, duplicates=same, skipped=skipped
     )

@@ -23,6 +23,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn_medimb import SoftmaxClassifier, SPMixSampler
 from sklearn_medimb._data import files as files_module
 from sklearn_medimb._data.images import read_images
+from sklearn_medimb._data.resize import resample
 from sklearn_medimb.datasets import DatasetImages, ImageFiles, MappedImages, Resize
 from tests.forgery import forged, set_state
 from tests.helpers import SMALL, make_blobs
@@ -302,6 +303,44 @@ def test_frames_of_a_file_are_a_volume(tmp_path):
     path = dicom(tmp_path / "c.dcm", clip, "RGB", bits=8, frames=True)
     np.testing.assert_array_equal(ImageFiles(path)[0], np.moveaxis(clip, -1, 0))
     np.testing.assert_array_equal(ImageFiles(path, frames="middle")[0], clip[1])
+
+
+@pytest.mark.parametrize("held", [files_module.HELD, 700, 0])
+@pytest.mark.parametrize("options", [{}, {"image_size": 4}, {"cache": True}])
+def test_each_slice_is_a_row(tmp_path, monkeypatch, held, options):
+    monkeypatch.setattr(files_module, "HELD", held)
+    options = {**options, **({"cache": tmp_path / "cache"} if "cache" in options else {})}
+    stack = np.stack([GRAY, GRAY // 2, GRAY // 3])
+    paths = [
+        nifti(tmp_path / "x.nii.gz", stack.transpose(2, 1, 0)),
+        dicom(tmp_path / "y.dcm", stack[:2], bits=8, frames=True),
+        picture(tmp_path / "z.png", GRAY),
+    ]
+    X = ImageFiles(paths, frames="each", **options)
+    assert X.files.tolist() == [0, 0, 0, 1, 1, 2]
+    assert X[1:].paths == [str(paths[k]) for k in (0, 0, 1, 1, 2)]
+    expected = np.stack([*stack, *stack[:2], GRAY])
+    if "image_size" in options:
+        each = [torch.from_numpy(image)[None, None] for image in expected]
+        expected = np.stack([resample(image, (4, 4))[0, 0].numpy() for image in each])
+    for rows in (np.arange(6), np.array([4, 1, 5, 1]), np.array([2])):
+        np.testing.assert_array_equal(X.take(rows), expected[rows])
+        np.testing.assert_array_equal(X[rows][0], expected[rows[0]])
+
+
+def test_a_volume_is_decoded_once_for_its_slices(tmp_path, monkeypatch):
+    path = nifti(tmp_path / "x.nii.gz", np.arange(480, dtype=np.int16).reshape(8, 6, 10))
+    opened = []
+    plain = files_module.opened
+    X, Y = (ImageFiles(path, frames="each", cache=cache) for cache in (None, tmp_path / "cache"))
+    monkeypatch.setattr(
+        files_module, "opened", lambda path, *rest: opened.append(path) or plain(path, *rest)
+    )
+    for rows in ([3, 0], [7], [2, 9, 1]):
+        X.take(np.array(rows))
+    assert len(opened) == 1
+    np.testing.assert_array_equal(Y.take(np.arange(10)), X.take(np.arange(10)))
+    assert len(opened) == 2
 
 
 @pytest.mark.parametrize("implicit", [True, False])

@@ -196,6 +196,23 @@ def test_pictures_of_a_pixel_are_told(tree):
         SoftmaxClassifier(**SMALL).fit(data.images[::-1], data.labels[::-1])
 
 
+def test_slices_belong_to_their_file(tree):
+    Image.fromarray(np.zeros((12, 12), np.uint8)).save(
+        tree / "malignant" / "p4_a.tif", save_all=True,
+        append_images=[Image.fromarray(np.full((12, 12), k, np.uint8)) for k in (1, 2)],
+    )  # fmt: skip
+    (tree / "malignant" / "p4_b.tif").write_bytes((tree / "malignant" / "p4_a.tif").read_bytes())
+    with pytest.warns(UserWarning, match="occurs several times"):
+        data = from_folder(tree, frames="each")
+    assert data.images.shape == (10, 12, 12)
+    assert data.labels.tolist() == ["benign"] * 3 + ["malignant"] * 7
+    assert data.groups.tolist() == data.images.paths
+    assert data.duplicates == [[4, 7]]
+    with pytest.warns(UserWarning, match="occurs several times"):
+        data = from_folder(tree, frames="each", groups=r"^(p\d)", on_error="skip")
+    assert data.groups[-7:].tolist() == ["p3"] + ["p4"] * 6
+
+
 def test_broken_files_are_left_out_when_asked(tree):
     break_file(tree / "benign" / "p1_a.png")
     (tree / "malignant" / "notes.txt").write_text("what was seen")
