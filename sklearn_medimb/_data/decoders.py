@@ -588,7 +588,14 @@ def _check_size(shape: Sequence[int], n_bytes: int) -> None:
 def _values(values: np.ndarray, window: Window | None) -> np.ndarray:
     """Values in their units, as float32, or as a window shows them."""
     if window is None:
-        return values.astype(np.float32)
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise BadFileError(
+                "holds values that are no finite numbers: replace them, or set window=, in which "
+                "NaN is black."
+            )
+        return values
     return _display(values, *window, "LINEAR_EXACT")
 
 

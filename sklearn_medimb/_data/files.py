@@ -108,9 +108,9 @@ class ImageFiles(ImageRows):
     Pixels are uint8 from 0 to 255 or float32 in the units of the file, one of them for all files,
     and no file is stretched by its own least and largest value:
 
-    - Pictures of eight bits are uint8, those of one bit 0 and 255. A picture of 16 or 32 bits gray
-      is float32. The orientation that EXIF has is applied, profiles of colour are not; what is
-      transparent lies on black.
+    - Pictures of eight bits are uint8, those of one bit 0 and 255. Gray of 16 or 32 bits is
+      float32; of colours Pillow takes the eight highest bits. The orientation that EXIF has is
+      applied, profiles of colour are not; what is transparent lies on black.
     - DICOM: the modality's lookup table or rescaling is applied, MONOCHROME1 is inverted. CT and
       PET remain in their units (HU), float32. Other gray images are shown, as uint8, in the window
       or table of their own header; without one they are uint8 if they have eight bits, and float32
@@ -449,7 +449,10 @@ def opened(path: str, reading: Reading) -> Iterator[Decoded]:
     """Open a file, read its header, and have whatever goes wrong name the file."""
     try:
         # As quick as it gets: of small pictures, a Path would take as long as the header.
-        if not stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116
+        kind = os.stat(path).st_mode  # noqa: PTH116
+        if stat.S_ISDIR(kind):
+            raise BadFileError("is a folder: from_folder reads it.")
+        if not stat.S_ISREG(kind):
             raise BadFileError("is no file.")
         with open(path, "rb") as file:  # noqa: PTH123
             frames = "all" if reading.frames == "each" else reading.frames

@@ -461,6 +461,14 @@ def test_slope_and_intercept_are_applied(tmp_path):
     assert ImageFiles(nifti(tmp_path / "u.nii", volume)).dtype == np.uint8
 
 
+def test_what_is_no_number_is_black_in_a_window(tmp_path):
+    volume = np.full((2, 3, 4), 50, np.float32)
+    volume[0] = np.nan
+    shown = ImageFiles(nifti(tmp_path / "x.nii", volume), window=(50, 100))[0][0]
+    assert (shown[..., 0] == 0).all()
+    assert (shown[..., 1] == 128).all()
+
+
 def test_spacing_brings_volumes_to_the_same_scale(tmp_path):
     volume = np.zeros((8, 10, 12), np.float32)
     volume[2:4] = 1
@@ -602,7 +610,7 @@ BAD_HEADERS = {
     "x.npz": (lambda p: (np.savez(p, a=GRAY), p)[1], "is an archive"),
     "loop": (loop, "cannot be opened: .*symbolic"),
     "fifo": (fifo, "is no file"),
-    "folder": (folder, "is no file"),
+    "folder": (folder, "is a folder: from_folder reads it"),
     "cut_header.nii": (lambda p: cut(nifti(p, np.ones((4, 4, 4))), 0.1), "cut_header"),
     "null\0byte": (lambda p: p, "cannot be opened"),
 }
@@ -625,6 +633,8 @@ BAD_PIXELS = {
     "cut.tif": lambda p: cut(picture(p, noisy())),
     "cut.dcm": lambda p: cut(dicom(p, np.tile(FILM, (9, 9))), 0.8),
     "no_data.dcm": lambda p: dicom(p, FILM, pixels=False),
+    "nan.nii": lambda p: nifti(p, np.full((4, 5, 6), np.nan, np.float32)),
+    "infinity.npy": lambda p: saved(np.full((4, 5), 1e300))(p),
     "cut.nii": lambda p: cut(nifti(p, np.ones((9, 9, 9))), 0.8),
     "cut.nii.gz": lambda p: cut(nifti(p, np.random.default_rng(0).random((9, 9, 9))), 0.8),
 }
