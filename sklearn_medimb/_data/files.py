@@ -28,6 +28,7 @@ from sklearn_medimb._data.resize import Resize, resample, resized_shape, resolve
 
 MODES = ("auto", "L", "RGB")
 HELD = 2**28  # bytes of decoded images that stay in memory
+AHEAD = 2**27  # bytes of images that are decoded before they are asked for
 LUMA = np.array([19595, 38470, 7471], dtype=np.uint32)  # ITU-R 601, in parts of 65536
 
 
@@ -216,6 +217,7 @@ class ImageFiles(ImageRows):
         self.rows = np.arange(len(self._paths))
         self.dtype = np.dtype(np.uint8 if headers[0].whole else np.float32)
         self._image_shape = self._reading.shape(headers[0])
+        self._n_bytes = max(map(math.prod, shapes)) * self.dtype.itemsize  # of the largest image
         self._sizes = [header.sides for header in headers]
         self._memory = _Memory()
         self._cached: Path | None = None
@@ -296,7 +298,8 @@ class ImageFiles(ImageRows):
         """
         files, step = self.rows[rows].tolist(), self._at_once
         parts = (files[start : start + step] for start in range(0, len(files), step))
-        under_way: deque[list[_Begun]] = deque(map(self._begin, islice(parts, 2 * _n_threads())))
+        n_ahead = max(1, min(2 * _n_threads(), AHEAD // (step * self._n_bytes)))
+        under_way: deque[list[_Begun]] = deque(map(self._begin, islice(parts, n_ahead)))
         row = iter(rows)
         while under_way:
             for future, place in under_way.popleft():
@@ -317,6 +320,7 @@ class ImageFiles(ImageRows):
         """
         if self._cached is None:
             files, step = self.rows[rows].tolist(), self._at_once
+            del files[AHEAD // self._n_bytes :]
             coming: dict[int, _Begun] = {}
             for start in range(0, len(files), step):
                 part = files[start : start + step]
@@ -327,7 +331,7 @@ class ImageFiles(ImageRows):
     def _at_once(self) -> int:
         """Files that a thread takes: of small ones several, or threads wait for each other."""
         most = 16 if self._slices is None else 64
-        return max(1, min(most, 2**20 // (math.prod(self._image_shape) * self.dtype.itemsize)))
+        return max(1, min(most, 2**20 // self._n_bytes))
 
     def _begin(self, files: list[int]) -> list[_Begun]:
         """Have a thread decode files, unless one does so already."""
@@ -373,8 +377,7 @@ class ImageFiles(ImageRows):
         first = file - self._slices[file]
         number = int(self._files[file])
         n = int(np.searchsorted(self._files, number, "right")) - first
-        n_bytes = n * math.prod(self._image_shape) * self.dtype.itemsize
-        room = self._cached is None and self._memory.n_bytes + n_bytes <= HELD
+        room = self._cached is None and self._memory.n_bytes + n * self._n_bytes <= HELD
         if n == 1 or not (room or sum(first <= other < first + n for other in files) > 1):
             return {}
         images = read_slices(self._paths[file], self._reading, self.dtype)
@@ -403,7 +406,7 @@ class ImageFiles(ImageRows):
     def _digest(self) -> str:
         """Digest of what decides the pixels of all files."""
         digest = hashlib.blake2b(repr(("1", self._reading)).encode(), digest_size=16)
-        for path in dict.fromkeys(self._paths):
+        for path in self._paths:
             status = os.stat(path)  # noqa: PTH116
             known = os.path.abspath(path), status.st_size, status.st_mtime_ns  # noqa: PTH100
             digest.update(repr(known).encode())

@@ -759,6 +759,16 @@ def test_memory_is_bounded(pngs, monkeypatch):
     assert X._memory.n_bytes == 5 * images[0].nbytes
 
 
+def test_what_is_decoded_ahead_is_bounded(pngs, monkeypatch):
+    paths, images, _ = pngs
+    monkeypatch.setattr(files_module, "HELD", 0)
+    monkeypatch.setattr(files_module, "AHEAD", 3 * images[0].nbytes)
+    X = ImageFiles(paths)
+    X.expect(np.arange(60))
+    assert sorted(X._memory.coming[1]) == [0, 1, 2]
+    np.testing.assert_array_equal(X.take(np.arange(60)), images)
+
+
 def test_what_is_expected_is_decoded_once_and_not_held_twice(pngs, monkeypatch):
     paths, images, _ = pngs
     X = ImageFiles(paths)
@@ -847,6 +857,8 @@ def test_a_cache_knows_files_and_options(pngs, tmp_path):
     for options in ({}, {"mode": "L"}, {"image_size": 8}):
         ImageFiles(paths, cache=folder, **options)[0]
     assert len(list(folder.glob("*.npy"))) == 3
+    twice = ImageFiles([*paths, paths[0]], cache=folder)
+    np.testing.assert_array_equal(twice[60], images[0])
     X = ImageFiles(paths, cache=folder, mode="L", image_size=5)
     picture(paths[0], images[1])
     os.utime(paths[0], (1, 1))
