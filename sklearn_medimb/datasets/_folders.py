@@ -163,7 +163,8 @@ def from_table(
         A row for each image; or a text file with a header: separated by commas, semicolons, tabs or
         bars, UTF-8 or UTF-16, with or without a byte-order mark.
     path : str, default="path"
-        Column of the files.
+        Column of the files. What comes after a dot may be left out where only one file has the
+        rest for its name.
     label : str or None, default="label"
         Column of the classes. Those of a text file are numbers if all are whole numbers.
     group : str, default=None
@@ -195,7 +196,7 @@ def from_table(
     if root is None:
         root = Path() if frame is table else Path(table).parent
     names = column(frame, path, "path", numbers)
-    paths = [_within(Path(root), name) for name in names]
+    paths = _completed([_within(Path(root), name) for name in names])
     absent = [k for k, found in enumerate(paths) if not Path(found).exists()]
     if absent and on_error != "skip":
         raise ValueError(
@@ -241,6 +242,24 @@ def _within(root: Path, name: Any) -> str:
     if "\\" in str(name) and not found.exists():  # a table that was made on Windows
         found = root / str(name).replace("\\", "/")
     return str(found)
+
+
+def _completed(paths: list[str]) -> list[str]:
+    """Paths with the extensions that a table leaves out."""
+    known: dict[Path, dict[str, list[str]]] = {}
+
+    def complete(path: Path) -> str:
+        if path.exists() or not path.parent.is_dir():
+            return str(path)
+        if path.parent not in known:
+            names = known[path.parent] = defaultdict(list)
+            for entry in _entries(path.parent):
+                for dot in re.finditer(r"\.", entry.name):
+                    names[entry.name[: dot.start()]].append(str(entry))
+        found = known[path.parent].get(path.name, [])
+        return found[0] if len(found) == 1 else str(path)
+
+    return [complete(Path(path)) for path in paths]
 
 
 def _patients(

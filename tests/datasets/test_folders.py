@@ -308,6 +308,19 @@ def test_blank_rows_and_windows_paths(tree):
     assert len(from_table(tree / "t.csv").images) == 4
 
 
+def test_extensions_may_be_left_out(tree):
+    picture(tree / "1.2.840.7.png", 8)
+    (tree / "two.png").write_bytes(b"")
+    (tree / "two.json").write_text("{}")
+    rows = [(path.removesuffix(".png"), label, "1") for path, label, _ in ROWS]
+    table = frame([*rows, ("1.2.840.7", "benign", "1")])
+    found = from_table(table, root=tree).images.paths
+    assert found[:2] == [str(tree / path) for path, _, _ in ROWS[:2]]
+    assert found[-1] == str(tree / "1.2.840.7.png")
+    with pytest.raises(ValueError, match=r"1 of 6 files are not there.*two'"):
+        from_table(frame([*table.to_numpy().tolist(), ("two", "benign", "1")]), root=tree)
+
+
 def changed(column, value, row=2):
     def make(tree):
         table = frame()
