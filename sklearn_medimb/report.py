@@ -31,6 +31,7 @@ from sklearn_medimb.comparison import Comparison
 from sklearn_medimb.decisions import OperatingPoint
 from sklearn_medimb.inspection import (
     CalibrationByClassDisplay,
+    CoverageDisplay,
     RecallByClassDisplay,
     SaliencyDisplay,
     SimilarityEvidenceDisplay,
@@ -198,6 +199,8 @@ def report(
             "classes give probabilities for classes that are equally frequent."
         )
         body += [_figure(shown, caption)]
+        shown = CoverageDisplay.from_predictions(truth, proba, classes=classes)
+        body += [_figure(shown, "What it brings to leave the least certain images to a reader.")]
         how = {"min_sensitivity": min_sensitivity, "confidence": confidence, "positive": ill}
         section, point = _decision_section(proba, truth, who, classes, prevalence, how)
         body += section

@@ -75,7 +75,7 @@ def test_the_page_is_whole_and_nothing_in_it_runs_or_is_fetched(method, found, p
     names = {tag for tag, _ in tags.seen}
     assert not names & {"script", "link", "iframe", "i", "b", "u"}
     pictures = [attrs for tag, attrs in tags.seen if tag == "img"]
-    assert len(pictures) == {"logistic": 3, "plain": 6, "CSSN": 6}[method]
+    assert len(pictures) == {"logistic": 4, "plain": 7, "CSSN": 7}[method]
     for attrs in pictures:
         assert attrs["src"].startswith("data:image/png;base64,")
         assert attrs["alt"]

@@ -21,6 +21,7 @@ from sklearn_medimb.backbones import ConvNet, ViT
 from sklearn_medimb.datasets import make_lesions
 from sklearn_medimb.inspection import (
     CalibrationByClassDisplay,
+    CoverageDisplay,
     EmbeddingDisplay,
     RecallByClassDisplay,
     SaliencyDisplay,
@@ -289,6 +290,20 @@ def test_calibration_of_a_classifier(clf, spots):
     assert shown.classes.tolist() == ["plain", "striped"]
     with pytest.raises(ValueError, match="columns"):
         CalibrationByClassDisplay.from_predictions([0, 1], [[1, 0], [0, 1]], classes=[0, 1, 2])
+
+
+def test_coverage_is_the_curve(clf, spots):
+    X, y, _ = spots
+    proba = np.random.default_rng(0).dirichlet([1, 1], 60)
+    shown = CoverageDisplay.from_predictions(y, proba)
+    wrong = clf.classes_[proba.argmax(1)] != y
+    order = np.argsort(-proba.max(1))
+    np.testing.assert_allclose(shown.error, wrong[order].cumsum() / np.arange(1, 61))
+    drawn = shown.ax_.lines[0]
+    np.testing.assert_allclose(drawn.get_ydata(), shown.error)
+    share = f"{100 * wrong[order][:30].mean():.0f} % of the most certain half"
+    assert shown.ax_.get_title(loc="left").endswith(share)
+    assert CoverageDisplay.from_estimator(clf, X, y).error[-1] == (clf.predict(X) != y).mean()
 
 
 @pytest.mark.parametrize("method", ["pca", "tsne"])
