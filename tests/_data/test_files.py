@@ -931,6 +931,14 @@ def test_paths_are_read_as_in_fit(tmp_path, pngs):
     np.testing.assert_array_equal(copy.predict_proba(paths), expected)
 
 
+def test_estimators_resize_files_as_they_resize_arrays(pngs):
+    paths, images, y = pngs
+    clf = SoftmaxClassifier(**SMALL, image_size=8)
+    expected = clf.fit(images, y).predict_proba(images)
+    np.testing.assert_array_equal(clf.fit(paths, y).predict_proba(paths), expected)
+    assert clf.file_options_["image_size"] is None
+
+
 def test_options_are_saved(tmp_path, pngs):
     pytest.importorskip("safetensors")
     from sklearn_medimb.persistence import load, save
