@@ -5,9 +5,9 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from typing import Any, BinaryIO
 
@@ -117,27 +117,20 @@ def decode(file: Any, *, window: Window | None, frames: str | int) -> Decoded:
 def _guarded(
     read: Callable[..., Decoded], kind: str, file: Any, window: Window | None, frames: Any
 ) -> Decoded:
-    """Have errors of the libraries say that the file is damaged."""
+    """Read a header, and have errors of the libraries, then and later, say what is damaged."""
+    header, pixels = _told(kind, read, file, window, frames)
+    return header, partial(_told, kind, pixels)
 
-    @contextmanager
-    def telling() -> Iterator[None]:
-        try:
-            yield
-        except (BadFileError, ImportError, MemoryError):
-            raise
-        except Exception as error:
-            # What pydicom says may quote the file, and with it a name.
-            why = "" if kind == "DICOM" else f": {error}"
-            raise BadFileError(f"is a damaged {kind} file ({type(error).__name__}{why}).") from None
 
-    with telling():
-        header, decoder = read(file, window, frames)
-
-    def pixels() -> np.ndarray:
-        with telling():
-            return decoder()
-
-    return header, pixels
+def _told(kind: str, read: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return read(*args)
+    except (BadFileError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        # What pydicom says may quote the file, and with it a name.
+        why = "" if kind == "DICOM" else f": {error}"
+        raise BadFileError(f"is a damaged {kind} file ({type(error).__name__}{why}).") from None
 
 
 def _is_nifti(start: bytes) -> bool:

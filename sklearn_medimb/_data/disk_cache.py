@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -68,11 +69,12 @@ def read_rows(path: Path, shape: tuple[int, ...], dtype: np.dtype, rows: np.ndar
         If the file is shorter than it was.
     """
     images = np.empty((len(rows), *shape[1:]), dtype)
+    flat: Any = memoryview(images.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
     n_bytes = images[:1].nbytes
     with path.open("rb", buffering=0) as file:
         start = file.seek(0, 2) - shape[0] * n_bytes
-        for image, row in zip(images, rows, strict=True):
-            file.seek(start + int(row) * n_bytes)
-            if start < 0 or file.readinto(image.reshape(-1).view(np.uint8)) != n_bytes:
+        for k, row in enumerate(rows.tolist()):
+            file.seek(start + row * n_bytes)
+            if start < 0 or file.readinto(flat[k * n_bytes : (k + 1) * n_bytes]) != n_bytes:
                 raise ValueError(f"{str(path)!r} is cut off: remove it, to have it made anew.")
     return images
