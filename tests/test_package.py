@@ -30,8 +30,8 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PRINTED = {
     "quickstart": [
-        "balanced acc.", "macro-F1", "G-mean", "worst recall", "fit s", "predict s", "CSSN",
-        "network", "class weights", "oversampling", "balanced random forest",
+        "balanced accuracy", "- over-sampling", "logit adjustment", "metric two-stage", "CSSN",
+        "images, each tested once", "open it in a browser",
     ],
     "pretraining": ["images have a label", "AMIMV + head", "SimCLR + head", "CSSN from AMIMV"],
     "token_mixup": ["tail recall", "balanced batches", "SPMix + GPaCo"],
@@ -196,11 +196,13 @@ def test_examples_take_images_of_a_file(name, run_briefly, tmp_path):
         labels=labels,
         class_names=np.array(["benign", "malignant"]),
     )
-    printed, progress = run_briefly(name, tmp_path / "tiny.npz", "--figure", figure)
+    page = ["--page", tmp_path / "page.html"] if name == "quickstart" else []
+    printed, progress = run_briefly(name, tmp_path / "tiny.npz", "--figure", figure, *page)
     assert_says(name, printed)
     assert figure.stat().st_size > 10_000
     if name == "quickstart":
-        assert "step" in progress
+        assert "job" in progress
+        assert "<img" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize("name", sorted(PRINTED.keys() - COMMANDS.keys() - {"quickstart"}))
