@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-from imblearn.over_sampling import RandomOverSampler
 from sklearn.utils import Bunch
 
 from sklearn_medimb import CSSNClassifier, MetricTwoStageClassifier, SoftmaxClassifier
@@ -71,7 +70,7 @@ def main() -> None:
 
     network = {"augment": "medical"}
     methods = {
-        "over-sampling": SoftmaxClassifier(sampler=RandomOverSampler(), **network),
+        "class weights": SoftmaxClassifier(class_weight="balanced", **network),
         "logit adjustment": SoftmaxClassifier(loss="logit_adjusted", **network),
         "metric two-stage": MetricTwoStageClassifier(**network),
         "CSSN": CSSNClassifier(**network),

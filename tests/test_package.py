@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PRINTED = {
     "quickstart": [
-        "balanced accuracy", "- over-sampling", "logit adjustment", "metric two-stage", "CSSN",
+        "balanced accuracy", "- class weights", "logit adjustment", "metric two-stage", "CSSN",
         "images, each tested once", "open it in a browser",
     ],
     "pretraining": ["images have a label", "AMIMV + head", "SimCLR + head", "CSSN from AMIMV"],
