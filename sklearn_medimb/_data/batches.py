@@ -196,9 +196,18 @@ class Batches:
             raw = self.preprocess.upload(raw)
         return to_unit_scale(raw, self.preprocess.dtype), self.targets[index]
 
-    def expect(self, picks: np.ndarray) -> None:
+    def planned(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Training rows of each step of an epoch, and those of the one that follows."""
+        plan = list(self.plan(self.rng))
+        return zip_longest(plan, plan[1:])
+
+    def expect(self, picks: np.ndarray | None) -> None:
         """Say which training rows will be gathered next: files are decoded during a step."""
-        if self.resident is None and not isinstance(self.images, CachedImages):
+        if (
+            picks is not None
+            and self.resident is None
+            and not isinstance(self.images, CachedImages)
+        ):
             self.images.expect(self.rows[picks])
 
     def draw(self, images: torch.Tensor, augmentation: Augmentation) -> dict[str, Any] | None:
@@ -231,11 +240,9 @@ class Batches:
             return augmentation.apply(images, params)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        plan = list(self.plan(self.rng))
-        for picks, following in zip_longest(plan, plan[1:]):
+        for picks, following in self.planned():
             images, targets = self.gather(picks)
-            if following is not None:
-                self.expect(following)
+            self.expect(following)
             views = [self.view(images, augmentation) for augmentation in self.views]
             stacked = views[0] if len(views) == 1 else torch.cat(views)
             yield self.preprocess.normalise(stacked), targets

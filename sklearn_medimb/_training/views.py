@@ -51,10 +51,11 @@ class ViewBatches:
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         batches, n = self.batches, len(self.batches.rows)
         n_partners = self.views.n_images - 1
-        for anchors in batches.plan(batches.rng):
+        for anchors, following in batches.planned():
             size = (n_partners, len(anchors))
             picks = np.concatenate([anchors, batches.rng.integers(n, size=size).ravel()])
             images, targets = batches.gather(picks)
+            batches.expect(following)
             parts = images.chunk(1 + n_partners)
             branches = {
                 name: batches.preprocess.normalise(

@@ -148,7 +148,7 @@ class MixedViews:
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         batches, rng = self.batches, self.batches.rng
-        for picks in batches.plan(rng):
+        for picks, following in batches.planned():
             size, n_mixed, partners, maps = len(picks), 0, None, None
             if self.mix_prob and self.partners.exist:
                 picks = rng.permutation(picks)
@@ -160,6 +160,7 @@ class MixedViews:
                 index = batches.preprocess.upload(torch.from_numpy(picks))
                 maps = self.maps[index].to(batches.preprocess.dtype) / 255
             images, targets = batches.gather(picks)
+            batches.expect(following)
             views = [self._view(images, size, maps, partners, a) for a in batches.views]
             if self.apart:
                 first, second = views

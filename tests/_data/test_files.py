@@ -20,10 +20,17 @@ import pytest
 import torch
 from sklearn.model_selection import cross_val_score
 
-from sklearn_medimb import SoftmaxClassifier, SPMixSampler
+from sklearn_medimb import (
+    CSSNClassifier,
+    SoftmaxClassifier,
+    SPMixClassifier,
+    SPMixSampler,
+    SSLEncoder,
+)
 from sklearn_medimb._data import files as files_module
 from sklearn_medimb._data.images import read_images
 from sklearn_medimb._data.resize import resample
+from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.datasets import DatasetImages, ImageFiles, MappedImages, Resize
 from tests.forgery import forged, set_state
 from tests.helpers import SMALL, make_blobs
@@ -1074,3 +1081,25 @@ def test_data_sets_of_others_are_images(pngs, kind):
     np.testing.assert_array_equal(clf.predict_proba(X), expected)
     scores = cross_val_score(clf, DatasetImages(X), y, cv=2, error_score="raise")
     assert np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **how: SoftmaxClassifier(**how),
+        lambda **how: CSSNClassifier(**how),
+        lambda **how: SPMixClassifier(**how),
+        lambda **how: SSLEncoder("byol", **how),
+    ],
+    ids=["softmax", "cssn", "spmix", "byol"],
+)
+def test_every_training_says_what_comes_next(make, pngs, monkeypatch):
+    said = []
+    plain = ImageFiles.expect
+    monkeypatch.setattr(
+        ImageFiles, "expect", lambda self, rows: (said.append(len(rows)), plain(self, rows))[1]
+    )
+    paths, _, y = pngs
+    made = make(backbone=ConvNet(widths=(4, 8)), max_epochs=1, batch_size=8, random_state=0)
+    made.fit(ImageFiles(paths), y)
+    assert said
