@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from skorch.history import History
 
 import sklearn_medimb
-from sklearn_medimb._data.files import as_reading
+from sklearn_medimb._data.reading import as_reading
 from sklearn_medimb.backbones import Backbone, check_described
 from sklearn_medimb.base._classifier import BaseImageClassifier
 from sklearn_medimb.base._image_estimator import BaseImageEstimator

@@ -28,6 +28,7 @@ from sklearn_medimb import (
     SSLEncoder,
 )
 from sklearn_medimb._data import files as files_module
+from sklearn_medimb._data import reading as reading_module
 from sklearn_medimb._data.images import read_images
 from sklearn_medimb._data.resize import resample
 from sklearn_medimb.backbones import ConvNet
@@ -338,10 +339,10 @@ def test_each_slice_is_a_row(tmp_path, monkeypatch, held, options):
 def test_a_volume_is_decoded_once_for_its_slices(tmp_path, monkeypatch):
     path = nifti(tmp_path / "x.nii.gz", np.arange(480, dtype=np.int16).reshape(8, 6, 10))
     opened = []
-    plain = files_module.opened
+    plain = reading_module.opened
     X, Y = (ImageFiles(path, frames="each", cache=cache) for cache in (None, tmp_path / "cache"))
     monkeypatch.setattr(
-        files_module, "opened", lambda path, *rest: opened.append(path) or plain(path, *rest)
+        reading_module, "opened", lambda path, *rest: opened.append(path) or plain(path, *rest)
     )
     for rows in ([3, 0], [7], [2, 9, 1]):
         X.take(np.array(rows))
