@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from sklearn.utils import check_consistent_length
 
-from sklearn_medimb.inspection._figure import new_axes, style
+from sklearn_medimb.inspection._figure import MOST_NAMED, legend, new_axes, style, written
 from sklearn_medimb.metrics import expected_calibration_error
 from sklearn_medimb.metrics._labels import labels_of
 
@@ -158,20 +158,25 @@ class CalibrationByClassDisplay:
         """
         ax = new_axes(self, ax, (5.2, 5.2))
         ax.plot([0, 1], [0, 1], color="0.6", lw=1, ls=":")
-        for k, label in enumerate(self.classes.tolist()):
+        named = np.sort(np.argsort(-self.errors, kind="stable")[:MOST_NAMED])
+        for k in np.setdiff1d(np.arange(len(self.classes)), named):
+            ax.plot(self.predicted[k], self.observed[k], color="0.8", lw=0.8, zorder=1)
+        for place, k in enumerate(named):
+            name = f"{written(self.classes[k])}: error {self.errors[k]:.2f}"
             ax.plot(
-                self.predicted[k], self.observed[k], ms=5, lw=1.4,
-                label=f"{label}: error {self.errors[k]:.2f}", **style(k),
+                self.predicted[k], self.observed[k], ms=5, lw=1.4, label=name, **style(place)
             )  # fmt: skip
         ax.set_xlabel("probability that was given")
         ax.set_ylabel("share that it was")
         ax.set_xlim(-0.02, 1.02)
         ax.set_ylim(-0.02, 1.02)
         ax.set_aspect("equal")
-        ax.legend(fontsize=8, frameon=False, loc="upper left")
+        rest = len(self.classes) - len(named)
+        title = f"the least true; gray: {rest} more" if rest else None
+        legend(ax, len(named), loc="upper left", title=title, title_fontsize=8)
         worst = int(self.errors.argmax())
         ax.set_title(
-            f"Least true: {self.classes[worst]}, by {self.errors[worst]:.2f} on average",
+            f"Least true: {written(self.classes[worst])}, by {self.errors[worst]:.2f} on average",
             loc="left",
             fontsize=10,
         )

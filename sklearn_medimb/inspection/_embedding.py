@@ -12,7 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_consistent_length
 
-from sklearn_medimb.inspection._figure import new_axes, style
+from sklearn_medimb.inspection._figure import legend, new_axes, style, written
 from sklearn_medimb.metrics._labels import labels_of
 
 
@@ -29,7 +29,7 @@ class EmbeddingDisplay:
         Their classes.
     purity : dict from label to float
         Of each class, the share of images whose nearest neighbour in the space of all features is
-        of the same class.
+        of the same class; NaN of a class with one image, which has no such neighbour.
 
     Attributes
     ----------
@@ -97,10 +97,11 @@ class EmbeddingDisplay:
                 f"features has shape {features.shape}; it must be (n, d) with n >= 3 images."
             )
         features = StandardScaler().fit_transform(features)
-        codes = np.unique(labels, return_inverse=True)[1]
+        codes, counts = np.unique(labels, return_inverse=True, return_counts=True)[1:]
         neighbours = KNeighborsClassifier(1).fit(features, codes)
         nearest = codes[neighbours.kneighbors(return_distance=False)[:, 0]]
         recalls = recall_score(codes, nearest, average=None, labels=np.arange(codes.max() + 1))
+        recalls[counts == 1] = np.nan
         purity = dict(zip(np.unique(labels).tolist(), recalls.tolist(), strict=True))
         if features.shape[1] == 1:
             features = np.pad(features, [(0, 0), (0, 1)])
@@ -160,19 +161,23 @@ class EmbeddingDisplay:
         ax = new_axes(self, ax, (6.2, 5.0))
         classes, counts = np.unique(self.labels, return_counts=True)
         order = np.argsort(-counts, kind="stable")
-        for k in order:  # the rarest last, in front
-            own = self.labels == classes[k]
+        for k, label in zip(order, classes[order].tolist(), strict=True):  # the rarest in front
+            own = self.labels == label
             size = 18 if counts[k] == counts.max() else 34
-            name = f"{classes[k]} ({counts[k]}): {self.purity[classes[k].item()]:.2f}"
+            pure = self.purity[label]
+            name = f"{written(label)} ({counts[k]})" + ("" if np.isnan(pure) else f": {pure:.2f}")
             ax.scatter(
                 *self.points[own].T, s=size, alpha=0.8, lw=0.4, ec="white", label=name, **style(k)
             )
-        ax.legend(title="class (images): pure", fontsize=8, title_fontsize=8, frameon=False)
+        legend(ax, len(classes), title="class (images): pure", title_fontsize=8)
         ax.set_xticks([])
         ax.set_yticks([])
-        worst = min(self.purity, key=lambda label: self.purity[label])
-        share = f"{100 * self.purity[worst]:.0f} %"
-        title = f"The nearest image to one of {worst} is of {worst} in {share}"
+        several = {label: share for label, share in self.purity.items() if not np.isnan(share)}
+        title = "No class has two images"
+        if several:
+            worst, share = min(several.items(), key=lambda pair: pair[1])
+            name = written(worst)
+            title = f"The nearest image to one of {name} is of {name} in {100 * share:.0f} %"
         ax.set_title(title, loc="left", fontsize=10)
         ax.spines[:].set_color("0.8")
         self.ax_, self.figure_ = ax, ax.figure

@@ -13,13 +13,14 @@ from sklearn_medimb.inspection._figure import (
     percent,
     pictures_of,
     pyplot,
-    quoted,
     show,
     verdict,
+    written,
 )
 from sklearn_medimb.metrics._labels import labels_of
 
 _MAX_QUERIES = 12
+_MAX_CLASSES = 6  # whose supports stand beside a query: of more, those most alike
 
 
 class SimilarityEvidenceDisplay:
@@ -45,8 +46,8 @@ class SimilarityEvidenceDisplay:
 
     Attributes
     ----------
-    axes_ : ndarray of matplotlib Axes of shape (n, 2 + K)
-        The axes.
+    axes_ : ndarray of matplotlib Axes of shape (n, 2 + min(K, 6))
+        The axes; of more than six classes each query has those that it is most like.
     figure_ : matplotlib Figure
         The figure.
 
@@ -100,7 +101,7 @@ class SimilarityEvidenceDisplay:
             X of ``fit``, all its rows: the classifier keeps no images.
         y : array-like of shape (n,), default=None
             Classes of the queries, for the titles.
-        axes : array-like of matplotlib Axes of shape (n, 2 + K), default=None
+        axes : array-like of matplotlib Axes of shape (n, 2 + min(K, 6)), default=None
             Where to draw; None makes a figure.
 
         Returns
@@ -145,7 +146,7 @@ class SimilarityEvidenceDisplay:
 
         Parameters
         ----------
-        axes : array-like of matplotlib Axes of shape (n, 2 + K), default=None
+        axes : array-like of matplotlib Axes of shape (n, 2 + min(K, 6)), default=None
             Where to draw; None makes a figure.
 
         Returns
@@ -156,9 +157,10 @@ class SimilarityEvidenceDisplay:
         pyplot(self)
         from matplotlib.colors import CenteredNorm
 
-        evidence, classes = self.evidence, quoted(self.evidence.classes.tolist())
-        n = len(self.queries)
-        axes = grid_of_axes(self, axes, (n, 2 + len(classes)))
+        evidence, n = self.evidence, len(self.queries)
+        names = [written(label) for label in evidence.classes.tolist()]
+        n_shown = min(len(names), _MAX_CLASSES)
+        axes = grid_of_axes(self, axes, (n, 2 + n_shown))
         for i, row in enumerate(axes):
             show(row[0], self.queries[i])
             predicted = evidence.predicted[i]
@@ -167,9 +169,10 @@ class SimilarityEvidenceDisplay:
             heat = _slice(evidence.to_pixels(evidence.maps[i]))
             row[1].imshow(heat, cmap="coolwarm", norm=CenteredNorm(), alpha=0.5)
             _box(row[1], evidence.boxes[i], "black", "-")
-            row[1].set_title(f"speaks for {predicted}", fontsize=9, loc="left")
-            for k, name in enumerate(classes):
-                ax, score = row[2 + k], evidence.scores[i, k, 0]
+            row[1].set_title(f"speaks for {written(predicted)}", fontsize=9, loc="left")
+            alike = np.argsort(-np.nan_to_num(evidence.scores[i, :, 0], nan=-1), kind="stable")
+            for ax, k in zip(row[2:], np.sort(alike[:n_shown]), strict=True):
+                name, score = names[k], evidence.scores[i, k, 0]
                 own = evidence.classes[k] == predicted
                 if np.isnan(score) or np.isnan(self.supports[i, k]).any():
                     ax.set_axis_off()
@@ -189,7 +192,7 @@ class SimilarityEvidenceDisplay:
     def _said(self, i: int) -> str:
         """What was predicted, how surely, and whether it is so."""
         predicted = self.evidence.predicted[i]
-        text = f"{predicted}, {percent(self.probability[i])}"
+        text = f"{written(predicted)}, {percent(self.probability[i])}"
         if self.labels is None:
             return text
         return f"{text}\n{verdict(predicted, self.labels[i])}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,8 @@ import torch
 # Okabe and Ito's colours, which colour-blind readers tell apart; yellow, on white, comes last.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
 MARKERS = "osD^vPX*"
+MOST_NAMED = 8  # classes that a legend tells apart
+_LONGEST = 32  # letters of a label in a picture
 
 
 def pyplot(display: Any) -> Any:
@@ -53,6 +54,8 @@ def grid_of_axes(display: Any, axes: Any, shape: tuple[int, int], side: float = 
             n_rows, n_columns, figsize=size, squeeze=False, layout="constrained"
         )
     axes = np.asarray(axes, dtype=object)
+    if 1 in shape and axes.shape == (max(shape),):  # as pyplot.subplots gives a row or a column
+        axes = axes.reshape(shape)
     if axes.shape != shape:
         raise ValueError(f"axes has shape {axes.shape}; it must be {shape}.")
     return axes
@@ -60,7 +63,9 @@ def grid_of_axes(display: Any, axes: Any, shape: tuple[int, int], side: float = 
 
 def style(index: int) -> dict[str, str]:
     """Colour and marker of a class: both, for readers who see no colours."""
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    n = len(COLOURS)
+    marker = MARKERS[(index + index // n) % len(MARKERS)]
+    return {"color": COLOURS[index % n], "marker": marker}
 
 
 def pictures(images: torch.Tensor) -> np.ndarray:
@@ -109,9 +114,23 @@ def percent(share: float) -> str:
 
 def verdict(predicted: Any, true: Any) -> str:
     """Whether a prediction is right, or what would have been."""
-    return "right" if predicted == true else f"wrong: is {true}"
+    return "right" if predicted == true else f"wrong: is {written(true)}"
 
 
-def quoted(labels: Sequence[Any]) -> list[str]:
-    """Labels as text."""
-    return [str(label) for label in labels]
+def written(label: Any) -> str:
+    """A label, or a name, on a line of a picture: not too long, and with no meaning to Matplotlib.
+
+    Dollars would make a formula of it, and an underscore at its start keep it out of a legend.
+    """
+    text = " ".join(str(label).split())
+    text = f"\N{ZERO WIDTH SPACE}{text}" if text.startswith("_") else text
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST * 2 // 3]}…{text[-_LONGEST // 3 :]}"
+    return text.replace("$", r"\$")
+
+
+def legend(ax: Any, n: int, **how: Any) -> None:
+    """Legend of `n` entries, beside the axes where there are many."""
+    if n > MOST_NAMED:
+        how |= {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "ncols": -(-n // 20)}
+    ax.legend(fontsize=8, frameon=False, **how)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import recall_score
+from sklearn.utils import check_consistent_length
 
-from sklearn_medimb.inspection._figure import COLOURS, new_axes
+from sklearn_medimb.inspection._figure import COLOURS, new_axes, written
 from sklearn_medimb.metrics import metric_interval
-from sklearn_medimb.metrics._labels import labels_of
+from sklearn_medimb.metrics._labels import kind_of_entries, labels_of
 from sklearn_medimb.metrics._recalls import class_counts
 from sklearn_medimb.metrics._scorers import training_counts
 
@@ -106,22 +106,31 @@ class RecallByClassDisplay:
             If `train_counts` lacks a class of `y_true`, or a row has no label.
         """
         y_true, y_pred = labels_of(y_true, "y_true"), labels_of(y_pred, "y_pred")
+        check_consistent_length(y_true, y_pred)
+        kinds = kind_of_entries(y_true, "y_true"), kind_of_entries(y_pred, "y_pred")
+        if kinds[0] != kinds[1]:
+            raise ValueError("y_true holds {}s, y_pred {}s: labels are of one kind.".format(*kinds))
         classes, n_test = np.unique(y_true, return_counts=True)
         counts = class_counts(train_counts, set(classes.tolist()))
         if missing := [label for label in classes.tolist() if label not in counts]:
             raise ValueError(f"train_counts lacks the classes {missing} of y_true.")
         n_train = np.array([counts[label] for label in classes.tolist()])
         order = np.argsort(-n_train, kind="stable")
-
-        def recalls(y: np.ndarray, p: np.ndarray) -> np.ndarray:
-            return recall_score(y, p, labels=classes[order], average=None, zero_division=np.nan)
-
-        found = metric_interval(recalls, y_true, y_pred, groups=groups, level=level)
+        # Of a class against the rest: of many classes at once a search through all images would
+        # ask which of the others each might be taken for.
+        found = []
+        for label in classes[order]:
+            own = (y_true == label).astype(int)
+            hit = own * (y_pred == label)
+            found.append(
+                metric_interval(_recall, own, hit, labels=[0, 1], groups=groups, level=level)
+            )
+        score, low, high = np.array(found).T
         return cls(
             classes=classes[order],
-            recall=np.asarray(found.score),
-            low=np.asarray(found.low),
-            high=np.asarray(found.high),
+            recall=score,
+            low=low,
+            high=high,
             n_train=n_train[order],
             n_test=n_test[order],
             level=level,
@@ -189,7 +198,7 @@ class RecallByClassDisplay:
         ax.barh(places, self.recall, color=colours, height=0.62)
         reach = np.stack([self.recall - self.low, self.high - self.recall]).clip(min=0)
         ax.errorbar(self.recall, places, xerr=reach, fmt="none", ecolor="black", capsize=3, lw=1.2)
-        names = [f"{k}\n{a} train, {b} test" for k, a, b in self._rows()]
+        names = [f"{written(k)}\n{a} train, {b} test" for k, a, b in self._rows()]
         ax.set_yticks(places, names, fontsize=8)
         ax.invert_yaxis()
         ax.set_xlim(0, 1)
@@ -204,12 +213,16 @@ class RecallByClassDisplay:
 
     def _finding(self) -> str:
         head, tail = self.recall[0], self.recall[-1]
-        words = "falls from" if tail < head else "rises from" if tail > head else "stays from"
-        first, last = self.classes[0], self.classes[-1]
+        words = "falls from" if tail < head else "rises from" if tail > head else "is equal, from"
+        first, last = written(self.classes[0]), written(self.classes[-1])
         return (
             f"Recall {words} {_short(head)} ({first}, {self.n_train[0]} training images)\n"
             f"to {_short(tail)} ({last}, {self.n_train[-1]})"
         )
+
+
+def _recall(own: np.ndarray, hit: np.ndarray) -> float:
+    return float((hit[own == 1] == 1).mean()) if own.any() else np.nan
 
 
 def _short(share: float) -> str:

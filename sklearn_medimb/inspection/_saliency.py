@@ -12,7 +12,14 @@ from sklearn.utils.validation import _num_samples, check_is_fitted
 from torch import nn
 
 from sklearn_medimb._machine.runtime import one_thread_in_workers
-from sklearn_medimb.inspection._figure import grid_of_axes, percent, pictures_of, show, verdict
+from sklearn_medimb.inspection._figure import (
+    grid_of_axes,
+    percent,
+    pictures_of,
+    show,
+    verdict,
+    written,
+)
 from sklearn_medimb.metrics._labels import labels_of
 
 _MAX_IMAGES = 24
@@ -32,7 +39,7 @@ def grad_cam(estimator: Any, X: Any, target: Any = None) -> np.ndarray:
     estimator : image classifier of this package
         Fitted, with a network.
     X : array-like or lazy sequence of n images
-        In any layout that ``fit`` accepts.
+        In any layout that ``fit`` accepts. Of pairs the image is asked about, not its reference.
     target : label or array-like of shape (n,), default=None
         Class whose score is asked about; None takes the predicted one of each image.
 
@@ -76,8 +83,8 @@ def grad_cam(estimator: Any, X: Any, target: Any = None) -> np.ndarray:
     if target is not None:
         wanted = np.asarray(target)
         wanted = np.full(n, target, dtype=wanted.dtype) if wanted.ndim == 0 else wanted
-        if len(wanted) != n:
-            raise ValueError(f"target has {len(wanted)} entries for {n} images.")
+        if wanted.shape != (n,):
+            raise ValueError(f"target has {wanted.size} entries for {n} images.")
         if strangers := sorted(set(wanted.tolist()) - set(classes.tolist())):
             raise ValueError(f"target holds {strangers}; the classes are {classes.tolist()}.")
         codes = torch.from_numpy(np.searchsorted(classes, wanted))
@@ -87,6 +94,7 @@ def grad_cam(estimator: Any, X: Any, target: Any = None) -> np.ndarray:
     with one_thread_in_workers(), _Recorder(module.trunk) as recorder, torch.enable_grad():
         for rows in np.array_split(np.arange(n), max(1, math.ceil(n / _BLOCK))):
             batch = prepare(images.rows(rows)).requires_grad_()
+            recorder.n_read = len(batch) * (2 if images.layout.paired else 1)
             scores = score(batch).float()
             best = scores.argmax(dim=1) if codes is None else codes[rows].to(scores.device)
             chosen = F.one_hot(best, scores.shape[1]).bool()
@@ -107,6 +115,7 @@ class _Recorder:
     def __init__(self, trunk: Any) -> None:
         self.trunk = trunk
         self.kept: list[torch.Tensor] = []
+        self.n_read = 0  # images that the trunk is given at a time
 
     def __enter__(self) -> _Recorder:
         self.handles = [part.register_forward_hook(self._keep) for part in self.trunk.modules()]
@@ -129,7 +138,7 @@ class _Recorder:
 
         Where only the token of the class is read in the end, the places speak one block before.
         """
-        kept, self.kept = self.kept, []
+        kept, self.kept = [values for values in self.kept if len(values) == self.n_read], []
         slopes = torch.autograd.grad(score, kept, allow_unused=True) if kept else ()
         for values, slope in zip(reversed(kept), reversed(slopes), strict=True):
             if slope is None or (found := _as_map(slope, batch)) is None or not found.any():
@@ -142,9 +151,8 @@ class _Recorder:
 
 
 def _as_map(values: torch.Tensor, batch: torch.Tensor) -> torch.Tensor | None:
-    """Values as (B, C, *places); None where they are no grid of places."""
-    if len(values) != len(batch):
-        return None
+    """Values as (B, C, *places), of pairs those of the images; None where there are no places."""
+    values = values[: len(batch)]  # references are stacked behind
     if values.ndim >= 4:
         return values if values.ndim == batch.ndim else None
     sides, n = batch.shape[2:], values.shape[1]
@@ -229,13 +237,16 @@ class SaliencyDisplay:
         """
         if (n := _num_samples(X)) > _MAX_IMAGES:
             raise ValueError(f"X holds {n} images: pass those to be shown, at most {_MAX_IMAGES}.")
+        labels = None if y is None else labels_of(y, "y")
+        if labels is not None and len(labels) != n:
+            raise ValueError(f"y has {len(labels)} entries for {n} images.")
         maps = grad_cam(estimator, X, target)
         maps = maps if maps.ndim == 3 else maps[:, maps.shape[1] // 2]
         proba = estimator.predict_proba(X)
         best = estimator.classes_[proba.argmax(axis=1)]
-        titles = [f"{k}, {percent(p)}" for k, p in zip(best, proba.max(axis=1), strict=True)]
-        if y is not None:
-            labels = labels_of(y, "y")
+        sure = proba.max(axis=1)
+        titles = [f"{written(k)}, {percent(p)}" for k, p in zip(best, sure, strict=True)]
+        if labels is not None:
             ends = [verdict(*pair) for pair in zip(best, labels, strict=True)]
             titles = ["\n".join(pair) for pair in zip(titles, ends, strict=True)]
         return cls(images=pictures_of(estimator, X), maps=maps, titles=titles).plot(axes)

@@ -62,11 +62,18 @@ class TrainingCurveDisplay:
 
         Raises
         ------
+        TypeError
+            If the estimator keeps no history.
         ValueError
             If nothing was trained epoch by epoch.
         """
         check_is_fitted(estimator)
-        history = [row for row in getattr(estimator, "history_", []) if "train_loss" in row]
+        if not hasattr(estimator, "history_"):
+            raise TypeError(
+                f"estimator must be of this package, not a {type(estimator).__name__}: of a "
+                "pipeline or a search, pass the estimator within."
+            )
+        history = [row for row in estimator.history_ if "train_loss" in row]
         if not history:
             raise ValueError(f"{type(estimator).__name__} has no epochs: nothing was trained.")
         return cls(history).plot(ax)
@@ -104,7 +111,7 @@ class TrainingCurveDisplay:
         ax.set_xlabel("epoch")
         ax.set_ylabel("training loss", color=COLOURS[0])
         ax.spines["top"].set_visible(False)
-        ax.margins(x=0.02)
+        ax.set_xlim(0.5, len(epochs) + 0.5)
         ax.xaxis.get_major_locator().set_params(integer=True)
         self.ax_, self.figure_, self.score_ax_ = ax, ax.figure, None
         scores = np.array([row.get("valid_score", np.nan) for row in self.history], dtype=float)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from sklearn_medimb import (
     CSSNClassifier,
@@ -160,6 +163,12 @@ def test_every_kind_of_network_has_maps(make, volumes):
     [
         (lambda clf, X: grad_cam(clf, X, "none such"), ValueError, r"holds \['none such'\]"),
         (lambda clf, X: grad_cam(clf, X, ["plain"] * 2), ValueError, "2 entries for 4"),
+        (lambda clf, X: grad_cam(clf, X, [["plain"] * 2] * 4), ValueError, "8 entries for 4"),
+        (
+            lambda clf, X: SaliencyDisplay.from_estimator(clf, X, y=["plain"] * 3),
+            ValueError,
+            "y has 3 entries for 4",
+        ),
         (lambda clf, X: grad_cam(PretrainedFeatures(), X), TypeError, "must be an image class"),
         (lambda clf, X: SaliencyDisplay.from_estimator(clf, np.repeat(X, 7, 0)), ValueError, "28"),
         (
@@ -172,6 +181,26 @@ def test_every_kind_of_network_has_maps(make, volumes):
 def test_what_has_no_maps_is_refused(what, error, match, clf, spots):
     with pytest.raises(error, match=match):
         what(clf, spots[0][:4])
+
+
+def test_maps_of_pairs_are_those_of_the_image():
+    X, y = make_blobs((10, 5))
+    pairs = np.stack([X[:, 0], X[:, 0] // 2], axis=1)
+    clf = CSSNClassifier(
+        ConvNet(widths=(4, 8)), reference="paired", precision="float32", max_epochs=1
+    ).fit(pairs, y)  # fmt: skip
+    kept = []
+    handle = clf.net_.module_.trunk.backbone.register_forward_hook(
+        lambda m, a, out: kept.append(out)
+    )
+    batch = clf._preprocessor()(torch.from_numpy(pairs[:4])).requires_grad_()
+    logits = clf._score_function(in_chunks=False)(batch)
+    handle.remove()
+    (slope,) = torch.autograd.grad((logits[:, 1] - logits[:, 0]).sum(), kept[0])
+    wanted = (slope.mean(dim=(2, 3))[:, :, None, None] * kept[0]).sum(dim=1).relu()[:4]
+    wanted = torch.nn.functional.interpolate(wanted[:, None], X.shape[2:], mode="bilinear")[:, 0]
+    found = torch.from_numpy(grad_cam(clf, pairs[:4], clf.classes_[1]))
+    torch.testing.assert_close(found, wanted.detach(), rtol=1e-3, atol=1e-5)
 
 
 def test_vectors_have_no_maps():
@@ -208,6 +237,27 @@ def test_evidence_shows_query_neighbours_and_boxes(cssn, spots):
     assert all(word in title for word, title in zip(words, titles, strict=True))
 
 
+def test_a_row_of_axes_as_pyplot_gives_it(cssn, clf, spots):
+    X = spots[0]
+    row, column = plt.subplots(1, 4)[1], plt.subplots(2, 1)[1]
+    shown = SimilarityEvidenceDisplay.from_estimator(cssn, X[:1], supports=X, axes=row)
+    assert shown.axes_[0, 3] is row[3]
+    assert SaliencyDisplay.from_estimator(clf, X[:1], axes=column).axes_[1, 0] is column[1]
+    with pytest.raises(ValueError, match=r"axes has shape \(4,\); it must be \(2, 2\)"):
+        SaliencyDisplay.from_estimator(clf, X[:2], axes=row)
+
+
+def test_of_many_classes_those_most_alike_are_shown():
+    rng = np.random.default_rng(0)
+    X, y = rng.integers(0, 255, (27, 1, 12, 12), dtype=np.uint8), np.arange(27) % 9
+    clf = CSSNClassifier(ConvNet(widths=(4, 8)), max_epochs=1, random_state=0).fit(X, y)
+    shown = SimilarityEvidenceDisplay.from_estimator(clf, X[:2], supports=X)
+    assert shown.axes_.shape == (2, 8)
+    for row, scores in zip(shown.axes_, shown.evidence.scores[:, :, 0], strict=True):
+        named = [int(ax.get_title(loc="left").partition(":")[0]) for ax in row[2:]]
+        assert named == sorted(np.argsort(-scores, kind="stable")[:6].tolist())
+
+
 def test_too_many_queries_are_refused(cssn, spots):
     with pytest.raises(ValueError, match="at most 12"):
         SimilarityEvidenceDisplay.from_estimator(cssn, spots[0], supports=spots[0])
@@ -242,6 +292,24 @@ def test_recalls_of_a_classifier_use_its_own_counts(clf, spots):
         RecallByClassDisplay.from_predictions(y, y, train_counts={"plain": 3})
 
 
+def test_recalls_of_sixty_classes_come_at_once_and_of_one_image_too():
+    y = np.repeat([f"class {k}" for k in range(60)], 5)
+    p = np.where(np.arange(300) % 5, y, "class 0")
+    start = time.perf_counter()
+    shown = RecallByClassDisplay.from_predictions(y, p, train_counts=y)
+    assert time.perf_counter() - start < 20  # minutes, where all classes were asked at once
+    np.testing.assert_allclose(shown.recall[1:], 0.8)
+    low, high = metric_interval(lambda y, p: (y == p).mean(), y[5:10], p[5:10])[1:]
+    np.testing.assert_allclose(shown.low[1:], low, atol=1e-3)
+    np.testing.assert_allclose(shown.high[1:], high, atol=1e-3)
+    one = RecallByClassDisplay.from_predictions(
+        ["a"] * 9 + ["b"], ["a"] * 10, train_counts={"a": 5, "b": 2}
+    )
+    assert one.recall[1] == one.low[1] == 0 < one.high[1] < 1
+    with pytest.raises(ValueError, match="y_true holds strings, y_pred numbers"):
+        RecallByClassDisplay.from_predictions(["1", "0"], [1, 0], train_counts=["1", "0"])
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -261,6 +329,8 @@ def test_curves_are_the_history_and_stages_are_marked():
 
 
 def test_what_was_not_trained_has_no_curve(spots):
+    with pytest.raises(TypeError, match="not a Pipeline: of a pipeline or a search, pass"):
+        TrainingCurveDisplay.from_estimator(make_pipeline(StandardScaler()).fit(np.eye(3)))
     with pytest.raises(ValueError, match="no epochs"):
         TrainingCurveDisplay.from_estimator(
             PretrainedFeatures(ConvNet(widths=(4, 8)), device="cpu").fit(spots[0])
@@ -332,6 +402,49 @@ def test_embedding_of_an_encoder_and_of_one_feature(spots):
             EmbeddingDisplay.from_features(features, [0, 1] * (len(features) // 2))
     with pytest.raises(ValueError, match="method="):
         EmbeddingDisplay.from_features(np.eye(4), [0, 1, 0, 1], method="umap")
+
+
+def test_labels_of_a_table_and_a_class_of_one_image():
+    y = np.array(["common"] * 6 + ["rare"] * 3 + ["lone"], dtype=object)
+    shown = EmbeddingDisplay.from_features(np.random.default_rng(0).normal(size=(10, 4)), y)
+    assert np.isnan(shown.purity["lone"])  # which has no neighbour of its class
+    assert "lone" not in shown.ax_.get_title(loc="left")
+    assert "lone (1)" in [text.get_text() for text in shown.ax_.get_legend().get_texts()]
+    alone = EmbeddingDisplay.from_features(np.eye(3), list("abc"))
+    assert alone.ax_.get_title(loc="left") == "No class has two images"
+
+
+@pytest.mark.parametrize("label", ["$\\foo$", "a$b$", "_hidden", "two\nlines", "long " * 60, ""])
+def test_any_label_is_written_as_it_is(label, clf, spots):
+    y = np.array(["a"] * 8 + [label] * 4)
+    counts, proba = {"a": 8, label: 4}, np.full((12, 2), 0.5)
+    features = np.random.default_rng(0).normal(size=(12, 4))
+    shown = [
+        RecallByClassDisplay.from_predictions(y, y, train_counts=counts),
+        CalibrationByClassDisplay.from_predictions(y, proba, classes=np.unique(y)),
+        EmbeddingDisplay.from_features(features, y),
+    ]
+    for one in shown:
+        one.figure_.canvas.draw()  # nothing fails, nothing collapses
+    for one in shown[1:]:
+        assert len(one.ax_.get_legend().get_texts()) == 2
+    ticks = [text.get_text().partition("\n")[0] for text in shown[0].ax_.get_yticklabels()]
+    assert ticks[0] == "a"
+    assert len(ticks[1]) < 40
+    texts = [ax.get_title(loc="left") for ax in shown[1].figure_.axes]
+    assert all(text.count("\n") == 0 for text in texts)
+
+
+def test_legends_of_many_classes_name_the_worst():
+    classes = np.array([f"class {k:02}" for k in range(40)])
+    y, rng = np.repeat(classes, 3), np.random.default_rng(0)
+    proba = rng.dirichlet(np.ones(40), 120)
+    shown = CalibrationByClassDisplay.from_predictions(y, proba, classes=classes)
+    names = [text.get_text().partition(":")[0] for text in shown.ax_.get_legend().get_texts()]
+    assert set(names) == set(classes[np.argsort(-shown.errors, kind="stable")[:8]])
+    marks = EmbeddingDisplay.from_features(rng.normal(size=(120, 3)), y).ax_.collections
+    looks = {(m.get_facecolor().tobytes(), m.get_paths()[0].vertices.tobytes()) for m in marks}
+    assert len(looks) == 40
 
 
 def test_without_matplotlib_the_error_names_the_command():
