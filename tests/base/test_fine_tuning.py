@@ -525,3 +525,13 @@ def test_callbacks_that_look_at_pre_training_change_nothing(name, data):
     watched.set_callbacks(ScoringMonitor(scoring="accuracy"))
     before, after = (clf.fit(X, y).predict_proba(X) for clf in (plain, watched))
     np.testing.assert_array_equal(before, after)
+
+
+def test_the_head_on_a_start_that_stays_is_another_one(data):
+    X, y = data
+    for fine_tune, head in (
+        ("frozen", "BalancedSoftmax"),
+        ("full", "VirtualFeatureCalibration"),
+    ):
+        clf = make("MetricTwoStageClassifier", fine_tune=fine_tune, rebalance="auto").fit(X, y)
+        assert type(clf.head_).__name__ == head
