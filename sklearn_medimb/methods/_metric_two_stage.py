@@ -142,8 +142,9 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         "none", a head of :mod:`sklearn_medimb.rebalance`, or any scikit-learn classifier. The
         paper's is of the kind of "crt". "auto" is "virtual", which was better where classes have
         few images, and "balanced_softmax" on weights of elsewhere that stay as they are: .732
-        balanced accuracy where "virtual" had .712, over nine sets of images. Of an instance, such as ``ClassifierRetraining()``, a search reaches ``rebalance__alpha``. Heads
-        that balance give probabilities for equally frequent classes.
+        balanced accuracy where "virtual" had .712, over nine sets of images. Of an instance, such
+        as ``ClassifierRetraining()``, a search reaches ``rebalance__alpha``. Heads that balance
+        give probabilities for equally frequent classes.
 
     See Also
     --------
