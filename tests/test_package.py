@@ -145,7 +145,7 @@ def test_every_public_class_has_an_example_and_a_documented_source(name):
     doc = getattr(sklearn_medimb, name).__doc__
     assert "References\n" in doc
     assert ">>> " in doc
-    assert name in (ROOT / "README.md").read_text()
+    assert name in (ROOT / "docs" / "reference.md").read_text()
     assert name in (ROOT / "CHANGELOG.md").read_text()
 
 
@@ -268,3 +268,24 @@ def test_no_test_module_imports_another():
                     part for part in name.split(".") if part.startswith(("test_", "conftest"))
                 ]
                 assert not (own and modules), f"{path.name} imports {name}: see tests/helpers.py"
+
+
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not target.startswith(("http", "#")):
+            assert (page.parent / target.split("#")[0]).exists(), target
+
+
+def test_the_first_lines_of_the_readme_run():
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    short = code.replace("[150, 70, 30, 14]", "[12, 6]")
+    short = short.replace("CSSNClassifier(random_state=0)", "CSSNClassifier(max_epochs=1)")
+    assert "max_epochs" in short
+    names = {}
+    exec(short, names)
+    assert names["evidence"].maps.shape[0] == 3
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_bytes()) <= 7 * 2**10

@@ -256,7 +256,7 @@ def read_images(
         Receives `n_features_in_` and `feature_names_in_` when `reset`; otherwise its
         `image_shape_`, where it has one, is what images must have.
     X : array-like, DataFrame, torch tensor or Dataset, list of arrays, or lazy sequence
-        See the package's README for the accepted shapes.
+        See the package's guide for the accepted shapes.
     reset : bool
         True in ``fit``.
     image_shape, data_format, spatial_dims, paired

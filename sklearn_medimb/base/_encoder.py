@@ -109,7 +109,7 @@ class BaseImageEncoder(BaseImageEstimator):
         Parameters
         ----------
         X : array-like, lazy sequence or torch Dataset of n images
-            Images in any layout of the package's README, uint8 or float; at least 2.
+            Images in any layout of the package's guide, uint8 or float; at least 2.
         y : array-like of shape (n,), default=None
             Not used for training. Where it holds classes (-1 for unknown ones), the history has
             the balanced accuracy of a nearest-neighbour probe.

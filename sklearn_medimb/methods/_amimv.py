@@ -410,7 +410,7 @@ class AMIMVClassifier(TwoStageClassifier):
         Parameters
         ----------
         X : array-like or lazy sequence of n images
-            Images in any layout of the package's README, uint8 or float.
+            Images in any layout of the package's guide, uint8 or float.
         y : array-like of shape (n,)
             Class labels, numbers or strings, at least two classes; -1 where there is none (among
             strings: an object array that holds the number -1).

@@ -480,7 +480,7 @@ class CSSNClassifier(BaseImageClassifier):
     training from scratch falls behind cross-entropy there. The gate with the image itself brought
     nothing that we could measure; `published` has it as it was. On real images CSSN was ahead of
     plain cross-entropy and level with the same network under oversampling, class weights or logit
-    adjustment: compare them (README). Label-free pre-training on the same images (`pretrain`) did
+    adjustment: compare them. Label-free pre-training on the same images (`pretrain`) did
     not help either: with time to spare, raise `max_epochs`.
     Probabilities are shares of similarity, not calibrated. There is no ``sample_weight`` and no
     ``class_weight``: batches and supports are balanced by class. There is no ``partial_fit``: the

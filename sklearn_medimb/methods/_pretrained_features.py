@@ -113,7 +113,7 @@ class PretrainedFeatures(BaseImageEstimator, without=_OF_TRAINING):
         Parameters
         ----------
         X : array-like or lazy sequence of n images
-            Images in any layout of the package's README, uint8 or float; one is enough.
+            Images in any layout of the package's guide, uint8 or float; one is enough.
         y : object
             Not used.
 

@@ -116,7 +116,7 @@ class SoftmaxClassifier(OneStageClassifier):
         Parameters
         ----------
         X : array-like or lazy sequence of n images
-            Images in any layout of the package's README, uint8 or float.
+            Images in any layout of the package's guide, uint8 or float.
         y : array-like of shape (n,)
             Class labels: numbers or strings, at least two classes.
         sample_weight : array-like of shape (n,), default=None

@@ -138,7 +138,7 @@ class SPMixSampler(SaliencyParameters, CheckedOverSampler):
         Parameters
         ----------
         X : array-like or lazy sequence of n images
-            Images in any layout of the package's README, uint8 or float.
+            Images in any layout of the package's guide, uint8 or float.
         y : array-like of shape (n,)
             Class labels.
         groups : array-like of shape (n,), default=None

@@ -229,7 +229,7 @@ class SaliencyMap(TransformerMixin, SaliencyParameters, BaseEstimator):
         Parameters
         ----------
         X : array-like or lazy sequence of n images
-            Images in any layout of the package's README.
+            Images in any layout of the package's guide.
         y : None
             Ignored.
 
@@ -250,7 +250,7 @@ class SaliencyMap(TransformerMixin, SaliencyParameters, BaseEstimator):
         Parameters
         ----------
         X : array-like or lazy sequence of n images
-            Images in any layout of the package's README.
+            Images in any layout of the package's guide.
 
         Returns
         -------

@@ -1,4 +1,4 @@
-"""A module of another package, without its head and with its own normalisation, as the README has
+"""A module of another package, without its head and with its own normalisation, as the guide has
 it for torchxrayvision; a stand-in with the form of its networks, which reads -1024 to 1024."""
 
 from __future__ import annotations
