@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from sklearn_medimb._data.files import wrap_dataset
 from sklearn_medimb._data.rows import group_codes
 from sklearn_medimb._machine.jobs import run_jobs
 from sklearn_medimb._training.digests import digest_of
-from sklearn_medimb.inspection._figure import COLOURS, new_axes
+from sklearn_medimb.inspection._figure import COLOURS, new_axes, written
 from sklearn_medimb.methods import (
     CSSNClassifier,
     LMDClassifier,
@@ -92,6 +93,8 @@ class Comparison:
         What the others are compared with.
     fit_seconds, predict_seconds : dict from method to float
         Mean over folds.
+    y_true : ndarray of shape (n_tested,)
+        Labels of the images in `rows`.
     predictions : dict from method to ndarray of shape (n_tested,)
         Of the images in `rows`, each made by a classifier that has not seen them.
     probabilities : dict from method to ndarray of shape (n_tested, K)
@@ -118,6 +121,7 @@ class Comparison:
     baseline: str
     fit_seconds: dict[str, float]
     predict_seconds: dict[str, float]
+    y_true: np.ndarray
     predictions: dict[str, np.ndarray]
     probabilities: dict[str, np.ndarray]
     classes: np.ndarray
@@ -238,10 +242,11 @@ class Comparison:
                 capsize=3, lw=1.2, ms=6,
             )  # fmt: skip
         ax.axvline(found[self.baseline].score, color=COLOURS[1], lw=0.8, ls=":")
-        ax.set_yticks(range(len(self.names)), self.names, fontsize=9)
+        ax.set_yticks(range(len(self.names)), map(written, self.names), fontsize=9)
         ax.invert_yaxis()
-        ax.set_xlabel(f"{chosen}, with its {100 * self.level:g} % interval")
-        title = self.finding().replace("; ", "\n") if metric is None else chosen
+        ax.set_xlabel(f"{written(chosen)}, with its {100 * self.level:g} % interval")
+        said = self.finding().replace("$", r"\$").replace("; ", "\n")
+        title = said if metric is None else written(chosen)
         ax.set_title(title, loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
         return ax
@@ -323,7 +328,7 @@ def compare_methods(
     ['MetricTwoStageClassifier', 'SoftmaxClassifier']
     """
     named = _named(estimators, random_state)
-    baseline = next(iter(named)) if baseline is None else baseline
+    baseline = next(iter(named)) if baseline is None else str(baseline)
     if baseline not in named:
         raise ValueError(f"baseline={baseline!r} must be one of {list(named)}.")
     X, labels = wrap_dataset(X), labels_of(y, "y")
@@ -334,7 +339,15 @@ def compare_methods(
     if len(classes) < 2:
         raise ValueError(f"y holds one class only, {classes.tolist()}.")
     folds = _folds(cv, labels, patients, random_state)
-    chosen = _default_metrics(classes, codes) if metrics is None else dict(metrics)
+    rows = np.concatenate([test for _, test in folds])
+    order = np.argsort(rows)
+    truth = codes[rows][order]
+    if metrics is None:
+        chosen = _default_metrics(classes, truth)
+    else:
+        chosen = _checked(metrics, classes[truth])
+    if not isinstance(level, Real) or not 0 < level < 1:
+        raise ValueError(f"level={level!r} must lie between 0 and 1.")
 
     jobs = {
         (name, k): (estimator, X, labels, patients, train, test, classes)
@@ -362,9 +375,6 @@ def compare_methods(
     if baseline not in names:
         raise ValueError(f"The baseline, {baseline}, failed {failures[baseline]}")
 
-    rows = np.concatenate([test for _, test in folds])
-    order = np.argsort(rows)
-    truth = codes[rows][order]
     who = None if patients is None else patients[rows][order]
 
     def together(name: str, what: str) -> np.ndarray:
@@ -373,20 +383,20 @@ def compare_methods(
 
     answers = {name: together(name, "predicted").astype(int) for name in names}
     predicted = {name: classes[answer] for name, answer in answers.items()}
-    known = np.arange(len(classes))
+    asked, known = truth, np.arange(len(classes))
     if metrics is not None:  # which are asked about the labels themselves
-        truth, answers, known = classes[truth], predicted, classes
+        asked, answers, known = classes[truth], predicted, classes
     proba = {name: together(name, "proba") for name in names if "proba" in results[name, 0]}
     how: dict[str, Any] = {"groups": who, "labels": known}
     shared = 1 - (1 - level) / max(1, len(names) - 1)
     scores, differences = {}, {}
     for metric, of in chosen.items():
         scores[metric] = {
-            name: metric_interval(of, truth, answers[name], level=level, **how) for name in names
+            name: metric_interval(of, asked, answers[name], level=level, **how) for name in names
         }
         differences[metric] = {
             name: Interval(0.0, 0.0, 0.0) if name == baseline else paired_difference(
-                of, truth, answers[name], answers[baseline], level=shared, **how
+                of, asked, answers[name], answers[baseline], level=shared, **how
             )
             for name in names
         }  # fmt: skip
@@ -403,6 +413,7 @@ def compare_methods(
         scores=scores,
         differences=differences,
         baseline=baseline,
+        y_true=classes[truth],
         predictions=predicted,
         probabilities=proba,
         classes=classes,
@@ -426,7 +437,7 @@ def _named(estimators: Any, seed: Any) -> dict[str, Any]:
     if not pairs:
         raise ValueError("estimators is empty: there is nothing to compare.")
     named: dict[str, Any] = {}
-    for name, estimator in pairs:
+    for name, estimator in ((str(name), estimator) for name, estimator in pairs):
         if name in named:
             raise ValueError(f"Two methods are called {name}: pass a dict with names of your own.")
         if isinstance(estimator, type) or not is_classifier(estimator):
@@ -434,7 +445,7 @@ def _named(estimators: Any, seed: Any) -> dict[str, Any]:
         made = clone(estimator)
         params = made.get_params()
         unset = [k for k, v in params.items() if k.split("__")[-1] == "random_state" and v is None]
-        named[str(name)] = made.set_params(**dict.fromkeys(unset, seed))
+        named[name] = made.set_params(**dict.fromkeys(unset, seed))
     return named
 
 
@@ -442,14 +453,19 @@ def _folds(
     cv: Any, y: np.ndarray, groups: np.ndarray | None, seed: Any
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Training and test rows; no row is tested twice, and no patient is on both sides."""
-    if isinstance(cv, int):
+    if isinstance(cv, Integral):
         kind = StratifiedKFold if groups is None else StratifiedGroupKFold
         cv = kind(cv, shuffle=True, random_state=seed)
     rows = np.arange(len(y))
     with warnings.catch_warnings():  # what keeps patients whole is checked below
         warnings.filterwarnings("ignore", "The groups parameter is ignored")
-        found: Iterable[Any] = list(cv.split(rows, y, groups)) if hasattr(cv, "split") else cv
-    folds = [(rows[train], rows[test]) for train, test in found]
+        try:
+            found: Iterable[Any] = cv if isinstance(cv, Iterable) else cv.split(rows, y, groups)
+            folds = [(rows[train], rows[test]) for train, test in found]
+        except (AttributeError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"cv={cv!r} must be a number, a splitter, or pairs of rows: {error}"
+            ) from error
     tested, times = np.unique(np.concatenate([test for _, test in folds]), return_counts=True)
     if (times > 1).any():
         raise ValueError(f"cv tests row {tested[times > 1][0]} of X twice: pass folds.")
@@ -459,13 +475,34 @@ def _folds(
         if groups is not None and np.intersect1d(groups[train], groups[test]).size:
             raise ValueError(f"cv: fold {k} tests patients that it trains on.")
         if lacking := sorted(set(y.tolist()) - set(y[train].tolist())):
-            raise ValueError(f"cv: fold {k} trains on no image of {lacking}: take fewer folds.")
+            raise ValueError(
+                f"cv: fold {k} trains on no image of {lacking}: take fewer folds, or leave out "
+                f"classes of one {'image' if groups is None else 'patient'}."
+            )
     return folds
 
 
-def _default_metrics(classes: np.ndarray, codes: np.ndarray) -> dict[str, Metric]:
+def _checked(metrics: Any, y: np.ndarray) -> dict[str, Metric]:
+    """Metrics that answer: what fails on the labels themselves would fail after all the work."""
+    if not isinstance(metrics, Mapping) or not metrics:
+        raise ValueError(f"metrics={metrics!r} must be a dict of names and functions.")
+    for name, of in metrics.items():
+        try:
+            score = float(of(y, y))
+        except Exception as error:
+            raise ValueError(
+                f"metrics: {name}={of!r} must give a number for (y_true, y_pred), but fails on the "
+                f"labels as their own predictions: {type(error).__name__}: {error}"
+            ) from error
+        if not np.isfinite(score):
+            raise ValueError(f"metrics: {name} is {score} of labels as their own predictions.")
+    return {str(name): of for name, of in metrics.items()}
+
+
+def _default_metrics(classes: np.ndarray, tested: np.ndarray) -> dict[str, Metric]:
     """Metrics of codes: thousands of samples are asked about, and tables of counts are fast."""
-    n_classes, rarest = len(classes), int(np.bincount(codes).argmin())
+    n_classes, seen = len(classes), np.unique(tested, return_counts=True)
+    rarest = int(seen[0][seen[1].argmin()])
 
     def of_table(measure: Callable[[np.ndarray], float]) -> Metric:
         def metric(y: np.ndarray, predicted: np.ndarray) -> float:
@@ -516,14 +553,12 @@ def _fitted_and_asked(
     result: dict[str, Any] = {}
     if hasattr(made, "predict_proba"):
         proba = np.zeros((len(test), len(classes)))
-        proba[:, np.searchsorted(classes, made.classes_)] = made.predict_proba(images)
+        proba[:, _codes(made.classes_, classes, "knows")] = _probabilities(made, images)
         result["proba"] = proba.tolist()
     asked = time.perf_counter()
     predicted = np.asarray(made.predict(images))
     check_consistent_length(predicted, test)
-    codes = np.searchsorted(classes, predicted).clip(max=len(classes) - 1)
-    if (strange := classes[codes] != predicted).any():
-        raise ValueError(f"it predicts {predicted[strange][0]!r}, which y does not hold")
+    codes = _codes(predicted, classes, "predicts")
     return {
         **result,
         "predicted": codes.tolist(),
@@ -532,8 +567,26 @@ def _fitted_and_asked(
     }
 
 
+def _codes(labels: np.ndarray, classes: np.ndarray, what: str) -> np.ndarray:
+    codes = np.searchsorted(classes, labels).clip(max=len(classes) - 1)
+    if (strange := classes[codes] != labels).any():
+        raise ValueError(f"it {what} {labels[strange].tolist()[0]!r}, which y does not hold")
+    return codes
+
+
+def _probabilities(made: Any, images: Any) -> np.ndarray:
+    proba = np.asarray(made.predict_proba(images), dtype=np.float64)
+    shape = _num_samples(images), len(made.classes_)
+    if proba.shape != shape:
+        raise ValueError(f"its predict_proba has shape {proba.shape}, not {shape}")
+    good = (proba >= 0).all(axis=1) & (np.abs(proba.sum(axis=1) - 1) <= 1e-3)
+    if not good.all():
+        raise ValueError(f"its predict_proba gives {proba[~good][0].tolist()}")
+    return proba
+
+
 def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)
+    return "".join(c if c.isalnum() else "-" for c in name[:40])
 
 
 def _mark(data: bytes, method: bytes, fold: tuple[np.ndarray, np.ndarray]) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils import _safe_indexing
-from sklearn.utils.validation import has_fit_parameter
+from sklearn.utils.validation import _num_samples, has_fit_parameter
 
 import sklearn_medimb
 from sklearn_medimb._data.files import wrap_dataset
@@ -44,7 +44,7 @@ _N_SHOWN = 4  # images of each kind of error
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
-  color: #1a1a1a; background: #fff; }
+  color: #1a1a1a; background: #fff; overflow-wrap: anywhere; }
 h1 { font-size: 1.7rem; line-height: 1.2; } h2 { margin-top: 2.4rem; font-size: 1.25rem; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; border-bottom: 1px solid #ccc;
@@ -109,8 +109,8 @@ def report(
     min_sensitivity: float = 0.95,
     confidence: float = 0.95,
     title: str = "Comparison of classifiers",
-    notes: Sequence[str] = (),
-    not_for: Sequence[str] = (),
+    notes: str | Sequence[str] = (),
+    not_for: str | Sequence[str] = (),
 ) -> Report:
     """Make a page about a comparison: data, scores, decisions, errors, limits.
 
@@ -134,9 +134,9 @@ def report(
         What is promised, as in :class:`~sklearn_medimb.decisions.OperatingPoint`.
     title : str
         Heading.
-    notes : sequence of str, default=()
+    notes : str or sequence of str, default=()
         What else to say of the data, such as duplicates that were found.
-    not_for : sequence of str, default=()
+    not_for : str or sequence of str, default=()
         Uses that the page must exclude, beside the usual ones.
 
     Returns
@@ -147,7 +147,8 @@ def report(
     Raises
     ------
     ValueError
-        If X and y are not those of the comparison, or `method` is not in it.
+        If X, y and groups are not those of the comparison, `method` is not in it, or what is
+        asked of the operating point makes no sense.
 
     Examples
     --------
@@ -166,17 +167,29 @@ def report(
     chosen = comparison.names[0] if method is None else method
     if chosen not in comparison.names:
         raise ValueError(f"method={method!r} must be one of {comparison.names}.")
-    if len(labels) <= comparison.rows.max() or not np.array_equal(
-        np.unique(labels), comparison.classes
+    if (
+        len(labels) <= comparison.rows.max()
+        or _num_samples(X) != len(labels)
+        or not np.array_equal(np.unique(labels), comparison.classes)
+        or not np.array_equal(labels[comparison.rows], comparison.y_true)
     ):
-        raise ValueError("X and y must be what was compared on, all of it.")
+        raise ValueError("X and y must be what was compared on, all of it, in the same order.")
     patients = None if groups is None else group_codes(groups, labels)
-    if (patients is None) != (comparison.n_patients is None):
-        raise ValueError("groups must be what the comparison was given.")
-    classes, counts = np.unique(labels, return_counts=True)
-    ill = classes[counts.argmin()] if positive is None else positive
-    truth = labels[comparison.rows]
     who = None if patients is None else patients[comparison.rows]
+    if (None if who is None else len(np.unique(who))) != comparison.n_patients:
+        raise ValueError("groups must be what the comparison was given.")
+    classes, truth = comparison.classes, comparison.y_true
+    seen, counts = np.unique(truth, return_counts=True)
+    how = {
+        "positive": seen[counts.argmin()] if positive is None else positive,
+        "min_sensitivity": min_sensitivity,
+        "confidence": confidence,
+        "prevalence": prevalence,
+    }
+    point = None
+    if chosen in comparison.probabilities:  # first, for it knows what makes no sense
+        proba = comparison.probabilities[chosen]
+        decision, point = _decision_section(proba, truth, who, classes, how)
 
     body = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(comparison.finding())}.</p>']
     body += _data_section(X, labels, patients, comparison, notes)
@@ -190,9 +203,7 @@ def report(
         level=comparison.level,
     )
     body += [_figure(shown, "Share of each class that is found, the most frequent class on top.")]
-    point = None
     if chosen in comparison.probabilities:
-        proba = comparison.probabilities[chosen]
         shown = CalibrationByClassDisplay.from_predictions(truth, proba, classes=classes)
         caption = (
             "How often a class is right where it was given a probability. Methods that balance the "
@@ -201,9 +212,7 @@ def report(
         body += [_figure(shown, caption)]
         shown = CoverageDisplay.from_predictions(truth, proba, classes=classes)
         body += [_figure(shown, "What it brings to leave the least certain images to a reader.")]
-        how = {"min_sensitivity": min_sensitivity, "confidence": confidence, "positive": ill}
-        section, point = _decision_section(proba, truth, who, classes, prevalence, how)
-        body += section
+        body += decision
     body += _errors_section(comparison, chosen, X, labels, patients)
     body += _limits_section(patients is not None, not_for)
     body += _facts_section(comparison, X, labels)
@@ -222,7 +231,11 @@ def report(
 
 
 def _data_section(
-    X: Any, y: np.ndarray, patients: np.ndarray | None, comparison: Comparison, notes: Sequence[str]
+    X: Any,
+    y: np.ndarray,
+    patients: np.ndarray | None,
+    comparison: Comparison,
+    notes: str | Sequence[str],
 ) -> list[str]:
     classes, counts = np.unique(y, return_counts=True)
     head, rows = ["class", "images", "share"], []
@@ -252,7 +265,7 @@ def _data_section(
             "not seen its patient. Intervals are about further patients."
         )
     kind = "p" if patients is not None else 'p class="warn"'
-    told = [f'<p class="warn">{escape(note)}</p>' for note in notes]
+    told = [f'<p class="warn">{escape(note)}</p>' for note in _several(notes)]
     return [
         "<h2>The data, as they were understood</h2>",
         f"<p>{escape(what)}</p>",
@@ -307,21 +320,27 @@ def _decision_section(
     truth: np.ndarray,
     who: np.ndarray | None,
     classes: np.ndarray,
-    prevalence: float | None,
     how: dict[str, Any],
 ) -> tuple[list[str], OperatingPoint | None]:
     disease = " or ".join(map(str, np.ravel(how["positive"])))
     head = f"<h2>A decision: {escape(disease)} or not</h2>"
-    told = FrozenEstimator(_Told(classes))
+    point = OperatingPoint(FrozenEstimator(_Told(classes)), **how)
+    point._validate_params()
+    # Without a promise it fails only for what the caller gave, which is no finding for a page.
+    clone(point).set_params(confidence=None).fit(proba, truth, who)
     try:
-        point = OperatingPoint(told, prevalence=prevalence, **how).fit(proba, truth, who)
+        point.fit(proba, truth, who)
     except ValueError as error:
         text = "No threshold is given, for no promise could be kept: "
         return [head, f'<p class="warn">{escape(text + str(error))}</p>'], None
+    share = f"{100 * how['min_sensitivity']:g} %"
+    if how["confidence"] is None:
+        kept = f"At least {share} of these images of {disease} are found; nothing is promised."
+    else:
+        sure = f"With a confidence of {100 * how['confidence']:g} % at least"
+        kept = f"{sure} {share} of further images of {disease} are found."
     promise = (
-        f"Positive from a probability of {point.threshold_:.3f}. With a confidence of "
-        f"{100 * how['confidence']:g} % at least {100 * how['min_sensitivity']:g} % of further "
-        f"images of {disease} are found. Predictive values are for "
+        f"Positive from a probability of {point.threshold_:.3f}. {kept} Predictive values are for "
         f"{100 * point.prevalence_:.3g} % ill."
     )
     words = {
@@ -368,18 +387,11 @@ def _errors_section(
             parts += [f"<h3>{heading}</h3>", "<p>None.</p>"]
             continue
         images, labels = _safe_indexing(X, test[rows]), y[test[rows]]
-        if hasattr(estimator, "explain"):
-            shown: Any = SimilarityEvidenceDisplay.from_estimator(
-                estimator, images, supports=seen, y=labels
-            )
-            caption = (
-                "From left to right: the image; places that speak for (red) and against (blue) its "
-                "class; the most similar image of each class, and the place that makes it so."
-            )
-        else:
-            shown = SaliencyDisplay.from_estimator(estimator, images, y=labels)
-            caption = "Above: the image. Below: places that speak for the class it was given."
-        parts += [f"<h3>{heading}</h3>", _figure(shown, caption)]
+        parts.append(f"<h3>{heading}</h3>")
+        try:
+            parts.append(_evidence(estimator, images, labels, seen))
+        except ValueError as error:  # feature vectors, networks without places
+            parts.append(f"<p>{escape(f'There is no picture: {error}')}</p>")
     if any("train_loss" in row for row in estimator.history_):
         curve = TrainingCurveDisplay.from_estimator(estimator)
         parts.append(_figure(curve, "How this training went, epoch by epoch."))
@@ -390,7 +402,21 @@ def _errors_section(
     return [*parts, f'<p class="small">{escape(caution)}</p>']
 
 
-def _limits_section(has_patients: bool, not_for: Sequence[str]) -> list[str]:
+def _evidence(estimator: Any, images: Any, labels: np.ndarray, seen: Any) -> str:
+    if hasattr(estimator, "explain"):
+        shown: Any = SimilarityEvidenceDisplay.from_estimator(
+            estimator, images, supports=seen, y=labels
+        )
+        return _figure(
+            shown,
+            "From left to right: the image; places that speak for (red) and against (blue) its "
+            "class; the most similar image of each class, and the place that makes it so.",
+        )
+    shown = SaliencyDisplay.from_estimator(estimator, images, y=labels)
+    return _figure(shown, "Above: the image. Below: places that speak for the class it was given.")
+
+
+def _limits_section(has_patients: bool, not_for: str | Sequence[str]) -> list[str]:
     limits = [
         "Decisions about patients: this is no medical device.",
         "Images of other devices, protocols, hospitals or patients, until it was tested on them.",
@@ -399,7 +425,7 @@ def _limits_section(has_patients: bool, not_for: Sequence[str]) -> list[str]:
     ]
     if not has_patients:
         limits.append("Claims about new patients: it is not known which images are of one patient.")
-    items = "".join(f"<li>{escape(text)}</li>" for text in [*not_for, *limits])
+    items = "".join(f"<li>{escape(text)}</li>" for text in [*_several(not_for), *limits])
     return ["<h2>What this must not be used for</h2>", f"<ul>{items}</ul>"]
 
 
@@ -421,6 +447,10 @@ def _facts_section(comparison: Comparison, X: Any, y: np.ndarray) -> list[str]:
 
 
 # ---------------------------------------------------------------- parts of a page
+
+
+def _several(texts: str | Sequence[str]) -> Sequence[str]:
+    return [texts] if isinstance(texts, str) else texts
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:

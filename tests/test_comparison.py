@@ -72,6 +72,26 @@ class Counting(ClassifierMixin, BaseEstimator):
         return np.full(len(X), self.classes_[0])
 
 
+class Spoken(LogisticRegression):
+    """Gives `answer` in the place of its probabilities, or of its classes."""
+
+    def __init__(self, answer=0.0):
+        super().__init__()
+        self.answer = answer
+
+    def fit(self, X, y):
+        super().fit(X, y)
+        if self.answer == "nobody":
+            self.classes_ = np.append(self.classes_[:-1], "nobody")
+        return self
+
+    def predict_proba(self, X):
+        proba = super().predict_proba(X)
+        if self.answer == "nobody":
+            return proba
+        return proba[:, :1] if self.answer == 1 else proba * self.answer
+
+
 def test_scores_and_differences_are_those_of_the_predictions_of_all_folds(problem):
     X, y, groups = problem
     folds = list(GroupKFold(3).split(X, y, groups))
@@ -169,8 +189,70 @@ def test_a_method_that_fails_is_left_out_with_a_warning(problem):
 
 
 @pytest.mark.parametrize(
+    ("answer", "match"),
+    [
+        (np.nan, r"predict_proba gives \[nan, nan\]"),
+        (2.0, "predict_proba gives"),
+        (1, r"predict_proba has shape \(40, 1\), not \(40, 2\)"),
+        ("nobody", "it knows 'nobody', which y does not hold"),
+    ],
+)
+def test_probabilities_that_are_none_are_no_result(answer, match, problem):
+    X, y, _ = problem
+    methods = {"good": LogisticRegression(), "bad": Spoken(answer)}
+    with pytest.warns(UserWarning, match=match):
+        found = compare_methods(methods, X, y, cv=3)
+    assert found.names == ["good"]
+
+
+def test_metrics_that_fail_say_so_before_the_work(problem, fits):
+    X, y, _ = problem
+
+    def fails(y_true, y_pred):
+        raise RuntimeError("out of luck")
+
+    for metrics, match in (
+        ({}, "must be a dict"),
+        (["accuracy"], "must be a dict"),
+        ({"a": "accuracy"}, "a='accuracy' must give a number"),
+        ({"a": fails}, "RuntimeError: out of luck"),
+        ({"a": lambda y, p: float("nan")}, "a is nan"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            compare_methods([Counting()], X, y, metrics=metrics)
+    with pytest.raises(ValueError, match="level=95"):
+        compare_methods([Counting()], X, y, level=95)
+    assert fits() == []
+
+
+def test_names_may_be_anything(problem, tmp_path):
+    X, y, _ = problem
+    made = {2: DummyClassifier(), "$\\foo$" * 60: LogisticRegression()}
+    found = compare_methods(made, X, y, cv=np.int64(3), baseline=2, folder=tmp_path / "kept")
+    assert found.baseline == "2"
+    assert len(list((tmp_path / "kept").iterdir())) == 6
+    found.plot().figure.canvas.draw()
+    plt.close("all")
+    with pytest.raises(ValueError, match="Two methods are called 2"):
+        compare_methods({"2": DummyClassifier(), 2: LogisticRegression()}, X, y)
+
+
+def test_the_rarest_class_is_one_that_was_tested(problem):
+    X, _, _ = problem
+    y = np.repeat(["a", "b", "c"], [60, 50, 10])
+    rows = np.flatnonzero(y != "c")
+    folds = [(np.setdiff1d(np.arange(120), rows[k::2]), rows[k::2]) for k in range(2)]
+    found = compare_methods({"one": LogisticRegression()}, X, y, cv=folds)
+    assert list(found.scores)[-1] == "recall of b"
+    assert found.y_true.tolist() == y[rows].tolist()
+
+
+@pytest.mark.parametrize(
     ("change", "error", "match"),
     [
+        ({"cv": None}, ValueError, "cv=None must be a number, a splitter, or pairs"),
+        ({"cv": [np.arange(120)]}, ValueError, "must be a number, a splitter, or pairs"),
+        ({"y": np.append(np.arange(119) % 2, 2)}, ValueError, "leave out classes of one patient"),
         ({"estimators": []}, ValueError, "estimators is empty"),
         ({"estimators": [Counting(), Counting()]}, ValueError, "Two methods are called Counting"),
         ({"estimators": [Counting]}, TypeError, "is no classifier"),

@@ -132,3 +132,55 @@ def test_other_data_are_refused(change, match, found, problem):
     X, y, groups = problem
     with pytest.raises(ValueError, match=match):
         report(found, **{"X": X, "y": y, "groups": groups, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"positive": "typo"}, "positive='typo'"),
+        ({"positive": NAMES.tolist()}, "not all"),
+        ({"prevalence": 5}, "prevalence=5"),
+        ({"min_sensitivity": 95}, "min_sensitivity"),
+        ({"confidence": 95}, "confidence"),
+        ({"y": slice(None, None, -1)}, "in the same order"),
+        ({"X": slice(9)}, "in the same order"),
+        ({"groups": np.arange(90)}, "groups must be"),
+    ],
+)
+def test_what_makes_no_sense_is_no_finding(change, match, found, problem):
+    data = dict(zip(("X", "y", "groups"), problem, strict=True))
+    for name, part in change.items():
+        change = {**change, name: data[name][part]} if isinstance(part, slice) else change
+    with pytest.raises(ValueError, match=match):
+        report(found, **{**data, **change}, method="logistic")
+
+
+def test_a_threshold_without_a_promise_says_so(found, problem):
+    X, y, groups = problem
+    how = {"confidence": None, "notes": "one note", "not_for": "one use"}
+    page = report(found, X, y, groups=groups, method="logistic", **how)
+    assert page.operating_point.threshold_ > 0
+    assert "nothing is promised" in page.html
+    assert '<p class="warn">one note</p>' in page.html
+    assert "<li>one use</li>" in page.html
+
+
+@pytest.mark.parametrize("kind", ["vectors", "vectors compared", "a network without places"])
+def test_what_has_no_picture_has_a_page(kind):
+    rng = np.random.default_rng(0)
+    y = np.arange(36) % 3 == 0
+    X = rng.normal(size=(36, 5))
+    made = {"max_epochs": 1, "batch_size": 8}
+    methods = {"one": (CSSNClassifier if "compared" in kind else SoftmaxClassifier)(**made)}
+    if "network" in kind:
+        X, methods = rng.normal(size=(36, 1, 6, 6)), {"one": SoftmaxClassifier("mlp", **made)}
+    page = report(compare_methods(methods, X, y, cv=2), X, y)
+    assert "There is no picture: " in page.html
+
+
+def test_labels_that_matplotlib_would_read_and_many_of_them():
+    names = np.array(["$\\foo$", "_a", "long " * 60, *(f"class {k}" for k in range(20))])
+    y = np.tile(names, 4)
+    X = np.random.default_rng(0).normal(size=(len(y), 6))
+    page = report(compare_methods({"one": LogisticRegression()}, X, y, cv=2), X, y)
+    assert "$\\foo$" in page.html
