@@ -5,7 +5,7 @@
     python -m sklearn_medimb compare scans/ --out comparison
     python -m sklearn_medimb report scans/ --positive melanoma --prevalence 0.02 --out report.html
 
-Imports `_data`, `comparison`, `datasets`, `persistence`, `report`.
+Imports `_data`, `_machine`, `comparison`, `datasets`, `persistence`, `report`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
+import io
+import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import numpy as np
 from sklearn.utils import Bunch
 
 from sklearn_medimb._data.rows import group_codes
+from sklearn_medimb._machine.runtime import replacing
 from sklearn_medimb.comparison import Comparison, common_methods, compare_methods
 from sklearn_medimb.datasets import from_folder, from_table, load_npz
 from sklearn_medimb.persistence import load, save
@@ -40,8 +43,11 @@ def read(args: argparse.Namespace) -> Bunch:
     """Images, labels and patients of a folder, a table or an .npz file."""
     source = Path(args.data)
     if source.suffix == ".npz":
-        if args.table is not None:
-            raise ValueError("--table is for folders of files; an .npz file holds its labels.")
+        if any(given is not None for given in (args.table, args.group, args.patients)):
+            raise ValueError(
+                "--table, --group and --patients are for files; an .npz file holds its labels and "
+                "groups."
+            )
         data = load_npz(source, image_size=None)
         images = data.images
         return Bunch(
@@ -54,6 +60,8 @@ def read(args: argparse.Namespace) -> Bunch:
         "on_error": args.on_error,
         "cache": args.cache,
     }
+    if args.patients is not None and (source.is_file() or args.table is not None):
+        raise ValueError("--patients is for folders without a table: name a column in --group.")
     columns = {"path": args.path, "label": args.label, "group": args.group}
     if source.is_file():
         return from_table(source, **columns, **how)
@@ -86,7 +94,7 @@ def describe(data: Bunch) -> str:
 
 def chosen(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """Methods by name, with the parameters that were given."""
-    params: dict[str, Any] = {"backbone": args.backbone, "random_state": args.seed}
+    params: dict[str, Any] = {}
     for text in args.param:
         name, equals, value = text.partition("=")
         if not equals:
@@ -94,10 +102,11 @@ def chosen(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         params[name] = value
         with suppress(ValueError, SyntaxError):
             params[name] = ast.literal_eval(value)
-    made = {slug(name): method for name, method in common_methods(**params).items()}
+    shared = {"backbone": args.backbone, "random_state": args.seed}
+    made = {slug(name): method for name, method in common_methods(**shared).items()}
     if unknown := [name for name in names if name not in made]:
         raise ValueError(f"Unknown methods {unknown}: choose among {', '.join(made)}.")
-    return {name: made[name] for name in names}
+    return {name: made[name].set_params(**params) for name in names}
 
 
 def slug(name: str) -> str:
@@ -116,11 +125,15 @@ def train(args: argparse.Namespace) -> None:
     if args.dry_run:
         print(f"would train {estimator}")
         return
-    estimator.set_params(verbose=1)
-    estimator.fit(data.images, data.labels, groups=data.groups)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    save(estimator, out / MODEL)
+    out.mkdir(parents=True, exist_ok=True)  # before the work, which would be in vain
+    try:
+        estimator.set_params(verbose=1)
+        estimator.fit(data.images, data.labels, groups=data.groups)
+        save(estimator, out / MODEL)
+    finally:
+        with suppress(OSError):  # it holds something
+            out.rmdir()
     print(f"wrote {out / MODEL}")
 
 
@@ -130,6 +143,8 @@ def predict(args: argparse.Namespace) -> None:
     paths = list(files(args.images))
     if not paths:
         raise ValueError(f"{args.images} holds no files.")
+    if args.out is not None:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     proba = estimator.predict_proba(paths)
     names = [str(label) for label in estimator.classes_]
     rows = [
@@ -157,20 +172,27 @@ def files(places: Sequence[str]) -> Iterator[str]:
 
 
 @contextmanager
-def written(path: str | None) -> Iterator[Any]:
+def written(path: str | Path | None) -> Iterator[Any]:
     """A text file, or standard output."""
     if path is None:
         yield sys.stdout
         return
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
+    # Names of files may be bytes that are no text: they stay as they are.
+    with (
+        replacing(Path(path)) as draft,
+        draft.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         yield file
     print(f"wrote {path}")
 
 
-def compared(args: argparse.Namespace, folder: Path) -> tuple[Bunch, Comparison] | None:
-    """Read and compare; None where only what was understood is asked for."""
+def compared(
+    args: argparse.Namespace, folder: Path, check: Callable[[Bunch], Any] = lambda _: None
+) -> tuple[Bunch, Comparison] | None:
+    """Read, check and compare; None where only what was understood is asked for."""
     data, methods = read(args), chosen(args, args.methods)
     print(describe(data), flush=True)
+    check(data)
     if args.dry_run:
         print(f"would compare {', '.join(methods)} in {args.folds} folds")
         return None
@@ -189,11 +211,10 @@ def compare(args: argparse.Namespace) -> None:
         return
     found = both[1]
     rows = found.records()
-    with (out / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
+    with written(out / "comparison.csv") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    print(f"wrote {out / 'comparison.csv'}")
     with suppress(ImportError):  # without matplotlib there is the table
         found.plot().figure.savefig(out / "comparison.png", dpi=150)
         print(f"wrote {out / 'comparison.png'}")
@@ -202,13 +223,13 @@ def compare(args: argparse.Namespace) -> None:
 def make_report(args: argparse.Namespace) -> None:
     """Compare methods; write a page about it."""
     out = Path(args.out)
-    if (both := compared(args, out.with_name(f"{out.stem}_folds"))) is None:
+    folder = out.with_name(f"{out.stem}_folds")
+    if args.show not in (None, *args.methods):
+        raise ValueError(f"--show {args.show}: the methods are {', '.join(args.methods)}.")
+    if (both := compared(args, folder, lambda data: disease(args, data))) is None:
         return
     data, found = both
-    known = {str(label): label for label in found.classes.tolist()}
-    if strangers := [name for name in args.positive or () if name not in known]:
-        raise ValueError(f"--positive {strangers}: the classes are {list(known)}.")
-    positive = None if args.positive is None else [known[name] for name in args.positive]
+    positive = disease(args, data)
     notes = [
         f"The same picture: {', '.join(Path(data.images.path_of(row)).name for row in rows)}."
         for rows in data.duplicates or ()
@@ -222,7 +243,27 @@ def make_report(args: argparse.Namespace) -> None:
     print(f"wrote {out}")
 
 
+def disease(args: argparse.Namespace, data: Bunch) -> list[Any] | None:
+    """Labels that --positive names."""
+    if args.positive is None:
+        return None
+    known = {str(label): label for label in np.unique(data.labels).tolist()}
+    if strangers := [name for name in args.positive if name not in known]:
+        raise ValueError(f"--positive {strangers}: the classes are {list(known)}.")
+    if set(args.positive) == set(known):
+        raise ValueError("--positive names all classes: nothing is left to tell it from.")
+    return [known[name] for name in args.positive]
+
+
 # ---------------------------------------------------------------- the command line
+
+
+def share(text: str) -> float:
+    """A number between 0 and 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} does not lie between 0 and 1")
+    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -277,8 +318,8 @@ def parser() -> argparse.ArgumentParser:
     page = commands.add_parser("report", parents=[data, many], help="a page about a comparison")
     page.add_argument("--show", metavar="METHOD", help="in detail; the best one if none")
     page.add_argument("--positive", nargs="+", metavar="CLASS", help="the disease")
-    page.add_argument("--prevalence", type=float, help="share of the ill where it is to be used")
-    page.add_argument("--min-sensitivity", type=float, default=0.95)
+    page.add_argument("--prevalence", type=share, help="share of the ill where it is to be used")
+    page.add_argument("--min-sensitivity", type=share, default=0.95)
     page.add_argument("--title", default="Comparison of classifiers")
     page.add_argument("--out", default="report.html")
     page.set_defaults(run=make_report)
@@ -296,15 +337,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     code : int
-        0; 2 where what was given is wrong, with a line on standard error; 130 if interrupted.
+        0; 2 where what was given is wrong, with a line on standard error; 130 if interrupted; 141
+        if nobody reads on.
     """
+    for stream in (sys.stdout, sys.stderr):  # a locale may lack letters of names
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = parser().parse_args(argv)
     with warnings.catch_warnings():
         warnings.showwarning = _shown
         try:
             args.run(args)
+            sys.stdout.flush()
         except KeyboardInterrupt:
             return 130
+        except BrokenPipeError:  # as of "| head"; what is left has nowhere to go at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except (ValueError, TypeError, ImportError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

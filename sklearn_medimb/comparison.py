@@ -179,15 +179,18 @@ class Comparison:
         finding : str
             By the first metric, against the baseline.
         """
+        return self._finding(str)
+
+    def _finding(self, say: Callable[[str], str]) -> str:
         metric, found = next(iter(self.scores.items()))
         best = self.names[0]
-        lead = f"{best} leads: {_text(found[best])}"
+        lead = f"{say(best)} leads: {_text(found[best])}"
         if best == self.baseline:
             return f"{lead}; no method is ahead of it"
         difference = self.differences[metric][best]
         sure = difference.low > 0
         words = "ahead of" if sure else "not told apart from"
-        return f"{lead}; {words} {self.baseline}, {_text(difference, signed=True)}"
+        return f"{lead}; {words} {say(self.baseline)}, {_text(difference, signed=True)}"
 
     def __str__(self) -> str:
         head = ["method"]
@@ -245,7 +248,7 @@ class Comparison:
         ax.set_yticks(range(len(self.names)), map(written, self.names), fontsize=9)
         ax.invert_yaxis()
         ax.set_xlabel(f"{written(chosen)}, with its {100 * self.level:g} % interval")
-        said = self.finding().replace("$", r"\$").replace("; ", "\n")
+        said = self._finding(written).replace("; ", "\n")
         title = said if metric is None else written(chosen)
         ax.set_title(title, loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)

@@ -250,9 +250,12 @@ def test_the_rarest_class_is_one_that_was_tested(problem):
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"cv": None}, ValueError, "cv=None must be a number, a splitter, or pairs"),
-        ({"cv": [np.arange(120)]}, ValueError, "must be a number, a splitter, or pairs"),
-        ({"y": np.append(np.arange(119) % 2, 2)}, ValueError, "leave out classes of one patient"),
+        ({"cv": None}, ValueError, "cv=None must be a number, a splitter, or pairs of rows"),
+        (
+            {"y": np.append(np.arange(119) % 2, 2), "cv": GroupKFold(3)},
+            ValueError,
+            "leave out classes of one patient",
+        ),
         ({"estimators": []}, ValueError, "estimators is empty"),
         ({"estimators": [Counting(), Counting()]}, ValueError, "Two methods are called Counting"),
         ({"estimators": [Counting]}, TypeError, "is no classifier"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 import re
 import subprocess
 import sys
@@ -130,6 +132,10 @@ def test_a_comparison_of_an_archive(tmp_path, capsys):
             ["report", "{scans}", "--positive", "x", "--methods", "crt", "--folds", "2"],
             "--positive",
         ),
+        (["train", "{scans}", *TABLE, "--label", "finding", *PATIENTS, "--out", "m"], "--group"),
+        (["report", "{scans}", "--positive", "melanoma", "nevus"], "names all classes"),
+        (["report", "{scans}", "--show", "lmd", "--methods", "crt"], "--show lmd"),
+        (["compare", "{scans}", "--patients", "^(p"], "groups='\\^\\(p'"),
         (["predict", "nowhere", "{scans}"], "nowhere"),
         (["compare", "{scans}", "--folds", "1", "--methods", "crt"], "n_splits=1"),
     ],
@@ -143,6 +149,47 @@ def test_what_is_wrong_is_said_in_a_line(args, match, scans, tmp_path, monkeypat
     assert error.startswith("error: ")
     assert re.search(match, error), error
     assert not (tmp_path / "m").exists()
+
+
+def test_what_a_report_lacks_is_said_before_the_work(scans, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert run("report", scans, *SMALL, "--positive", "x", "--out", out) == 2
+    assert not list(tmp_path.iterdir())  # no fold was done
+    for name, value in (("--prevalence", 2), ("--min-sensitivity", 95)):
+        with pytest.raises(SystemExit):
+            run("report", scans, name, value)
+        assert f"{value} does not lie between 0 and 1" in capsys.readouterr().err
+
+
+def test_a_place_for_the_model_is_found_before_the_work(scans, tmp_path, capsys):
+    (tmp_path / "taken").write_text("something")
+    assert run("train", scans, *SMALL, "--out", tmp_path / "taken" / "m") == 2
+    assert "step" not in capsys.readouterr().out
+
+
+def test_parameters_are_those_of_the_method(scans, tmp_path, capsys):
+    args = ["train", scans, "--method", "lmd", "--param", "n_rounds=7", "--dry-run", "--out", "m"]
+    assert run(*args) == 0
+    assert "LMDClassifier(n_rounds=7, " in capsys.readouterr().out
+
+
+def test_names_of_any_bytes_and_a_reader_that_left(scans, tmp_path, monkeypatch):
+    odd = tmp_path / "n\udce6vus 1.png"  # a byte that is no text in UTF-8
+    odd.write_bytes((sorted((scans / "nevus").iterdir())[0]).read_bytes())
+    args = ["train", scans, *SMALL, "--method", "cross-entropy", "--out", tmp_path / "model"]
+    assert run(*args) == 0
+    out = tmp_path / "new" / "p.csv"
+    assert run("predict", tmp_path / "model", odd, "--out", out) == 0
+    assert os.fsencode(odd) in out.read_bytes()
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", plain)
+    assert run("predict", tmp_path / "model", odd) == 0
+    assert b"n\\udce6vus 1.png" in plain.buffer.getvalue()
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w"))
+    assert run("predict", tmp_path / "model", odd) == 141
+    sys.stdout.close()  # which writes what is left
 
 
 def test_it_is_a_command():

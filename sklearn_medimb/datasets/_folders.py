@@ -269,7 +269,10 @@ def _patients(
     places = [repr(path) for path in paths]
     if callable(groups):
         return [groups(path) for path in paths], places
-    pattern = re.compile(groups)
+    try:
+        pattern = re.compile(groups)
+    except re.error as error:
+        raise ValueError(f"groups={groups!r} is no regular expression: {error}.") from error
     if pattern.groups != 1:
         raise ValueError(
             f"groups={groups!r} must have one group, the patient, but has {pattern.groups}."

@@ -200,7 +200,7 @@ class RecallByClassDisplay:
         ax.errorbar(self.recall, places, xerr=reach, fmt="none", ecolor="black", capsize=3, lw=1.2)
         names = [f"{written(k)}\n{a} train, {b} test" for k, a, b in self._rows()]
         ax.set_yticks(places, names, fontsize=8)
-        ax.invert_yaxis()
+        ax.set_ylim(n - 0.5, -0.5)
         ax.set_xlim(0, 1)
         ax.set_xlabel(f"recall, with its {100 * self.level:g} % interval")
         ax.set_title(self._finding(), loc="left", fontsize=10)
