@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn_medimb import CSSNClassifier, SoftmaxClassifier
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.comparison import common_methods, compare_methods
-from sklearn_medimb.datasets import MappedImages
+from sklearn_medimb.datasets import ImageFiles, MappedImages
 from sklearn_medimb.metrics import metric_interval, paired_difference
 
 
@@ -163,6 +163,24 @@ def test_what_was_done_is_not_done_again(problem, tmp_path, fits):
     compare_methods({"a": Counting(False)}, X, y, **how)  # other parameters
     compare_methods({"a": Counting()}, X, y, **{**how, "random_state": 1})  # other folds and seed
     assert len(fits()) == 16
+
+
+def test_files_that_changed_are_other_images(tmp_path, fits):
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"{k}.npy" for k in range(8)]
+    for path in paths:
+        np.save(path, rng.integers(0, 255, (6, 6), dtype=np.uint8))
+    y = np.arange(8) % 2
+
+    def run():
+        X = ImageFiles(paths)
+        compare_methods({"a": Counting()}, X, y, cv=2, folder=tmp_path / "kept")
+        return len(fits())
+
+    assert (run(), run()) == (2, 2)
+    np.save(paths[3], rng.integers(0, 255, (6, 6), dtype=np.uint8))  # of the same size
+    os.utime(paths[3], (1, 1))
+    assert run() == 4
 
 
 def test_patients_reach_the_fit_and_seeds_are_set(problem, fits):

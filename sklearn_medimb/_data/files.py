@@ -156,6 +156,7 @@ class ImageFiles(ImageRows):
         self._n_bytes = max(map(math.prod, shapes)) * self.dtype.itemsize  # of the largest image
         self._sizes = [header.sides for header in headers]
         self._memory = _Memory()
+        self._version = self._digest()  # other pixels are other data: what was kept is not theirs
         self._cached: Path | None = None
         if cache is not None:
             if not self.one_size:
@@ -163,7 +164,7 @@ class ImageFiles(ImageRows):
                     f"cache= keeps images of one size, but these have {len(shapes)}: set "
                     "image_size= of ImageFiles."
                 )
-            self._cached = Path(cache).absolute() / f"images-{self._digest()}.npy"
+            self._cached = Path(cache).absolute() / f"images-{self._version}.npy"
 
     @property
     def paths(self) -> list[str]:
@@ -333,7 +334,7 @@ class ImageFiles(ImageRows):
         assert self._cached is not None
         if self._cached.exists():
             return
-        if f"images-{self._digest()}.npy" != self._cached.name:
+        if self._digest() != self._version:
             raise ValueError("Files have changed since X was made: make a new ImageFiles of them.")
         every = ImageFiles.__new__(ImageFiles)
         every.__dict__.update(vars(self), rows=np.arange(len(self._paths)))

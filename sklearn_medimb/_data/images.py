@@ -219,6 +219,7 @@ class Images:
             raise ValueError(
                 f"X announces images of shape {shape} and dtype {dtype}, but row "
                 f"{row}{self._file(row)} has shape {image.shape} and dtype {image.dtype}."
+                + (" Images of several sizes need image_size=." if image.shape != shape else "")
             )
         first, known = self._first = self._first or (row, image.dtype)
         if scale_of(known) != scale_of(image.dtype):
