@@ -5,7 +5,7 @@
     python -m sklearn_medimb compare scans/ --out comparison
     python -m sklearn_medimb report scans/ --positive melanoma --prevalence 0.02 --out report.html
 
-Imports `_data`, `_machine`, `comparison`, `datasets`, `persistence`, `report`.
+Imports `_data`, `comparison`, `datasets`, `persistence`, `report`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ import numpy as np
 from sklearn.utils import Bunch
 
 from sklearn_medimb._data.rows import group_codes
-from sklearn_medimb._machine.runtime import replacing
 from sklearn_medimb.comparison import Comparison, common_methods, compare_methods
 from sklearn_medimb.datasets import from_folder, from_table, load_npz
 from sklearn_medimb.persistence import load, save
@@ -178,10 +177,7 @@ def written(path: str | Path | None) -> Iterator[Any]:
         yield sys.stdout
         return
     # Names of files may be bytes that are no text: they stay as they are.
-    with (
-        replacing(Path(path)) as draft,
-        draft.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
+    with Path(path).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         yield file
     print(f"wrote {path}")
 
