@@ -177,7 +177,8 @@ def scores_by_class(estimator: Any, X: Any) -> np.ndarray:
     Raises
     ------
     ValueError
-        If a score is NaN or infinite, or there are more classes than scores tell apart.
+        If a score is NaN or infinite, columns are not those of the classes, or there are more
+        classes than scores tell apart.
     """
     name = "predict_proba" if hasattr(estimator, "predict_proba") else "decision_function"
     scores = np.asarray(getattr(estimator, name)(X), dtype=np.float64)
@@ -186,6 +187,11 @@ def scores_by_class(estimator: Any, X: Any) -> np.ndarray:
         raise ValueError(
             f"{name} of {type(estimator).__name__} gives {scores[row].tolist()} for row {row} of "
             "X: no decision can be made of it."
+        )
+    if scores.ndim == 2 and scores.shape[1] != len(estimator.classes_):
+        raise ValueError(
+            f"{name} of {type(estimator).__name__} gives {scores.shape[1]} columns for the classes "
+            f"{np.asarray(estimator.classes_).tolist()}."
         )
     if scores.ndim == 1:
         return np.column_stack([-scores, scores])

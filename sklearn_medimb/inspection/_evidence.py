@@ -20,7 +20,7 @@ from sklearn_medimb.inspection._figure import (
 from sklearn_medimb.metrics._labels import labels_of
 
 _MAX_QUERIES = 12
-_MAX_CLASSES = 6  # whose supports stand beside a query: of more, those most alike
+_MAX_CLASSES = 6  # whose supports stand beside a query: of more, those most alike, and its own
 
 
 class SimilarityEvidenceDisplay:
@@ -47,7 +47,8 @@ class SimilarityEvidenceDisplay:
     Attributes
     ----------
     axes_ : ndarray of matplotlib Axes of shape (n, 2 + min(K, 6))
-        The axes; of more than six classes each query has those that it is most like.
+        The axes; of more than six classes each query has the predicted one, its own,
+        and those that it is most like.
     figure_ : matplotlib Figure
         The figure.
 
@@ -170,7 +171,11 @@ class SimilarityEvidenceDisplay:
             row[1].imshow(heat, cmap="coolwarm", norm=CenteredNorm(), alpha=0.5)
             _box(row[1], evidence.boxes[i], "black", "-")
             row[1].set_title(f"speaks for {written(predicted)}", fontsize=9, loc="left")
-            alike = np.argsort(-np.nan_to_num(evidence.scores[i, :, 0], nan=-1), kind="stable")
+            alike = np.nan_to_num(evidence.scores[i, :, 0], nan=-1)
+            alike[evidence.classes == predicted] = np.inf
+            if self.labels is not None:
+                alike[evidence.classes == self.labels[i]] = np.inf
+            alike = np.argsort(-alike, kind="stable")
             for ax, k in zip(row[2:], np.sort(alike[:n_shown]), strict=True):
                 name, score = names[k], evidence.scores[i, k, 0]
                 own = evidence.classes[k] == predicted

@@ -457,3 +457,13 @@ def test_weights_reach_the_classifier(binary):
     heavy = clone(clf).fit(X, y, sample_weight=weight)
     assert heavy.predict_proba(X)[:, 1].mean() > clf.fit(X, y).predict_proba(X)[:, 1].mean() + 0.1
     assert heavy.sensitivity_.score == pytest.approx(clf.sensitivity_.score, abs=0.03)
+
+
+def test_columns_that_are_not_those_of_the_classes_are_refused():
+    class Narrow(LogisticRegression):
+        def predict_proba(self, X):
+            return super().predict_proba(X)[:, :1]
+
+    X, y = np.arange(40.0)[:, np.newaxis], np.arange(40) % 2
+    with pytest.raises(ValueError, match=r"Narrow gives 1 columns for the classes \[0, 1\]"):
+        OperatingPoint(Narrow(), cost=(1, 1)).fit(X, y)

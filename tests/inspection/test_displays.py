@@ -251,11 +251,14 @@ def test_of_many_classes_those_most_alike_are_shown():
     rng = np.random.default_rng(0)
     X, y = rng.integers(0, 255, (27, 1, 12, 12), dtype=np.uint8), np.arange(27) % 9
     clf = CSSNClassifier(ConvNet(widths=(4, 8)), max_epochs=1, random_state=0).fit(X, y)
-    shown = SimilarityEvidenceDisplay.from_estimator(clf, X[:2], supports=X)
-    assert shown.axes_.shape == (2, 8)
-    for row, scores in zip(shown.axes_, shown.evidence.scores[:, :, 0], strict=True):
+    shown = SimilarityEvidenceDisplay.from_estimator(clf, X[:9], supports=X, y=y[:9])
+    assert shown.axes_.shape == (9, 8)
+    for i, row in enumerate(shown.axes_):
         named = [int(ax.get_title(loc="left").partition(":")[0]) for ax in row[2:]]
-        assert named == sorted(np.argsort(-scores, kind="stable")[:6].tolist())
+        own = {shown.evidence.predicted[i], i}
+        order = np.argsort(-shown.evidence.scores[i, :, 0], kind="stable").tolist()
+        others = [k for k in order if k not in own][: 6 - len(own)]
+        assert named == sorted([*own, *others])
 
 
 def test_too_many_queries_are_refused(cssn, spots):
