@@ -388,7 +388,14 @@ def run_all(args: argparse.Namespace, folder: str | None) -> list[tuple[Job, str
         backend = {"backend": "dask", "n_jobs": sum(client.nthreads().values())}
     arguments = {job: (job, folder, own.get(job.method)) for job in missing}
     with parallel_config(**backend):
-        _, failed = run_jobs(run, arguments, path_of.__getitem__, facts=circumstances(), show=True)
+        _, failed = run_jobs(
+            run,
+            arguments,
+            path_of.__getitem__,
+            needs=["balanced_accuracy"],
+            facts=circumstances(),
+            show=True,
+        )
     return list(failed.items())
 
 

@@ -37,6 +37,7 @@ from sklearn_medimb.metrics import Interval, metric_interval, paired_difference
 from sklearn_medimb.metrics._labels import labels_of
 
 Metric = Callable[[np.ndarray, np.ndarray], float]
+_ANSWERS = "predicted", "fit_seconds", "predict_seconds"
 
 
 def common_methods(**params: Any) -> dict[str, Any]:
@@ -368,7 +369,9 @@ def compare_methods(
         }
         path_of = paths.__getitem__
     with parallel_config(n_jobs=n_jobs) if n_jobs is not None else parallel_config():
-        results, errors = run_jobs(_fitted_and_asked, jobs, path_of, show=verbose > 0)
+        results, errors = run_jobs(
+            _fitted_and_asked, jobs, path_of, needs=_ANSWERS, show=verbose > 0
+        )
     failures = {name: f"in fold {k}: {why}" for (name, k), why in reversed(errors.items())}
     for name, why in failures.items():
         warnings.warn(f"{name} is left out, for it failed {why}", stacklevel=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def run_jobs(
     jobs: Mapping[Any, tuple[Any, ...]],
     path_of: Callable[[Any], Path] | None = None,
     *,
+    needs: Sequence[str] = (),
     facts: Result | None = None,
     show: bool = False,
 ) -> tuple[dict[Any, Result], dict[Any, str]]:
@@ -42,6 +43,8 @@ def run_jobs(
         Arguments of each job, by its name.
     path_of : callable, default=None
         File of a job; it is written whole or not at all. None keeps nothing.
+    needs : sequence of str, default=()
+        What a result must hold; a file without it is none.
     facts : dict, default=None
         What each file holds beside the result.
     show : bool, default=False
@@ -57,7 +60,11 @@ def run_jobs(
     found: dict[Any, Result] = {}
     if path_of is not None:
         read = {name: read_result(path_of(name)) for name in jobs}
-        found = {name: result for name, result in read.items() if result is not None}
+        found = {
+            name: result
+            for name, result in read.items()
+            if result is not None and set(needs) <= result.keys()
+        }
     missing = [name for name in jobs if name not in found]
     finished = Parallel(return_as="generator_unordered")(
         delayed(_outcome)(function, name, jobs[name]) for name in missing

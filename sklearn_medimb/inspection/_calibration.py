@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from sklearn.utils import check_consistent_length
 
-from sklearn_medimb.inspection._figure import MOST_NAMED, legend, new_axes, style, written
+from sklearn_medimb.inspection._figure import MOST_NAMED, Display, legend, style, written
 from sklearn_medimb.metrics import expected_calibration_error
 from sklearn_medimb.metrics._labels import labels_of
 
 
-class CalibrationByClassDisplay:
+class CalibrationByClassDisplay(Display):
     """How often a class is right where it was given a probability, for each class.
 
     Make one with :meth:`from_estimator` or :meth:`from_predictions`.
@@ -53,6 +53,8 @@ class CalibrationByClassDisplay:
     >>> len(display.errors)
     2
     """
+
+    _size = (5.2, 5.2)
 
     def __init__(
         self,
@@ -143,20 +145,7 @@ class CalibrationByClassDisplay:
         proba = estimator.predict_proba(X)
         return cls.from_predictions(y, proba, classes=estimator.classes_, n_bins=n_bins, ax=ax)
 
-    def plot(self, ax: Any = None) -> CalibrationByClassDisplay:
-        """Draw.
-
-        Parameters
-        ----------
-        ax : matplotlib Axes, default=None
-            Where to draw; None makes a figure.
-
-        Returns
-        -------
-        display : CalibrationByClassDisplay
-            This object.
-        """
-        ax = new_axes(self, ax, (5.2, 5.2))
+    def _draw(self, ax: Any) -> None:
         ax.plot([0, 1], [0, 1], color="0.6", lw=1, ls=":")
         named = np.sort(np.argsort(-self.errors, kind="stable")[:MOST_NAMED])
         for k in np.setdiff1d(np.arange(len(self.classes)), named):
@@ -181,5 +170,3 @@ class CalibrationByClassDisplay:
             fontsize=10,
         )
         ax.spines[["top", "right"]].set_visible(False)
-        self.ax_, self.figure_ = ax, ax.figure
-        return self

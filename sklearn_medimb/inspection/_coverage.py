@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from sklearn_medimb.decisions import coverage_curve
-from sklearn_medimb.inspection._figure import COLOURS, new_axes
+from sklearn_medimb.inspection._figure import COLOURS, Display
 
 
-class CoverageDisplay:
+class CoverageDisplay(Display):
     """Share of wrong answers among the images that a classifier is most certain of.
 
     Make one with :meth:`from_estimator` or :meth:`from_predictions`.
@@ -96,20 +96,7 @@ class CoverageDisplay:
         proba = estimator.predict_proba(X)
         return cls.from_predictions(y, proba, classes=estimator.classes_, ax=ax)
 
-    def plot(self, ax: Any = None) -> CoverageDisplay:
-        """Draw.
-
-        Parameters
-        ----------
-        ax : matplotlib Axes, default=None
-            Where to draw; None makes a figure.
-
-        Returns
-        -------
-        display : CoverageDisplay
-            This object.
-        """
-        ax = new_axes(self, ax)
+    def _draw(self, ax: Any) -> None:
         ax.step(self.coverage, self.error, where="pre", color=COLOURS[0], lw=1.6)
         ax.axhline(self.error[-1], color="0.6", lw=1, ls=":")
         ax.set_xlabel("share of images that are answered, the most certain first")
@@ -124,5 +111,3 @@ class CoverageDisplay:
             fontsize=10,
         )
         ax.spines[["top", "right"]].set_visible(False)
-        self.ax_, self.figure_ = ax, ax.figure
-        return self

@@ -12,11 +12,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils import check_consistent_length
 
-from sklearn_medimb.inspection._figure import legend, new_axes, style, written
+from sklearn_medimb.inspection._figure import Display, legend, style, written
 from sklearn_medimb.metrics._labels import labels_of
 
 
-class EmbeddingDisplay:
+class EmbeddingDisplay(Display):
     """Features of images on two axes, by class, the rarest in front.
 
     Make one with :meth:`from_estimator` or :meth:`from_features`.
@@ -52,6 +52,8 @@ class EmbeddingDisplay:
     >>> EmbeddingDisplay.from_features(features, y).points.shape
     (36, 2)
     """
+
+    _size = (6.2, 5.0)
 
     def __init__(self, *, points: np.ndarray, labels: np.ndarray, purity: dict[Any, float]) -> None:
         self.points = points
@@ -145,20 +147,7 @@ class EmbeddingDisplay:
             estimator.transform(X), y, method=method, random_state=random_state, ax=ax
         )
 
-    def plot(self, ax: Any = None) -> EmbeddingDisplay:
-        """Draw.
-
-        Parameters
-        ----------
-        ax : matplotlib Axes, default=None
-            Where to draw; None makes a figure.
-
-        Returns
-        -------
-        display : EmbeddingDisplay
-            This object.
-        """
-        ax = new_axes(self, ax, (6.2, 5.0))
+    def _draw(self, ax: Any) -> None:
         classes, counts = np.unique(self.labels, return_counts=True)
         order = np.argsort(-counts, kind="stable")
         for k, label in zip(order, classes[order].tolist(), strict=True):  # the rarest in front
@@ -180,5 +169,3 @@ class EmbeddingDisplay:
             title = f"The nearest image to one of {name} is of {name} in {100 * share:.0f} %"
         ax.set_title(title, loc="left", fontsize=10)
         ax.spines[:].set_color("0.8")
-        self.ax_, self.figure_ = ax, ax.figure
-        return self

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from typing import Self
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; yellow, on white, comes last.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#F0E442")
@@ -32,11 +35,40 @@ def pyplot(display: Any) -> Any:
     return plt
 
 
-def new_axes(display: Any, ax: Any, size: tuple[float, float] = (6.4, 4.2)) -> Any:
+def new_axes(display: Any, ax: Any, size: tuple[float, float]) -> Any:
     """Axes of the caller, or new ones."""
     if ax is not None:
         return ax
     return pyplot(display).subplots(figsize=size, layout="constrained")[1]
+
+
+class Display:
+    """A picture in one pair of axes."""
+
+    ax_: Any
+    figure_: Any
+    _size: Any = (6.4, 4.2)  # inches
+
+    def plot(self, ax: Any = None) -> Self:
+        """Draw.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, default=None
+            Where to draw; None makes a figure.
+
+        Returns
+        -------
+        display : object
+            This one.
+        """
+        ax = new_axes(self, ax, self._size)
+        self._draw(ax)
+        self.ax_, self.figure_ = ax, ax.figure
+        return self
+
+    def _draw(self, ax: Any) -> None:
+        raise NotImplementedError
 
 
 def grid_of_axes(display: Any, axes: Any, shape: tuple[int, int], side: float = 2.1) -> np.ndarray:

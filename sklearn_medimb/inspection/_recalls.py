@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from sklearn.utils import check_consistent_length
 
-from sklearn_medimb.inspection._figure import COLOURS, new_axes, written
+from sklearn_medimb.inspection._figure import COLOURS, Display, written
 from sklearn_medimb.metrics import metric_interval
 from sklearn_medimb.metrics._labels import kind_of_entries, labels_of
 from sklearn_medimb.metrics._recalls import class_counts
 from sklearn_medimb.metrics._scorers import training_counts
 
 
-class RecallByClassDisplay:
+class RecallByClassDisplay(Display):
     r"""Recall of each class with its interval, head to tail.
 
     Make one with :meth:`from_estimator` or :meth:`from_predictions`.
@@ -178,21 +178,12 @@ class RecallByClassDisplay:
             y, estimator.predict(X), train_counts=counts, groups=groups, level=level, ax=ax
         )
 
-    def plot(self, ax: Any = None) -> RecallByClassDisplay:
-        """Draw.
+    @property
+    def _size(self) -> tuple[float, float]:
+        return 6.8, 0.42 * len(self.classes) + 1.5
 
-        Parameters
-        ----------
-        ax : matplotlib Axes, default=None
-            Where to draw; None makes a figure.
-
-        Returns
-        -------
-        display : RecallByClassDisplay
-            This object.
-        """
+    def _draw(self, ax: Any) -> None:
         n = len(self.classes)
-        ax = new_axes(self, ax, (6.8, 0.42 * n + 1.5))
         places, rare = np.arange(n), self.n_train < self.n_train.max()
         colours = np.where(rare, COLOURS[1], COLOURS[0])
         ax.barh(places, self.recall, color=colours, height=0.62)
@@ -205,8 +196,6 @@ class RecallByClassDisplay:
         ax.set_xlabel(f"recall, with its {100 * self.level:g} % interval")
         ax.set_title(self._finding(), loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
-        self.ax_, self.figure_ = ax, ax.figure
-        return self
 
     def _rows(self) -> Any:
         return zip(self.classes.tolist(), self.n_train, self.n_test, strict=True)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from sklearn.utils.validation import check_is_fitted
 
-from sklearn_medimb.inspection._figure import COLOURS, new_axes
+from sklearn_medimb.inspection._figure import COLOURS, Display
 
 
-class TrainingCurveDisplay:
+class TrainingCurveDisplay(Display):
     """Training loss of every epoch, its score on validation rows, and the stages.
 
     Make one with :meth:`from_estimator`.
@@ -78,20 +78,7 @@ class TrainingCurveDisplay:
             raise ValueError(f"{type(estimator).__name__} has no epochs: nothing was trained.")
         return cls(history).plot(ax)
 
-    def plot(self, ax: Any = None) -> TrainingCurveDisplay:
-        """Draw.
-
-        Parameters
-        ----------
-        ax : matplotlib Axes, default=None
-            Where to draw; None makes a figure.
-
-        Returns
-        -------
-        display : TrainingCurveDisplay
-            This object.
-        """
-        ax = new_axes(self, ax)
+    def _draw(self, ax: Any) -> None:
         epochs = np.arange(1, len(self.history) + 1)
         marker = "o" if len(epochs) < 25 else None
         # Losses of different stages are no one curve.
@@ -113,7 +100,7 @@ class TrainingCurveDisplay:
         ax.spines["top"].set_visible(False)
         ax.set_xlim(0.5, len(epochs) + 0.5)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        self.ax_, self.figure_, self.score_ax_ = ax, ax.figure, None
+        self.score_ax_ = None
         scores = np.array([row.get("valid_score", np.nan) for row in self.history], dtype=float)
         title = f"Training loss went from {self._loss(0)} to {self._loss(-1)}"
         if np.isfinite(scores).any():
@@ -126,7 +113,6 @@ class TrainingCurveDisplay:
             self.score_ax_ = twin
             title = f"Best validation score, {scores[best]:.2f}, in epoch {best + 1}"
         ax.set_title(title, loc="left", fontsize=10, pad=16)
-        return self
 
     def _loss(self, epoch: int) -> str:
         return f"{self.history[epoch]['train_loss']:.3g}"

@@ -55,6 +55,8 @@ def metric_interval(
         True labels, or numbers.
     y_pred : array-like of shape (n,) or (n, n_classes)
         What `metric` compares them with: labels or probabilities.
+        Labels that no sample has stand in for those that were not seen: a metric compares labels,
+        ``(p[y == 1] == 1).mean()``, and does not add them up, ``p[y == 1].mean()``.
     labels : array-like of shape (n_classes,), default=None
         Labels that `y_true` and predictions may hold. An empty list says that they hold numbers,
         as ages; None finds out, see Notes.

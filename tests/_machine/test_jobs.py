@@ -25,10 +25,11 @@ def test_what_has_a_file_is_not_done_again_and_failures_stop_nobody(tmp_path):
     assert json.loads(path_of(2).read_text()) == {"half": 1, "who": "me"}
     path_of(0).write_text("{")  # cut short
     assert read_result(path_of(0)) is None
+    path_of(2).write_text("{}")  # of another kind
     log.unlink()
-    again, _ = run_jobs(halved, jobs, path_of)
+    again, _ = run_jobs(halved, jobs, path_of, needs=["half"])
     assert [again[0]["half"], again[2]["half"]] == [0, 1]
-    assert sorted(log.read_text().split()) == ["0", "1", "3"]
+    assert sorted(log.read_text().split()) == ["0", "1", "2", "3"]
 
 
 def test_without_files_nothing_is_kept(tmp_path, capfd):
