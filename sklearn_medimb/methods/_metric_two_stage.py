@@ -209,7 +209,7 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         HasMethods(["fit", "predict"]),
         default="auto",
         kind="str or classifier",
-        search=list(HEADS),
+        search=["auto", *HEADS],
     )
 
     def _head(self) -> Any:
