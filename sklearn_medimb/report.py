@@ -20,7 +20,7 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.utils import _safe_indexing
-from sklearn.utils.validation import _num_samples, has_fit_parameter
+from sklearn.utils.validation import _num_samples
 
 import sklearn_medimb
 from sklearn_medimb._data.files import wrap_dataset
@@ -28,6 +28,7 @@ from sklearn_medimb._data.rows import group_codes
 from sklearn_medimb._machine.runtime import replacing
 from sklearn_medimb._training.digests import digest_of
 from sklearn_medimb.comparison import Comparison
+from sklearn_medimb.comparison._compare import fitted_on
 from sklearn_medimb.decisions import OperatingPoint
 from sklearn_medimb.inspection import (
     CalibrationByClassDisplay,
@@ -363,16 +364,13 @@ def _errors_section(
     comparison: Comparison, name: str, X: Any, y: np.ndarray, patients: np.ndarray | None
 ) -> list[str]:
     """Evidence of the first fold, whose classifier is trained once more."""
-    estimator = clone(comparison.estimators[name])
+    estimator = comparison.estimators[name]
     if not hasattr(estimator, "_score_function"):
         text = f"{name} is no network of this package: there is no picture of what it looked at."
         return ["<h2>Errors</h2>", f"<p>{escape(text)}</p>"]
     train, test = comparison.folds[0]
-    given = {}
-    if patients is not None and has_fit_parameter(estimator, "groups"):
-        given["groups"] = patients[train]
     seen = _safe_indexing(X, train)
-    estimator.fit(seen, y[train], **given)
+    estimator = fitted_on(train, estimator, X, y, patients)
     proba = estimator.predict_proba(_safe_indexing(X, test))
     best, own = proba.argmax(axis=1), np.searchsorted(estimator.classes_, y[test])
     margin = proba.max(axis=1) - proba[np.arange(len(test)), own]

@@ -1,6 +1,6 @@
 """Several methods on the same images, folds and patients.
 
-Imports `_data`, `_machine`, `_training`, `inspection`, `methods`, `metrics`.
+Imports `_data`, `_machine`, `_training`, `decisions`, `inspection`, `methods`, `metrics`.
 """
 
 from sklearn_medimb.comparison._compare import compare_methods

@@ -14,13 +14,14 @@ from joblib import parallel_config
 from sklearn.base import clone, is_classifier
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.utils import _safe_indexing, check_consistent_length
-from sklearn.utils.validation import _num_samples, has_fit_parameter
+from sklearn.utils.validation import _num_samples
 
 from sklearn_medimb._data.files import wrap_dataset
 from sklearn_medimb._data.rows import group_codes
 from sklearn_medimb._machine.jobs import run_jobs
 from sklearn_medimb._training.digests import digest_of
 from sklearn_medimb.comparison._result import Comparison
+from sklearn_medimb.decisions._base import takes_groups
 from sklearn_medimb.metrics import Interval, metric_interval, paired_difference
 from sklearn_medimb.metrics._labels import labels_of
 
@@ -301,14 +302,26 @@ def _default_metrics(classes: np.ndarray, tested: np.ndarray) -> dict[str, Metri
         size = table[rarest].sum()
         return table[rarest, rarest] / size if size else np.nan
 
+    def geometric_mean(table: np.ndarray) -> float:
+        found = recalls(table)
+        return float(found.prod() ** (1 / len(found)))
+
     return {
         "balanced accuracy": of_table(lambda table: recalls(table).mean()),
         "macro F1": of_table(macro_f1),
-        "geometric mean": of_table(
-            lambda table: recalls(table).prod() ** (1 / len(recalls(table)))
-        ),
+        "geometric mean": of_table(geometric_mean),
         f"recall of {classes[rarest]}": of_table(of_rarest),
     }
+
+
+def fitted_on(
+    rows: np.ndarray, estimator: Any, X: Any, y: np.ndarray, groups: np.ndarray | None
+) -> Any:
+    """Clone, fitted to some rows; told of patients where it can take them."""
+    given = {}
+    if groups is not None and takes_groups(estimator):
+        given["groups"] = groups[rows]
+    return clone(estimator).fit(_safe_indexing(X, rows), y[rows], **given)
 
 
 def _fitted_and_asked(
@@ -321,12 +334,8 @@ def _fitted_and_asked(
     classes: np.ndarray,
 ) -> dict[str, Any]:
     """Predictions of a fold, and how long they took."""
-    made = clone(estimator)
-    takes = groups is not None and has_fit_parameter(made, "groups")
     start = time.perf_counter()
-    made.fit(
-        _safe_indexing(X, train), y[train], **({"groups": groups[train]} if takes else {})  # type: ignore[index]
-    )  # fmt: skip
+    made = fitted_on(train, estimator, X, y, groups)
     fitted, images = time.perf_counter(), _safe_indexing(X, test)
     result: dict[str, Any] = {}
     if hasattr(made, "predict_proba"):

@@ -22,6 +22,7 @@ from sklearn_medimb import CSSNClassifier, SoftmaxClassifier
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.comparison import common_methods, compare_methods
 from sklearn_medimb.datasets import ImageFiles, MappedImages
+from sklearn_medimb.decisions import PriorShift
 from sklearn_medimb.metrics import metric_interval, paired_difference
 
 
@@ -90,6 +91,11 @@ class Spoken(LogisticRegression):
         if self.answer == "nobody":
             return proba
         return proba[:, :1] if self.answer == 1 else proba * self.answer
+
+
+class CountingWithProbabilities(Counting):
+    def predict_proba(self, X):
+        return np.full((len(X), len(self.classes_)), 1 / len(self.classes_))
 
 
 def test_scores_and_differences_are_those_of_the_predictions_of_all_folds(problem):
@@ -320,3 +326,10 @@ def test_common_methods_share_what_they_are_given():
     for method in made.values():
         params = method.get_params()
         assert (params["backbone"], params["max_epochs"]) == ("resnet18", 7)
+
+
+def test_patients_reach_a_classifier_that_is_wrapped(problem, fits):
+    X, y, groups = problem
+    wrapped = PriorShift(CountingWithProbabilities(), prevalence={"healthy": 0.9, "ill": 0.1})
+    compare_methods({"wrapped": wrapped}, X, y, groups=groups, cv=2)
+    assert {line.split()[1] for line in fits()} == {line.split()[0] for line in fits()}
