@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, check_cv
 from sklearn.utils import _safe_indexing, assert_all_finite, get_tags
 from sklearn.utils._param_validation import HasMethods
+from sklearn.utils._param_validation import Interval as Range
 from sklearn.utils.metadata_routing import (
     MetadataRouter,
     MethodMapping,
@@ -147,6 +149,20 @@ class WrappedClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
         if inner.classifier_tags is not None:
             tags.classifier_tags.multi_class = inner.classifier_tags.multi_class
         return tags
+
+
+class ThresholdClassifier(WrappedClassifier):
+    """Base of classifiers whose threshold is chosen on answers for unseen patients."""
+
+    _parameter_constraints: ClassVar[dict[str, Any]] = {
+        **WrappedClassifier._parameter_constraints,
+        "confidence": [Range(Real, 0, 1, closed="neither"), None],
+        "cv": ["cv_object"],
+        "random_state": ["random_state"],
+        "n_jobs": [Integral, None],
+    }
+    # Whose images they are matters here whatever the classifier asks for.
+    __metadata_request__fit: ClassVar[dict[str, Any]] = {"groups": True}
 
 
 def takes_groups(estimator: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,7 +14,7 @@ from sklearn.utils.metaestimators import available_if
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_medimb.decisions._base import (
-    WrappedClassifier,
+    ThresholdClassifier,
     has,
     out_of_fold,
     scores_by_class,
@@ -27,7 +27,7 @@ from sklearn_medimb.metrics._sides import check_prevalence, positive_classes, ra
 LEVEL = 0.95  # of intervals, where no confidence is given
 
 
-class OperatingPoint(WrappedClassifier):
+class OperatingPoint(ThresholdClassifier):
     """Classifier that finds a promised share of the ill, and no more false alarms than that takes.
 
     The threshold is chosen on predictions for patients whom the classifier has not seen, by
@@ -136,19 +136,13 @@ class OperatingPoint(WrappedClassifier):
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
-        **WrappedClassifier._parameter_constraints,
+        **ThresholdClassifier._parameter_constraints,
         "min_sensitivity": [Range(Real, 0, 1, closed="neither"), None],
         "min_specificity": [Range(Real, 0, 1, closed="neither"), None],
         "cost": "no_validation",
         "prevalence": "no_validation",  # as of the metrics, whose error says why
         "positive": "no_validation",
-        "confidence": [Range(Real, 0, 1, closed="neither"), None],
-        "cv": ["cv_object"],
-        "random_state": ["random_state"],
-        "n_jobs": [Integral, None],
     }
-    # Whose images they are matters here whatever the classifier asks for.
-    __metadata_request__fit: ClassVar[dict[str, Any]] = {"groups": True}
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ from sklearn.utils._param_validation import Interval as Range
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_medimb.decisions._base import (
-    WrappedClassifier,
+    ThresholdClassifier,
     out_of_fold,
     scores_by_class,
     split_patients,
@@ -86,7 +86,7 @@ def _curve(certainty: np.ndarray, wrong: np.ndarray) -> CoverageCurve:
     return CoverageCurve(coverage, error, threshold[last], area)
 
 
-class SelectiveClassifier(WrappedClassifier):
+class SelectiveClassifier(ThresholdClassifier):
     """Classifier that says of which images it is too uncertain to decide.
 
     Certain enough is what gets a greatest probability from ``threshold_`` on, chosen on predictions
@@ -162,15 +162,10 @@ class SelectiveClassifier(WrappedClassifier):
     """
 
     _parameter_constraints: ClassVar[dict[str, Any]] = {
-        **WrappedClassifier._parameter_constraints,
+        **ThresholdClassifier._parameter_constraints,
         "coverage": [Range(Real, 0, 1, closed="right"), None],
         "max_error": [Range(Real, 0, 1, closed="neither"), None],
-        "confidence": [Range(Real, 0, 1, closed="neither"), None],
-        "cv": ["cv_object"],
-        "random_state": ["random_state"],
-        "n_jobs": [Integral, None],
     }
-    __metadata_request__fit: ClassVar[dict[str, Any]] = {"groups": True}
 
     def __init__(
         self,
