@@ -131,7 +131,7 @@ def test_fits_in_three_threads_equal_the_serial_one(name):
     alone = fit()
     assert global_states() == before
     with someone_draws(), ThreadPoolExecutor(3) as threads:
-        fits = list(threads.map(fit, range(3)))
+        fits = list(threads.map(fit, range(9)))
     for weights in fits:
         assert_same(weights, alone)
 
