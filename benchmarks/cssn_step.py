@@ -9,43 +9,27 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from skorch.callbacks import Callback
+from busy import N_EPOCHS, Course, watched
 
 from sklearn_medimb import CSSNClassifier
 from sklearn_medimb.backbones import ConvNet
 
 
-class StepTimes(Callback):
-    """Seconds from the end of one step to the end of the next."""
-
-    def on_train_begin(self, net: object, **kwargs: object) -> None:
-        self.seconds_: list[float] = []
-
-    def on_epoch_begin(self, net: object, **kwargs: object) -> None:
-        self.last_ = time.perf_counter()
-
-    def on_batch_end(self, net: object, **kwargs: object) -> None:
-        now = time.perf_counter()
-        self.seconds_.append(now - self.last_)
-        self.last_ = now
-
-
-def step_seconds(pair_view: str, X: np.ndarray, y: np.ndarray) -> float:
-    """Median time of a step with n = 8."""
+def course(pair_view: str, X: np.ndarray, y: np.ndarray) -> Course:
+    """Steps with n = 8, by the clock."""
     clf = CSSNClassifier(
-        ConvNet(), pair_view=pair_view, batch_size=8, max_epochs=2, callbacks=[StepTimes()],
-        random_state=0,
-    ).fit(X, y)  # fmt: skip
-    times = next(cb for _, cb in clf.net_.callbacks_ if isinstance(cb, StepTimes))
-    return float(np.median(times.seconds_[2:]))
+        ConvNet(), pair_view=pair_view, batch_size=8, max_epochs=N_EPOCHS, random_state=0
+    )
+    return watched(clf, X, y)[0]
 
 
 def main() -> None:
     rng = np.random.default_rng(0)
     X, y = rng.integers(0, 256, (160, 3, 48, 48), dtype=np.uint8), np.arange(160) % 2
-    ours, published = step_seconds("image", X, y), step_seconds("pair", X, y)
-    print(f"step, n = 8: ours {1e3 * ours:.1f} ms, published {1e3 * published:.1f} ms")
-    print(f"published / ours {published / ours:.1f}  (target >= 5)")
+    ours, published = course("image", X, y), course("pair", X, y)
+    print(f"n = 8: ours      {ours.told()}")
+    print(f"       published {published.told()}")
+    print(f"published / ours {published.step / ours.step:.1f}  (target >= 5)")
 
     clf = CSSNClassifier(ConvNet(), max_epochs=1, random_state=0).fit(X, y)
     many = rng.integers(0, 256, (4_000, 3, 48, 48), dtype=np.uint8)

@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import torch
-from cssn_step import StepTimes
+from busy import DEVICE, N_EPOCHS, Course, make_images, watched
 from sklearn.base import clone
 from torch import nn
 
@@ -23,23 +23,11 @@ from sklearn_medimb import AMIMVEncoder, SaliencyMap, SoftmaxClassifier, SPMixCl
 from sklearn_medimb.augment import resolve_augmentation
 from sklearn_medimb.backbones import ConvNet, as_features
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def make_images(n: int, side: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (n, 3, side, side), dtype=np.uint8)
-
-
-def step_seconds(estimator: object, X: np.ndarray, y: np.ndarray) -> np.ndarray:
-    fitted = estimator.set_params(callbacks=[StepTimes()]).fit(X, y)
-    times = next(cb for _, cb in fitted.net_.callbacks_ if isinstance(cb, StepTimes))
-    return np.array(times.seconds_[2:])
-
 
 def mixing() -> None:
-    X, y = make_images(640, 64), np.arange(640) % 2
-    common = {"backbone": ConvNet(), "max_epochs": 2, "random_state": 0}
-    rows: dict[str, list[float]] = {}
+    X, y = make_images(640, 64)
+    common = {"backbone": ConvNet(), "max_epochs": N_EPOCHS, "random_state": 0}
+    rows: dict[str, list[Course]] = {}
     for _ in range(3):  # in turns, so that a slower moment of the machine meets all
         for name, made in {
             "plain": SoftmaxClassifier(**common),
@@ -47,11 +35,11 @@ def mixing() -> None:
             "images": SPMixClassifier(level="image", **common),
             "all mixed": SPMixClassifier(mix_prob=1.0, **common),
         }.items():
-            rows.setdefault(name, []).append(float(np.median(step_seconds(made, X, y))))
-    plain = min(rows["plain"])
-    for name, times in rows.items():
-        best = min(times)
-        print(f"step, {name:10} {1e3 * best:6.1f} ms   {best / plain:.2f} x plain", flush=True)
+            rows.setdefault(name, []).extend(watched(made, X, y))
+    plain = min(course.step for course in rows["plain"])
+    for name, courses in rows.items():
+        best = min(courses, key=lambda course: course.step)
+        print(f"{name:10} {best.step / plain:.2f} x plain, {best.told()}", flush=True)
     start = time.perf_counter()
     SaliencyMap().transform(X)
     took = time.perf_counter() - start
@@ -125,7 +113,7 @@ def bare_amimv(X: np.ndarray, n_epochs: int, autocast: torch.dtype | None) -> fl
 
 
 def pretraining() -> None:
-    X, n_epochs = make_images(5_000, 32), 2
+    (X, _), n_epochs = make_images(5_000, 32), 2
     fitted = AMIMVEncoder(ConvNet(), max_epochs=1, random_state=0).fit(X[:256])
     autocast = fitted.net_.module_.trunk.autocast  # the precision that it takes by itself
     bare_amimv(X[:256], 1, autocast)
@@ -141,6 +129,8 @@ def pretraining() -> None:
         f"AMIMV: {n_epochs * len(X) / took:.0f} images/s, {np.median(ratios):.2f} "
         f"({min(ratios):.2f}-{max(ratios):.2f}) x a bare loop of the same computation"
     )
+    (course,) = watched(AMIMVEncoder(ConvNet(), max_epochs=N_EPOCHS, random_state=0), X)
+    print(f"       {course.told()}")
 
 
 def main() -> None:

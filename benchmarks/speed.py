@@ -2,7 +2,9 @@
 
     python benchmarks/speed.py [--only cssn_step]
 
-Each part can also be run alone, with options of its own.
+Each part can also be run alone, with options of its own. Beside a figure of training stand the
+images per second if only kernels ran, and the idle share (see busy.py); what a GPU is held to
+prints gpu_bounds.py.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@ Prints ratios from one run, for 5,000 images of 28 x 28 x 3, a small conv net, b
 - fit over the same computation as a bare PyTorch loop at the same precision,
 - fit over a stock ``skorch.NeuralNetClassifier`` as a user would write it,
 - predict of 10,000 images over the bare forward passes,
-- peak memory of fit over the uint8 images and the network.
+- peak memory of fit over the uint8 images and the network,
+
+and of fit and bare loop what the kernels alone would allow, and how much of the time none runs.
 """
 
 from __future__ import annotations
@@ -15,45 +17,34 @@ import json
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from busy import DEVICE, N_EPOCHS, Course, make_images, seconds, synchronise, watched
 from skorch import NeuralNetClassifier
 from torch import nn
 
 from sklearn_medimb import SoftmaxClassifier
-from sklearn_medimb.backbones import ConvNet, as_features
+from sklearn_medimb.backbones import Backbone, ConvNet, as_features
 
 BATCH = 64
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BLOCK = 1024 if DEVICE.type == "cuda" else 334  # of 28 x 28 in a forward pass, as the estimator's
 
 
 class Plain(nn.Module):
     """The same network as the estimator's."""
 
-    def __init__(self, sides: tuple[int, int]) -> None:
+    def __init__(self, sides: tuple[int, int], backbone: Backbone | None = None) -> None:
         super().__init__()
-        self.backbone = ConvNet().build((3, *sides))
-        self.head = nn.Linear(128, 2)
+        self.backbone = (backbone or ConvNet()).build((3, *sides)).eval()
+        with torch.no_grad():
+            n_features = as_features(self.backbone(torch.zeros(1, 3, *sides))).shape[1]
+        self.head = nn.Linear(n_features, 2)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.head(as_features(self.backbone(images)).float())
-
-
-def make_images(n: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random uint8 images and labels."""
-    rng = np.random.default_rng(0)
-    return rng.integers(0, 256, (n, 3, side, side), dtype=np.uint8), np.arange(n) % 2
-
-
-def synchronise() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 @cache
@@ -62,10 +53,16 @@ def autocast_dtype() -> torch.dtype | None:
     return estimator(1).fit(*make_images(2, 8)).net_.module_.trunk.autocast
 
 
-def bare_fit(X: np.ndarray, y: np.ndarray, n_epochs: int) -> nn.Module:
+def bare_fit(
+    X: np.ndarray,
+    y: np.ndarray,
+    n_epochs: int,
+    backbone: Backbone | None = None,
+    course: Course | None = None,
+) -> nn.Module:
     """Resident uint8 images, autocast, channels-last, fused AdamW, one-cycle: nothing else."""
     autocast = autocast_dtype()
-    net = Plain(X.shape[2:]).to(DEVICE, memory_format=torch.channels_last)
+    net = Plain(X.shape[2:], backbone).to(DEVICE, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2, fused=True)
     images, labels = torch.from_numpy(X), torch.from_numpy(y).to(DEVICE)
     if DEVICE.type == "cuda":
@@ -76,7 +73,7 @@ def bare_fit(X: np.ndarray, y: np.ndarray, n_epochs: int) -> nn.Module:
     )
     mean, std = 0.5, 0.29
     net.train()
-    for _ in range(n_epochs):
+    for _ in range(n_epochs) if course is None else course.epochs():
         order = torch.from_numpy(np.random.default_rng(0).permutation(len(X))).to(images.device)
         for rows in order.split(BATCH):
             batch = images.index_select(0, rows).to(DEVICE).float().div_(255).sub_(mean).div_(std)
@@ -90,6 +87,15 @@ def bare_fit(X: np.ndarray, y: np.ndarray, n_epochs: int) -> nn.Module:
             schedule.step()
     synchronise()
     return net
+
+
+def bare_course(
+    X: np.ndarray, y: np.ndarray, backbone: Backbone | None = None, profiled: bool = True
+) -> Course:
+    """The bare loop by the clock."""
+    course = Course(N_EPOCHS, -(-len(X) // BATCH), len(X), profiled)
+    bare_fit(X, y, N_EPOCHS, backbone, course)
+    return course
 
 
 def bare_predict(net: nn.Module, X: np.ndarray) -> np.ndarray:
@@ -128,13 +134,6 @@ def stock(n_epochs: int) -> NeuralNetClassifier:
     )
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    synchronise()
-    return time.perf_counter() - start
-
-
 def times(n_epochs: int, repeats: int) -> None:
     """Alternate the candidates; compare medians of paired ratios."""
     X, y = make_images(5_000, 28)
@@ -159,6 +158,9 @@ def times(n_epochs: int, repeats: int) -> None:
     print(f"fit / bare loop        {np.median(fit_bare):.3f}  (target <= 1.05)")
     print(f"fit / stock skorch     {np.median(fit_stock):.3f}  (target <= 0.5 with AMX)")
     print(f"predict / bare forward {np.median(predict):.3f}  (target <= 1.10), {rate:.0f} images/s")
+    (course,), bare = watched(estimator(N_EPOCHS), X, y), bare_course(X, y)
+    print(f"fit:       {course.told()}")
+    print(f"bare loop: {bare.told()}")
 
 
 def growth(what: str, n: int, side: int) -> int:
