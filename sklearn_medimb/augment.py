@@ -3,16 +3,19 @@
 An :class:`Augmentation` works in two steps: `draw` takes every random decision for a batch
 from an explicit generator, and `apply` is a pure function of the images and of those draws.
 Both treat the whole batch at once, on its device, and never wait for a value to come back
-from it.
+from it. Nor do they send any: constants are made there, so that a CUDA graph may hold both.
+Small images are over before the next kernel starts, so that kernels are what is saved.
 
 Imports `_parameters`.
 """
 
 from __future__ import annotations
 
+import cmath
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
+from itertools import chain
 from numbers import Real
 from typing import Any
 
@@ -46,7 +49,6 @@ _UNIFORMS = {
     "noise": 2,
     "cutout": 7,
 }
-
 
 _SHARE = within(0.0, 1.0)
 
@@ -159,6 +161,11 @@ class Augmentation(Declaring, BaseEstimator):
         """Whether no image is ever changed."""
         return not any(self._is_on(name) for name in self._declared if "probability" not in name)
 
+    @property
+    def is_compact(self) -> bool:
+        """Whether `draw` gives but a few numbers per image, so that many can be drawn ahead."""
+        return not self._is_on("noise")
+
     def draw(
         self, n: int, image_shape: tuple[int, ...], generator: torch.Generator
     ) -> dict[str, Tensor]:
@@ -193,33 +200,53 @@ class Augmentation(Declaring, BaseEstimator):
         if self.is_identity:
             return {}
 
-        size = (n, sum(_UNIFORMS.values()))
-        table = torch.rand(size, generator=generator, device=generator.device)
-        u = dict(zip(_UNIFORMS, table.split(list(_UNIFORMS.values()), dim=1), strict=True))
-        params = self._draw_geometry(u, spatial)
+        def uniform(width: int) -> Tensor:
+            return torch.rand((n, width), generator=generator, device=generator.device)
 
-        if self._is_on("blur"):
-            sigma = self.blur * u["blur"][:, 1] * (u["blur"][:, 0] < self.blur_probability)
-            params["blur"] = _gaussian_kernels(sigma, radius=math.ceil(3 * self.blur))
-        gamma, contrast, brightness = (2 * u["tone"] - 1).unbind(dim=1)
-        if self._is_on("gamma"):
-            params["gamma"] = torch.exp(self.gamma * gamma)
-        if self._is_on("contrast"):
-            params["contrast"] = 1 + self.contrast * contrast
-        if self._is_on("brightness"):
-            params["brightness"] = self.brightness * brightness
+        table, ranges = uniform(sum(_UNIFORMS.values())), self._ranges(spatial)
         if self._is_on("noise"):
-            std = self.noise * u["noise"][:, 1] * (u["noise"][:, 0] < self.noise_probability)
             field = torch.randn((n, 1, *spatial), generator=generator, device=generator.device)
+        if "colour" in ranges:
+            table = torch.cat([table, uniform(len(_COLOURS))], dim=1)
+        constants = _on_device(self._constants(spatial, ranges), generator.device)
+        table = torch.addcmul(constants["low"], table, constants["width"])
+
+        def by_name(table: Tensor) -> dict[str, Tensor]:
+            parts = table.split([len(columns) for columns in ranges.values()], dim=1)
+            return dict(zip(ranges, parts, strict=True))
+
+        # On a whole table an operation takes no longer than on a column.
+        u, power, hit = by_name(table), {}, {}
+        if self._is_on("scale") or self._is_on("gamma"):
+            power = by_name(torch.exp(table))
+        if any(self._is_on(name) for name in (*_SOMETIMES, "grayscale")):
+            hit = by_name(table < 0)
+
+        params = self._draw_geometry(u, power, spatial)
+        if self._is_on("blur"):
+            sigma = u["blur"][:, 1:] * hit["blur"][:, :1]
+            # With the smallest width all weights but the central one underflow to exactly 0.
+            weights = constants["square"] * sigma.clamp(min=1e-2).pow(-2)
+            params["blur"] = torch.softmax(weights, dim=1)
+        if self._is_on("gamma"):
+            params["gamma"] = power["tone"][:, 0]
+        if self._is_on("contrast"):
+            params["contrast"] = u["tone"][:, 1]
+        if self._is_on("brightness"):
+            params["brightness"] = u["tone"][:, 2]
+        if self._is_on("noise"):
+            std = u["noise"][:, 1] * hit["noise"][:, 0]
             params["noise"] = field.mul_(_per_image(std, field))
         if self._is_on("cutout"):
-            selected = u["cutout"][:, :1] < self.cutout_probability
-            length, place = u["cutout"][:, 1:].split(3, dim=1)
-            params["cutout"] = _boxes(spatial, self.cutout * length * selected, place)
-        if any(self._is_on(name) for name in _COLOURS):
-            size = (n, len(_COLOURS))
-            table = torch.rand(size, generator=generator, device=generator.device)
-            params["colour"] = self._draw_colour(table)
+            length, place = (part[:, : len(spatial)] for part in u["cutout"][:, 1:].split(3, dim=1))
+            length = torch.ceil(length * hit["cutout"][:, :1])
+            start = torch.floor(place * (constants["room"] - length))
+            params["cutout"] = torch.addcmul(
+                start[:, :, None], length[:, :, None], constants["ends"]
+            )
+        if "colour" in u:
+            drop = hit["colour"][:, 2:] if self._is_on("grayscale") else None
+            params["colour"] = self._draw_colour(u["colour"], drop, constants)
         return params
 
     def apply(self, images: Tensor, params: dict[str, Tensor]) -> Tensor:
@@ -262,16 +289,14 @@ class Augmentation(Declaring, BaseEstimator):
         # input hold, and gamma always meets values in [0, 1]. A colour matrix may leave them:
         # more saturated than the image was, or rotated out of the cube. Then gamma clips.
         tone = {k: _per_image(params[k], out) for k in _TONE if k in params}
-        if "noise" in params or tone.keys() & {"gamma", "brightness"}:
-            low, span = _extremes(images)
-            tone |= {"low": low, "span": span}
-        # In place, as fresh memory costs more than the arithmetic; but never in the input.
-        if out is images and (tone or "noise" in params):
-            out = images.clone()
+        if tone.keys() - {"contrast"} or "noise" in params:
+            tone["low"], tone["span"] = _extremes(images)
         if tone.keys() & set(_TONE):
-            out = _change_tone_(out, clip="colour" in params, **tone)
+            out = _change_tone(out, tone, fresh=out is not images, clip="colour" in params)
         if "noise" in params:
-            out = out.add_(params["noise"] * span)
+            # In place, as fresh memory costs more than the arithmetic; but never in the input.
+            add = torch.addcmul if out is images else Tensor.addcmul_
+            out = add(out, params["noise"], tone["span"])
         if "cutout" in params:
             inside = _inside(params["cutout"], out.shape[2:])
             out = torch.where(inside, _channel_mean(out), out)
@@ -306,50 +331,123 @@ class Augmentation(Declaring, BaseEstimator):
             if not (is_number and low <= value <= high):
                 raise ValueError(f"{name} must be a number in [{low}, {high}], got {value!r}.")
 
-    def _draw_geometry(self, u: dict[str, Tensor], spatial: tuple[int, ...]) -> dict[str, Tensor]:
-        dims = len(spatial)
-        flips = {
-            name: u["flip"][:, i] < getattr(self, name)
-            for i, name in enumerate(_FLIPS)
-            if i < dims and self._is_on(name)
+    def _ranges(self, spatial: tuple[int, ...]) -> dict[str, list[tuple[float, float]]]:
+        # Between which values each uniform number is spread: none for an operation that is off,
+        # and around 0 for a probability, so that as many as it says are negative.
+        tilt = _either(math.radians(self.tilt))
+        ranges = {
+            "flip": [_below(getattr(self, name)) for name in _FLIPS],
+            "angles": [_either(math.radians(self.rotation)), tilt, tilt],
+            "shear": [_either(math.radians(self.shear))],
+            "scale": [_either(-math.log1p(self.scale))],
+            # In half sides, the unit of the sampling grid.
+            "translate": [_either(2 * self.translate)] * 3,
+            "crop": [(0.0, 1 - self.crop), *[_either(1.0)] * 3],
+            "tone": [
+                _either(self.gamma),
+                (1 - self.contrast, 1 + self.contrast),
+                _either(self.brightness),
+            ],
+            "blur": [_below(self.blur_probability), (0.0, self.blur)],
+            "noise": [_below(self.noise_probability), (0.0, self.noise)],
+            "cutout": [
+                _below(self.cutout_probability),
+                *[(0.0, self.cutout * side) for side in (*spatial, 0)[:3]],
+                *[(0.0, 1.0)] * 3,
+            ],
         }
+        off = [name for name in ("crop", *_SOMETIMES) if not self._is_on(name)]
+        ranges |= {name: [(0.0, 0.0)] * _UNIFORMS[name] for name in off}
+        if any(self._is_on(name) for name in _COLOURS):
+            saturation = (1 - self.saturation, 1 + self.saturation)
+            turn = _either(2 * math.pi * self.hue)
+            ranges["colour"] = [saturation, turn, _below(self.grayscale)]
+        return ranges
+
+    def _constants(
+        self, spatial: tuple[int, ...], ranges: dict[str, list[tuple[float, float]]]
+    ) -> dict[str, list[float]]:
+        ends = list(chain(*ranges.values()))
+        constants = {"low": [low for low, _ in ends], "width": [high - low for low, high in ends]}
+        if self._is_on("blur"):
+            radius = math.ceil(3 * self.blur)
+            constants["square"] = [-0.5 * step**2 for step in range(-radius, radius + 1)]
+        if self._is_on("cutout"):
+            constants |= {"room": [side + 1.0 for side in spatial], "ends": [0.0, 1.0]}
+        if "colour" in ranges:
+            constants |= _colour_constants(self._is_on("hue"))
+        return constants
+
+    def _draw_geometry(
+        self, u: dict[str, Tensor], power: dict[str, Tensor], spatial: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        dims = len(spatial)
         if not any(self._is_on(name) for name in _WARPS if dims == 3 or name != "tilt"):
-            return {name: flip.float() for name, flip in flips.items()}
+            flips = dict(zip(_FLIPS, (u["flip"][:, :dims] < 0).float().unbind(dim=1), strict=False))
+            return {name: flip for name, flip in flips.items() if self._is_on(name)}
 
-        turn, *tilts = torch.deg2rad(2 * u["angles"] - 1).unbind(dim=1)
-        kept = 1 - (1 - self.crop) * u["crop"][:, :1]
-        zoom = torch.exp(math.log1p(self.scale) * (2 * u["scale"] - 1)) / kept
-        # In half sides, the unit of the sampling grid.
-        shift = 2 * self.translate * (2 * u["translate"][:, :dims] - 1)
-        shift = shift + (1 - kept) * (2 * u["crop"][:, 1 : 1 + dims] - 1)
-        sign = torch.ones_like(shift)
-        for name, flip in flips.items():
-            sign[:, -1 - _FLIPS[name]] -= 2 * flip
-        affine = affine_matrix(
-            spatial,
-            angles=[self.rotation * turn, *(self.tilt * tilt for tilt in tilts)],
-            shear=torch.deg2rad(self.shear * (2 * u["shear"][:, 0] - 1)),
-            zoom=zoom[:, 0],
-            shift=shift,
-            sign=sign,
-        )
-        return {"affine": affine}
+        step, shift = power.get("scale"), u["translate"][:, :dims]
+        if self._is_on("crop"):
+            lost = u["crop"][:, :1]
+            step = 1 - lost if step is None else torch.addcmul(step, step, lost, value=-1)
+            shift = torch.addcmul(shift, u["crop"][:, 1 : 1 + dims], lost)
+        return {
+            "affine": affine_matrix(
+                spatial,
+                angles=u["angles"] if self._is_on("rotation") or self._is_on("tilt") else None,
+                shear=u["shear"] if self._is_on("shear") else None,
+                step=step,
+                shift=shift,
+                side=u["flip"],
+            )
+        }
 
-    def _draw_colour(self, u: Tensor) -> Tensor:
+    def _draw_colour(self, u: Tensor, drop: Tensor | None, constants: dict[str, Tensor]) -> Tensor:
         # Written out, as products of matrices would be rounded to TF32 where a user allows it,
         # and greys take a tint. All factors map grey to itself, and so does what is composed.
-        saturation, turn, drop = u[:, :, None, None].unbind(dim=1)
-        luma = torch.tensor(_LUMA).to(u.device, non_blocking=True)
-        colour = torch.eye(3, device=u.device).expand(len(u), 3, 3)
+        factor, turn, _ = u[:, :, None, None].unbind(dim=1)
+        colour = constants["rows"].reshape(4, 3)
         if self._is_on("hue"):
-            colour = _hue_matrices(self.hue * (2 * turn - 1))
-        if self._is_on("saturation"):
-            factor = 1 + self.saturation * (2 * saturation - 1)
-            colour = factor * colour + (1 - factor) * luma
-        if self._is_on("grayscale"):
-            grey = (luma[:, None] * colour).sum(dim=1, keepdim=True)
-            colour = torch.where(drop < self.grayscale, grey, colour)
-        return colour
+            waves = torch.cos(colour + turn)
+            colour = torch.addcmul(constants["mean"], waves, constants["size"][:, None])
+        colour = torch.lerp(constants["luma"], colour, factor)
+        colour, grey = colour.split([3, 1], dim=1)
+        return colour if drop is None else torch.where(drop[:, :, None], grey, colour)
+
+
+def _either(largest: float) -> tuple[float, float]:
+    return -largest, largest
+
+
+def _below(probability: float) -> tuple[float, float]:
+    return -probability, 1 - probability
+
+
+def _colour_constants(is_turned: bool) -> dict[str, list[float]]:
+    # Of a matrix of colours, with the luma of what it gives in a fourth row. Three numbers that sum
+    # to 1, as those of each row do, are a third plus a wave, whose phase a turn adds to.
+    if not is_turned:
+        identity = [float(i == j) for i in range(3) for j in range(3)]
+        return {"rows": [*identity, *_LUMA], "luma": [*_LUMA]}
+    third = 2 * math.pi / 3
+    wave = sum(weight * cmath.exp(-1j * third * k) for k, weight in enumerate(_LUMA))
+    phases = [0.0, -third, -2 * third, cmath.phase(wave)]
+    return {
+        "rows": [phase + third * k for phase in phases for k in range(3)],
+        "size": [2 / 3, 2 / 3, 2 / 3, 2 / 3 * abs(wave)],
+        "mean": [1 / 3],
+        "luma": [*_LUMA],
+    }
+
+
+def _on_device(values: dict[str, list[float]], device: torch.device) -> dict[str, Tensor]:
+    # Sent along with a kernel, as its arguments. A copy from the host would not be safe in a CUDA
+    # graph, which reads the memory again when it is replayed.
+    constants = torch.zeros(sum(map(len, values.values())), device=device)
+    slots = zip(constants.unbind(), chain(*values.values()), strict=True)
+    used = [(slot, value) for slot, value in slots if value]
+    torch._foreach_add_([slot for slot, _ in used], [value for _, value in used])
+    return dict(zip(values, constants.split([*map(len, values.values())]), strict=True))
 
 
 def geometry(params: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -373,11 +471,11 @@ def geometry(params: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def affine_matrix(
     spatial: tuple[int, ...],
-    angles: list[Tensor],
-    shear: Tensor,
-    zoom: Tensor,
+    angles: Tensor | None,
+    shear: Tensor | None,
+    step: Tensor | None,
     shift: Tensor,
-    sign: Tensor,
+    side: Tensor,
 ) -> Tensor:
     """Compose one affine map per image, from places in the output to places in the input.
 
@@ -388,17 +486,17 @@ def affine_matrix(
     ----------
     spatial : tuple of int
         Sides of the image, (H, W) or (D, H, W).
-    angles : list of Tensor of shape (n,)
+    angles : Tensor of shape (n, 3) or None
         Angles in radians in the planes x-y, x-z and y-z; the last two are for volumes only. In
         the first, a positive angle turns the picture counterclockwise.
-    shear : Tensor of shape (n,)
+    shear : Tensor of shape (n, 1) or None
         Shear along x, in radians.
-    zoom : Tensor of shape (n,)
-        Magnification.
+    step : Tensor of shape (n, 1) or None
+        What one pixel of the output spans in the input: the inverse of the magnification.
     shift : Tensor of shape (n, d)
         Place in the input of the centre of the output.
-    sign : Tensor of shape (n, d)
-        -1 for an axis to flip, otherwise 1.
+    side : Tensor of shape (n, 3)
+        Negative for an axis to flip.
 
     Returns
     -------
@@ -407,20 +505,40 @@ def affine_matrix(
     """
     sides = spatial[::-1]
     dims = len(sides)
-    eye = torch.eye(dims, device=zoom.device).expand(len(zoom), dims, dims)
-
-    linear = eye.clone()
-    linear[:, 0, 1] = torch.tan(shear)
-    for angle, (i, j) in zip(angles, [(0, 1), (0, 2), (1, 2)][: 2 * dims - 3], strict=False):
-        turn = eye.clone()
-        turn[:, i, i] = turn[:, j, j] = torch.cos(angle)
-        turn[:, j, i] = torch.sin(angle)
-        turn[:, i, j] = -turn[:, j, i]
-        linear = turn @ linear
+    eye = torch.eye(dims, device=shift.device)
+    one, zero = eye[0, :2]
+    if angles is None:
+        affine = torch.cat([eye.expand(len(shift), dims, dims), shift[:, :, None]], dim=2)
+    else:
+        # Products of matrices would be rounded to TF32 where a user allows it, so that theirs is
+        # written out. The entries are cosines and sines, of either sign.
+        turn = torch.polar(one, angles[:, : 2 * dims - 3])
+        back = torch.conj_physical(turn)
+        (cos, sin), (_, minus) = (torch.view_as_real(z).unbind(dim=2) for z in (turn, back))
+        if dims == 2:
+            rows = [cos, minus, shift[:, :1], sin, cos, shift[:, 1:]]
+        else:
+            # The turn in x-z, then that in y-z.
+            pair = torch.view_as_real(turn)[:, 1, :, None] * torch.view_as_real(back)[:, 2, None]
+            cc, cs, sc, ss = pair.flatten(1).split(1, dim=1)
+            (_, c2, c3), (_, _, s3), (_, m2, _) = (x.split(1, dim=1) for x in (cos, sin, minus))
+            x, y, z = shift.split(1, dim=1)
+            rows = [c2, zero.expand_as(c2), m2, x, ss, c3, cs, y, sc, s3, cc, z]
+        affine = torch.cat(rows, dim=1).reshape(-1, dims, dims + 1)
+        if dims == 3:
+            # Before them that in x-y: it mixes the first two columns, as complex numbers.
+            torch.view_as_complex(affine.reshape(-1, 3, 2, 2))[:, :, 0].mul_(back[:, :1])
+    linear = affine[:, :, :dims]
+    if shear is not None:
+        linear[:, :, 1].addcmul_(linear[:, :, 0], torch.tan(shear))
     # So far in pixels: a step of 1 in the grid is half a side, of its own length for each axis.
-    aspect = torch.tensor([[float(b) / a for b in sides] for a in sides])
-    linear = linear * aspect.to(zoom.device, non_blocking=True) / zoom[:, None, None]
-    return torch.cat([linear, shift[:, :, None]], dim=2) * sign[:, :, None]
+    for axis, length in enumerate(sides):
+        if length != sides[0]:
+            linear[:, axis].mul_(sides[0] / length)
+            linear[:, :, axis].mul_(length / sides[0])
+    if step is not None:
+        linear.mul_(step[:, :, None])
+    return affine.mul_(torch.copysign(one, side[:, :dims, None]))
 
 
 def _warp(images: Tensor, affine: Tensor) -> Tensor:
@@ -428,11 +546,12 @@ def _warp(images: Tensor, affine: Tensor) -> Tensor:
     # full size, which is many times faster than multiplying every point by its matrix.
     dims = affine.shape[1]
     columns = affine.reshape(len(affine), dims, dims + 1, *[1] * dims).unbind(dim=2)
+    linspace = partial(torch.linspace, device=affine.device, dtype=affine.dtype)
+    centres = {side: linspace(1 / side - 1, 1 - 1 / side, side) for side in set(images.shape[2:])}
     grid = columns[-1]
     for axis in reversed(range(dims)):
-        side = images.shape[-1 - axis]
-        centres = torch.arange(1 - side, side, 2, device=grid.device, dtype=grid.dtype) / side
-        grid = grid + columns[axis] * centres.reshape(-1, *[1] * axis)
+        place = centres[images.shape[-1 - axis]].reshape(-1, *[1] * axis)
+        grid = _addcmul(grid, place, columns[axis])
     return F.grid_sample(
         images,
         grid.movedim(1, -1),
@@ -442,25 +561,15 @@ def _warp(images: Tensor, affine: Tensor) -> Tensor:
     )
 
 
-def _boxes(spatial: tuple[int, ...], fraction: Tensor, place: Tensor) -> Tensor:
-    bounds = []
-    for axis, side in enumerate(spatial):
-        length = torch.ceil(side * fraction[:, axis])
-        start = torch.floor(place[:, axis] * (side - length + 1))
-        bounds.append(torch.stack([start, start + length], dim=1))
-    return torch.stack(bounds, dim=1)
-
-
 def _inside(boxes: Tensor, spatial: tuple[int, ...]) -> Tensor:
-    inside = boxes.new_ones((), dtype=torch.bool)
-    for axis, side in enumerate(spatial):
-        index = torch.arange(side, device=boxes.device)
-        start, stop = boxes[:, axis, :, None].unbind(dim=1)
-        hit = (start <= index) & (index < stop)
-        shape = [1] * len(spatial)
-        shape[axis] = side
-        inside = inside & hit.reshape(-1, 1, *shape)
-    return inside
+    # Bounds are whole numbers, so that the middle of a pixel is in the box or not.
+    middle = torch.arange(0.5, max(spatial), device=boxes.device)
+    hit = middle.clamp(boxes[:, :, :1], boxes[:, :, 1:]) == middle
+    planes = [
+        hit[:, axis, :side].reshape(-1, 1, *[1] * axis, side, *[1] * (len(spatial) - 1 - axis))
+        for axis, side in enumerate(spatial)
+    ]
+    return reduce(torch.logical_and, planes)
 
 
 # Intensity
@@ -477,19 +586,27 @@ def _channel_mean(images: Tensor) -> Tensor:
     return images.mean(dim=tuple(range(2, images.ndim)), keepdim=True)
 
 
+def _is_fused(images: Tensor) -> bool:
+    # On a CPU loops over several broadcast terms, and those for two extremes, are not vectorised:
+    # more and simpler passes are many times faster.
+    return not images.is_cpu
+
+
+def _addcmul(offset: Tensor, images: Tensor, gain: Tensor, *, in_place: bool = False) -> Tensor:
+    if _is_fused(images):
+        return torch.addcmul(offset, images, gain)
+    return images.mul_(gain).add_(offset) if in_place else images * gain + offset
+
+
 def _extremes(images: Tensor) -> tuple[Tensor, Tensor]:
-    # Constants of the image: no gradient runs through them.
+    # The lowest value and the span. Constants of the image: no gradient runs through them.
     images = images.detach()
-    dims = tuple(range(1, images.ndim))
-    low = images.amin(dim=dims, keepdim=True)
-    return low, images.amax(dim=dims, keepdim=True) - low
-
-
-def _hue_matrices(turns: Tensor) -> Tensor:
-    # A rotation about the grey axis is circulant. Its rows sum to 1.
-    channel = torch.arange(3, device=turns.device)
-    third = (channel - channel[:, None]) / 3
-    return (1 + 2 * torch.cos(2 * math.pi * (turns + third))) / 3
+    if _is_fused(images):
+        low, high = (_per_image(end, images) for end in images.flatten(1).aminmax(dim=1))
+    else:
+        dims = tuple(range(1, images.ndim))
+        low, high = images.amin(dim=dims, keepdim=True), images.amax(dim=dims, keepdim=True)
+    return low, high - low
 
 
 def _recolour(images: Tensor, matrices: Tensor) -> Tensor:
@@ -503,62 +620,52 @@ def _recolour(images: Tensor, matrices: Tensor) -> Tensor:
     return out
 
 
-def _change_tone_(
-    images: Tensor,
-    *,
-    clip: bool = False,
-    gamma: Tensor | None = None,
-    contrast: Tensor | None = None,
-    brightness: Tensor | None = None,
-    low: Tensor | None = None,
-    span: Tensor | None = None,
-) -> Tensor:
-    # In place, hence the underscore. Undoing the rescaling of gamma, contrast and brightness are
-    # all of the form `gain * image + offset`: gathered first, they cost two passes together.
-    # `low` and `span` come with gamma and with brightness. Without `clip` values are in [0, 1]
-    # but for rounding, which is left above 1 where it does no harm.
-    gain = images.new_ones((len(images), *[1] * (images.ndim - 1)))
-    offset = torch.zeros_like(gain)
-    if gamma is not None:
-        assert low is not None
-        assert span is not None
-        unit = images.sub_(low).div_(torch.where(span > 0, span, 1))
-        # Not 0, where the power would have an infinite slope.
-        tiny = torch.finfo(unit.dtype).tiny
-        images = unit.clamp_(min=tiny, max=1 if clip else None).pow_(gamma)
-        gain, offset = span, low
-    if contrast is not None:
-        offset = offset + (1 - contrast) * gain * _channel_mean(images.detach())
-        gain = gain * contrast
-    if brightness is not None:
-        assert span is not None
-        offset = offset + brightness * span
+def _change_tone(images: Tensor, tone: dict[str, Tensor], *, fresh: bool, clip: bool) -> Tensor:
+    # Contrast, undoing the rescaling of gamma, and brightness are all of the form `offset + gain *
+    # image`: gathered first, they cost one pass together. `fresh` images may be written to.
+    gain = offset = None
+    if "gamma" in tone:
+        images = images.sub_(tone["low"]) if fresh else images - tone["low"]
+        # Not 0, where the power would have an infinite slope. Without `clip` values are in [0, 1]
+        # but for rounding, which is left above 1 where it does no harm; in an image of but one
+        # value it is all there is.
+        tiny = torch.finfo(images.dtype).tiny
+        images = images.div_(tone["span"].clamp(min=tiny)).clamp_(min=tiny, max=1 if clip else 2)
+        images, fresh = images.pow_(tone["gamma"]), True
+    if "contrast" in tone:
+        mean = _channel_mean(images.detach())
+        if _is_fused(images):
+            images, fresh = torch.lerp(mean, images, tone["contrast"]), True
+        else:
+            gain = tone["contrast"]
+            offset = torch.addcmul(mean, mean, gain, value=-1)
+    if "gamma" in tone:
+        low, span = tone["low"], tone["span"]
+        gain = span if gain is None else gain * span
+        offset = low if offset is None else torch.addcmul(low, offset, span)
+    if "brightness" in tone:
+        shift = tone["brightness"], tone["span"]
+        offset = torch.mul(*shift) if offset is None else torch.addcmul(offset, *shift)
+    if offset is None:
+        return images
+    if gain is None:
+        return images.add_(offset) if fresh else images + offset
     # The gradient of the power needs its result.
-    images = images * gain if images.requires_grad else images.mul_(gain)
-    return images.add_(offset)
-
-
-def _gaussian_kernels(sigma: Tensor, radius: int) -> Tensor:
-    # With the smallest width all weights but the central one underflow to exactly 0.
-    steps = torch.arange(-radius, radius + 1, device=sigma.device)
-    weights = torch.exp(-0.5 * (steps / sigma.clamp(min=1e-2)[:, None]) ** 2)
-    return weights / weights.sum(dim=1, keepdim=True)
+    return _addcmul(offset, images, gain, in_place=fresh and not images.requires_grad)
 
 
 def _blur(images: Tensor, kernels: Tensor) -> Tensor:
-    # One group per channel of each image lets every image have its own kernel.
-    n, channels, *spatial = images.shape
-    taps, dims, groups = kernels.shape[1], len(spatial), n * channels
-    convolve = F.conv2d if dims == 2 else F.conv3d
-    weights = kernels.repeat_interleave(channels, dim=0)
-    out = images.reshape(1, groups, *spatial)
-    for axis in range(dims):
-        shape = [1] * dims
-        shape[axis] = taps
-        padding = [0] * (2 * dims)
-        padding[2 * (dims - 1 - axis)] = padding[2 * (dims - 1 - axis) + 1] = taps // 2
-        padded = F.pad(out, padding, mode="replicate")
-        out = convolve(padded, weights.reshape(groups, 1, *shape), groups=groups)
+    # The images of the batch are the channels, so that each has its own kernel. Rows are blurred;
+    # with all pixels in one row, of which those at a stride are neighbours, so is any other axis.
+    n, _, *sides = images.shape
+    taps = kernels.shape[1]
+    padding = taps // 2
+    out = F.pad(images, [padding] * (2 * len(sides)), mode="replicate")
+    stride = 1
+    for side in reversed(sides):
+        rows = out.reshape(1, n, -1, stride * (side + 2 * padding))
+        out = F.conv2d(rows, kernels.reshape(n, 1, 1, taps), groups=n, dilation=(1, stride))
+        stride *= side
     return out.reshape(images.shape)
 
 

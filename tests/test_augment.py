@@ -1,14 +1,16 @@
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sklearn_medimb import augment as augment_module
 from sklearn_medimb.augment import (
     AUGMENTATIONS,
     Augmentation,
-    _hue_matrices,
     affine_matrix,
     resolve_augmentation,
     symmetries,
@@ -54,6 +56,15 @@ EVERYTHING = {
     "grayscale": 0.5,
 }
 COLOURS = {"saturation": 0.8, "hue": 0.4, "grayscale": 0.3}
+# Most kernels that drawing and applying a preset may take, of images and of volumes.
+KERNELS = {
+    "light": (22, 28),
+    "medical": (27, 33),
+    "chest": (27, 33),
+    "strong": (54, 62),
+    "contrastive": (40, 42),
+    "mimv": (40, 42),
+}
 LUMA = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)
 
 
@@ -75,14 +86,25 @@ def smooth_images(n, height, width):
 def affine(spatial, n=1, *, angles=(), shear=0.0, zoom=1.0, shift=None, sign=None):
     """Build the map of one known warp, repeated n times."""
     dims = len(spatial)
+
+    def rows(values):
+        return torch.tensor([values]).repeat(n, 1)
+
+    angles = [math.radians(angle) for angle in angles] + [0.0] * (3 - len(angles))
     return affine_matrix(
         spatial,
-        angles=[torch.full((n,), math.radians(angle)) for angle in angles],
-        shear=torch.full((n,), math.radians(shear)),
-        zoom=torch.full((n,), zoom),
-        shift=torch.tensor([shift or [0.0] * dims]).repeat(n, 1),
-        sign=torch.tensor([sign or [1.0] * dims]).repeat(n, 1),
+        angles=rows(angles),
+        shear=rows([math.radians(shear)]),
+        step=rows([1 / zoom]),
+        shift=rows(shift or [0.0] * dims),
+        side=rows(sign or [1.0] * dims),
     )
+
+
+def hue_matrix(turns):
+    """Rotate colours about the grey axis."""
+    waves = [[math.cos(2 * math.pi * (turns + (j - i) / 3)) for j in range(3)] for i in range(3)]
+    return (1 + 2 * torch.tensor(waves)) / 3
 
 
 # Interface
@@ -184,6 +206,79 @@ def test_gradients_flow_and_are_finite(channels):
     assert images.grad[0].abs().sum() > 0
 
 
+# Kernels
+
+
+class Kernels(TorchDispatchMode):
+    """Record operations, but for views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aliases = [result.alias_info for result in func._schema.returns]
+        name = func.overloadpacket.__name__
+        # A constant of Python made a tensor is "lifted": on the host, from where it must be sent.
+        if "lift" in name or not any(alias and not alias.is_write for alias in aliases):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def kernels(augment, shape):
+    images, generator = random_images(4, shape), seeded()
+    with Kernels() as recorded:
+        augment(images, generator)
+    return recorded.names
+
+
+@pytest.mark.parametrize("preset", KERNELS)
+@pytest.mark.parametrize("shape", [(3, 16, 16), (1, 4, 8, 8)], ids=["images", "volumes"])
+def test_presets_take_few_kernels(preset, shape, monkeypatch):
+    monkeypatch.setattr(augment_module, "_is_fused", lambda images: True)  # as on a GPU
+    assert len(kernels(resolve_augmentation(preset), shape)) <= KERNELS[preset][len(shape) - 3]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("shape", [(3, 9, 7), (3, 4, 5, 6)])
+@pytest.mark.parametrize("options", [EVERYTHING, COLOURS | {"hue": 0.0}, {"vertical_flip": 0.5}])
+def test_nothing_comes_from_the_host_or_goes_there(options, shape, fused, monkeypatch):
+    monkeypatch.setattr(augment_module, "_is_fused", lambda images: fused)
+    names = set(kernels(Augmentation(**options), shape))
+    assert not {name for name in names if name.startswith("lift")}
+    assert not names & {"scalar_tensor", "_local_scalar_dense", "nonzero", "masked_select", "index"}
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 7), (1, 4, 5, 6)])
+@pytest.mark.parametrize("off", [(), ("gamma",), ("contrast",), ("gamma", "contrast"), ("tilt",)])
+def test_fewer_kernels_give_the_same(shape, off, monkeypatch):
+    options = {k: v for k, v in EVERYTHING.items() if k not in off}
+    augment, results = Augmentation(**options), []
+    params = augment.draw(5, shape, seeded())
+    for fused in (False, True):
+        monkeypatch.setattr(augment_module, "_is_fused", lambda images, fused=fused: fused)
+        images = random_images(5, shape, dtype=torch.float64)
+        images[1] = 4.0
+        images.requires_grad_()
+        out = augment.apply(images, params)
+        out.square().sum().backward()
+        results.append((out.detach(), images.grad))
+    for several, single in zip(*results, strict=True):
+        torch.testing.assert_close(single, several, rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_compact_can_be_drawn_for_an_epoch():
+    compact = {name for name in AUGMENTATIONS if AUGMENTATIONS[name]().is_compact}
+    assert compact == set(AUGMENTATIONS) - {"strong"}
+    assert AUGMENTATIONS["strong"]().set_params(noise_probability=0.0).is_compact
+    for name in compact:
+        params = AUGMENTATIONS[name]().draw(20_000, (3, 64, 64), seeded())
+        assert sum(value[0].numel() for value in params.values()) < 30
+        first = AUGMENTATIONS[name]().draw(5, (3, 64, 64), seeded())
+        first.pop("colour", None)  # drawn after all the others
+        assert all(torch.equal(params[key][:5], value) for key, value in first.items())
+
+
 # Randomness
 
 
@@ -258,7 +353,7 @@ def test_draws_without_colours_take_the_same_numbers_as_ever():
     torch.randn((3, 1, 4, 5), generator=expected)
     assert torch.equal(generator.get_state(), expected.get_state())
     gamma = Augmentation(gamma=0.1, hue=0.1).draw(3, (3, 4, 5), seeded())["gamma"]
-    assert torch.equal(gamma, torch.exp(0.1 * (2 * tone - 1)))
+    torch.testing.assert_close(gamma, torch.exp(0.1 * (2 * tone - 1)))
 
 
 def test_draws_fill_their_documented_ranges():
@@ -423,6 +518,35 @@ def test_rotation_stays_within_its_bound():
     assert angle.abs().max() <= 30 + 1e-4
 
 
+@pytest.mark.parametrize("spatial", [(8, 8), (6, 9), (7, 7, 7), (4, 5, 6), (3, 8, 8)])
+@pytest.mark.parametrize("off", ["none", "shear", "scale", "crop", "rotation", "tilt"])
+def test_affine_maps_are_the_products_of_their_steps(spatial, off):
+    options = {"rotation": 70, "tilt": 25, "shear": 30, "scale": 0.4, "translate": 0.2, "crop": 0.6}
+    options.pop(off, None)
+    flips = {"horizontal_flip": 0.4, "vertical_flip": 0.5, "depth_flip": 0.6}
+    params = Augmentation(**options, **flips).draw(9, (1, *spatial), seeded())
+    full = {"rotation": 0, "tilt": 0, "shear": 0, "scale": 0, "translate": 0, "crop": 1} | options
+    dims, table = len(spatial), torch.rand((9, 29), generator=seeded()).double().numpy()
+    half = np.diag(spatial[::-1]) / 2
+    for u, matrix in zip(table, params["affine"], strict=True):
+        either = 2 * u - 1
+        linear = np.eye(dims)
+        linear[0, 1] = math.tan(math.radians(full["shear"] * either[6]))
+        planes = [(0, 1), (0, 2), (1, 2)][: 1 if dims == 2 else 3]
+        limits = [full["rotation"], full["tilt"], full["tilt"]]
+        for (i, j), limit, number in zip(planes, limits, either[3:6], strict=False):
+            cos, sin = (f(math.radians(limit * number)) for f in (math.cos, math.sin))
+            turn = np.eye(dims)
+            turn[[i, i, j, j], [i, j, i, j]] = cos, -sin, sin, cos
+            linear = turn @ linear
+        kept = 1 - (1 - full["crop"]) * u[11]
+        linear = np.linalg.inv(half) @ linear @ half * kept / (1 + full["scale"]) ** either[7]
+        shift = 2 * full["translate"] * either[8 : 8 + dims] + (1 - kept) * either[12 : 12 + dims]
+        sign = [-1.0 if u[i] < flips[name] else 1.0 for i, name in enumerate(flips)][:dims]
+        expected = np.diag(sign) @ np.c_[linear, shift]
+        np.testing.assert_allclose(matrix.double().numpy(), expected, atol=3e-6)
+
+
 # Intensity
 
 
@@ -567,7 +691,7 @@ def test_hue_turns_colours_about_the_grey_axis():
 
 def test_a_third_of_a_turn_makes_red_green_and_green_blue():
     images = random_images(2, (3, 4, 4))
-    matrices = _hue_matrices(torch.tensor([1 / 3, -1 / 3])[:, None, None])
+    matrices = torch.stack([hue_matrix(1 / 3), hue_matrix(-1 / 3)])
     out = Augmentation().apply(images, {"colour": matrices})
     torch.testing.assert_close(out[0], images[0, [2, 0, 1]], rtol=0, atol=1e-3)
     torch.testing.assert_close(out[1], images[1, [1, 2, 0]], rtol=0, atol=1e-3)
@@ -602,7 +726,7 @@ def test_images_without_three_channels_ignore_colour(shape):
 
 def test_gamma_clips_colours_to_the_extremes():
     images = torch.tensor([1.0, 1.0, 0.0]).reshape(1, 3, 1, 1).repeat(1, 1, 3, 3)
-    matrices = _hue_matrices(torch.tensor([1 / 6])[:, None, None])
+    matrices = hue_matrix(1 / 6)[None]
     turned = Augmentation().apply(images, {"colour": matrices})
     torch.testing.assert_close(turned[0, :, 0, 0], torch.tensor([1 / 3, 4 / 3, 1 / 3]))
     params = {"colour": matrices, "gamma": torch.tensor([2.0])}
