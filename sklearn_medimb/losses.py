@@ -214,7 +214,8 @@ class LabelLoss(nn.Module):
         self.constants: torch.Tensor | None
         self.costs = costs
         self.switch = switch
-        self.step = 0
+        self.step: torch.Tensor
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.register_buffer("weight", weight)
         self.register_buffer("late_weight", late_weight)
         self.register_buffer("constants", constants)
@@ -231,18 +232,12 @@ class LabelLoss(nn.Module):
         return (mass * self.next_weight() * costs).sum() / len(logits)
 
     def next_weight(self) -> torch.Tensor:
-        """Class weights of the next step, which is counted."""
-        late = self.late_weight if self.step >= self.switch else None
+        """Class weights of the next step, which is counted, on the device."""
+        if self.late_weight is None:
+            return self.weight
+        weight = torch.where(self.step < self.switch, self.weight, self.late_weight)
         self.step += 1
-        return self.weight if late is None else late
-
-    def get_extra_state(self) -> int:
-        """Step count, so that a resumed fit re-weights on time."""
-        return self.step
-
-    def set_extra_state(self, state: int) -> None:
-        """Restore the step count."""
-        self.step = state
+        return weight
 
 
 # ---------------------------------------------------------------- losses by name

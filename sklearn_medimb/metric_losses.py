@@ -205,16 +205,14 @@ class ClassCenterTriplet(nn.Module):
         self.margin = margin
         self.momentum = momentum
         self.switch = switch
-        self.step = 0
+        self.step: Tensor
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.register_buffer("centers", torch.zeros(n_classes, width))
         self.register_buffer("seen", torch.zeros(n_classes, dtype=torch.bool))
 
     def forward(self, e: Tensor, y: Tensor) -> Tensor:
         """Loss of a batch; moves the centres first, through which no gradient flows."""
         self.update(e.detach(), y)
-        self.step += 1
-        if self.step <= self.switch:
-            return triplet(e, y, self.margin)
         d = distances(e, self.centers)
         own = F.one_hot(y, len(self.centers)).bool()
         others = self.seen & ~own
@@ -222,7 +220,11 @@ class ClassCenterTriplet(nn.Module):
         d_n = d.masked_fill(~others, torch.inf).amin(dim=1)
         valid = others.any(dim=1)
         gap = torch.where(valid, d_p - torch.where(valid, d_n, 0.0), 0.0)
-        return class_mean(hinge(gap, self.margin), y, valid)
+        loss = class_mean(hinge(gap, self.margin), y, valid)
+        if not self.switch:
+            return loss
+        self.step += 1
+        return torch.where(self.step > self.switch, loss, triplet(e, y, self.margin))
 
     @torch.no_grad()
     def update(self, e: Tensor, y: Tensor) -> None:
@@ -233,14 +235,6 @@ class ClassCenterTriplet(nn.Module):
         share = (1 - self.momentum * self.seen.to(e.dtype)) * (n > 0)
         self.centers.copy_(F.normalize(torch.lerp(self.centers, means, share.unsqueeze(1))))
         self.seen |= n > 0
-
-    def get_extra_state(self) -> int:
-        """Step count, so that a resumed fit switches on time."""
-        return self.step
-
-    def set_extra_state(self, state: int) -> None:
-        """Restore the step count."""
-        self.step = state
 
 
 class ProxyAnchor(nn.Module):

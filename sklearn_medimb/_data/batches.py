@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,29 @@ class Context:
     generator: torch.Generator
 
 
-class Batches:
+class BatchSource(ABC):
+    """Batches of a training epoch, in two halves.
+
+    What is chosen for a step, on the host, is its order: tensors on the device, and constants, in
+    dicts and tuples. What is made of an order, on the device, is its batch. The second half depends
+    on nothing but the order and what lies on the device, and never waits: a GPU can replay it.
+    """
+
+    generator: torch.Generator
+
+    @abstractmethod
+    def orders(self) -> Iterator[Any]:
+        """Give the order of each step of one more epoch."""
+
+    @abstractmethod
+    def make(self, order: Any) -> tuple[Any, torch.Tensor]:
+        """Make the batch that an order asks for."""
+
+    def __iter__(self) -> Iterator[tuple[Any, torch.Tensor]]:
+        return map(self.make, self.orders())
+
+
+class Batches(BatchSource):
     """One training epoch per iteration: pairs ``(images, targets)`` on the device.
 
     Parameters
@@ -182,67 +204,98 @@ class Batches:
         other.views = views
         return other
 
-    def gather(self, picks: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images of some training rows on the unit scale, and their targets, on the device."""
-        index = self.preprocess.upload(torch.from_numpy(picks))
-        if isinstance(self.images, CachedImages):
-            return self.images.in_every_view(self.rows[picks]), self.targets[index]
-        if self.resident is not None:
-            raw = self.resident[index]
-        else:
-            # Items of a data set, which the caller's own code makes, may be drawn anew each time.
-            with redirected(self.images.lazy):
-                raw = self.images.rows(self.rows[picks])
-            raw = self.preprocess.upload(raw)
-        return to_unit_scale(raw, self.preprocess.dtype), self.targets[index]
-
-    def planned(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Training rows of each step of an epoch, and those of the one that follows."""
+    def orders(self) -> Iterator[dict[str, Any]]:
+        """Rows of each step, and what each view does to them."""
         plan = list(self.plan(self.rng))
-        return zip_longest(plan, plan[1:])
+        for order, views in zip(self.gathered(plan), self.drawn(plan), strict=True):
+            yield order | {"views": views}
 
-    def expect(self, picks: np.ndarray | None) -> None:
-        """Say which training rows will be gathered next: files are decoded during a step."""
-        if (
-            picks is not None
-            and self.resident is None
-            and not isinstance(self.images, CachedImages)
-        ):
-            self.images.expect(self.rows[picks])
+    def make(self, order: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make normalised images, each view stacked along the first axis, and their targets."""
+        images, targets = self.taken(order)
+        views = [
+            self.moved(images, augmentation, params)
+            for augmentation, params in zip(self.views, order["views"], strict=True)
+        ]
+        stacked = views[0] if len(views) == 1 else torch.cat(views)
+        return self.preprocess.normalise(stacked), targets
 
-    def draw(self, images: torch.Tensor, augmentation: Augmentation) -> dict[str, Any] | None:
-        """What `augmentation` will do to images; None where they stay as they are."""
-        # Vectors are not augmented. Of the caller's own augmentations, draw and apply are asked.
+    def gathered(self, plan: Sequence[np.ndarray]) -> Iterator[dict[str, torch.Tensor]]:
+        """Say for each step where its images are, and read those that are not on the device."""
+        for k, picks in enumerate(plan):
+            order = {"index": self.upload(picks)}
+            if isinstance(self.images, CachedImages):
+                order["places"] = self.images.places(self.rows[picks])
+            elif self.resident is None:
+                # Items of a data set, which the caller's own code makes, may be drawn anew.
+                with redirected(self.images.lazy):
+                    pixels = self.images.rows(self.rows[picks])
+                order["pixels"] = self.preprocess.upload(pixels)
+                if k + 1 < len(plan):  # files are decoded during a step
+                    self.images.expect(self.rows[plan[k + 1]])
+            yield order
+
+    def upload(self, numbers: np.ndarray) -> torch.Tensor:
+        """Send numbers to the device."""
+        return self.preprocess.upload(torch.from_numpy(numbers))
+
+    def taken(self, order: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images of an order on the unit scale and their targets.
+
+        What a network has encoded comes as places: each view looks there for itself.
+        """
+        index = order["index"]
+        targets = self.targets[index]
+        if "places" in order:
+            return order["places"], targets
+        pixels = order["pixels"] if self.resident is None else self.resident[index]
+        return to_unit_scale(pixels, self.preprocess.dtype), targets
+
+    def drawn(self, plan: Sequence[np.ndarray]) -> Iterator[list[Any]]:
+        """What each view will do to the images of each step, drawn ahead for the whole epoch.
+
+        None stands for what is drawn in the step itself: fields of noise, and whatever an
+        augmentation of the caller's own draws.
+        """
+        sizes = [len(picks) for picks in plan]
+        columns = [self._drawn(sizes, augmentation) for augmentation in self.views]
+        return map(list, zip(*columns, strict=True))
+
+    def _drawn(self, sizes: list[int], augmentation: Any) -> Sequence[Any]:
         still = getattr(augmentation, "is_identity", False)
-        if isinstance(self.images, CachedImages):
-            n_views = 1 if still else self.images.n_views
-            how: dict[str, Any] = {"generator": self.generator, "device": self.generator.device}
-            return {"view": torch.randint(n_views, (len(images),), **how)}
-        if images.ndim < 4 or still:
-            return None
-        with redirected(not isinstance(augmentation, Augmentation)):
-            return augmentation.draw(len(images), tuple(images.shape[1:]), self.generator)
+        encoded = isinstance(self.images, CachedImages)
+        if not encoded and (still or len(self.images.image_shape) < 3):
+            return [{}] * len(sizes)  # vectors are not augmented
+        if not encoded and not getattr(augmentation, "is_compact", False):
+            return [None] * len(sizes)
+        params = self._draw(sum(sizes), augmentation)
+        parts = {name: values.split(sizes) for name, values in params.items()}
+        return [{name: parts[name][k] for name in parts} for k in range(len(sizes))]
 
-    def view(self, images: torch.Tensor, augmentation: Augmentation) -> torch.Tensor:
-        """One augmented copy of images, still on the unit scale."""
-        return self.moved(images, augmentation, self.draw(images, augmentation))
+    def _draw(self, n: int, augmentation: Any) -> dict[str, torch.Tensor]:
+        """What `augmentation` will do to so many images."""
+        if isinstance(self.images, CachedImages):
+            n_views = 1 if getattr(augmentation, "is_identity", False) else self.images.n_views
+            how: dict[str, Any] = {"generator": self.generator, "device": self.generator.device}
+            return {"view": torch.randint(n_views, (n,), **how)}
+        # Of the caller's own augmentations, draw and apply are asked.
+        with redirected(not isinstance(augmentation, Augmentation)):
+            return augmentation.draw(n, self.images.image_shape, self.generator)
+
+    def in_step(
+        self, images: torch.Tensor, augmentation: Any, params: dict[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        """What was drawn for images of a step, or is drawn now."""
+        return self._draw(len(images), augmentation) if params is None else params
 
     def moved(
-        self, images: torch.Tensor, augmentation: Augmentation, params: dict[str, Any] | None
+        self, images: torch.Tensor, augmentation: Any, params: dict[str, torch.Tensor] | None
     ) -> torch.Tensor:
         """Images as `augmentation` changes them, by what was drawn."""
-        if params is None:
-            return images
+        params = self.in_step(images, augmentation, params)
         if isinstance(self.images, CachedImages):
-            index = torch.arange(len(images), device=images.device)
-            return images[index, params["view"].to(images.device)]
+            return self.images.views[images, params["view"]]
+        if not params:
+            return images
         with redirected(not isinstance(augmentation, Augmentation)):
             return augmentation.apply(images, params)
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for picks, following in self.planned():
-            images, targets = self.gather(picks)
-            self.expect(following)
-            views = [self.view(images, augmentation) for augmentation in self.views]
-            stacked = views[0] if len(views) == 1 else torch.cat(views)
-            yield self.preprocess.normalise(stacked), targets

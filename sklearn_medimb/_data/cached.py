@@ -67,7 +67,7 @@ class CachedImages(Images):
 
     def rows(self, rows: np.ndarray) -> torch.Tensor:
         """Some rows as they are, (n, ...)."""
-        return self.views[self._places(rows), self.view]
+        return self.views[self.places(rows), self.view]
 
     def in_view(self, view: int) -> CachedImages:
         """Give the same images where another view stands for what they are."""
@@ -78,13 +78,14 @@ class CachedImages(Images):
 
     def in_every_view(self, rows: np.ndarray) -> torch.Tensor:
         """Some rows in all views, (n, n_views, ...)."""
-        return self.views[self._places(rows)]
+        return self.views[self.places(rows)]
 
     def forget(self) -> None:
         """Encode them anew when they are next asked for."""
         self._views = None
 
-    def _places(self, rows: np.ndarray) -> torch.Tensor:
+    def places(self, rows: np.ndarray) -> torch.Tensor:
+        """Where rows are among the views, on their device."""
         return torch.from_numpy(np.searchsorted(self.known, rows)).to(self.views.device)
 
     def conclude(self) -> None:

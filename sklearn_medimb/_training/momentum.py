@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def follow(
-    follower: nn.Module, original: nn.Module, share: float, *, buffers: bool = False
+    follower: nn.Module, original: nn.Module, share: float | Tensor, *, buffers: bool = False
 ) -> None:
     """Move the parameters of a copy a share of the way to those of the original.
 
@@ -22,7 +22,7 @@ def follow(
     ----------
     follower, original : nn.Module
         Of the same architecture; `follower` is changed in place.
-    share : float
+    share : float or tensor of shape ()
         1 - m for a momentum m.
     buffers : bool, default=False
         Whether running means of normalisation layers follow too.
@@ -32,7 +32,31 @@ def follow(
     if buffers:
         old += [buffer for buffer in follower.buffers() if buffer.is_floating_point()]
         new += [buffer for buffer in original.buffers() if buffer.is_floating_point()]
-    torch._foreach_lerp_(old, new, share)
+    weight: Any = [share] * len(old) if isinstance(share, Tensor) else share
+    torch._foreach_lerp_(old, new, weight)
+
+
+class RunningMean(nn.Module):
+    """Weights of a running mean of steps, counted on the device: a replayed step counts too.
+
+    Parameters
+    ----------
+    decay : float
+        Largest share of the old mean.
+    """
+
+    n_steps: Tensor
+
+    def __init__(self, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("n_steps", torch.zeros(()))
+
+    @torch.no_grad()
+    def next_share(self) -> Tensor:
+        """1 - a_t of step t = 0, 1, ..., with ``a_t = min(1 - 1 / (t + 1), decay)``."""
+        self.n_steps += 1
+        return (1 / self.n_steps).clamp_min(1 - self.decay)
 
 
 class WeightAverage:
@@ -51,14 +75,11 @@ class WeightAverage:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.mean = copy.deepcopy(network).requires_grad_(False)
-        self.decay = decay
-        self.n_steps = 0
+        self.shares = RunningMean(decay).to(next(network.parameters()))
 
     def after_step(self, network: nn.Module) -> None:
         """Follow the network."""
-        share = 1 - min(1 - 1 / (self.n_steps + 1), self.decay)
-        follow(self.mean, network, share, buffers=True)
-        self.n_steps += 1
+        follow(self.mean, network, self.shares.next_share(), buffers=True)
 
     @contextmanager
     def in_place_of(self, network: nn.Module) -> Iterator[None]:
@@ -80,16 +101,16 @@ class WeightAverage:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed fit needs to average on."""
-        return {"n_steps": self.n_steps, "mean": self.mean.state_dict()}
+        return {"shares": self.shares.state_dict(), "mean": self.mean.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from such a state."""
-        self.n_steps = state["n_steps"]
+        self.shares.load_state_dict(state["shares"])
         self.mean.load_state_dict(state["mean"])
 
 
 class KeyQueue(nn.Module):
-    """The latest keys and their classes: a ring that starts empty.
+    """The latest keys and their classes: a ring, of which places that were not filled are known.
 
     Parameters
     ----------
@@ -101,41 +122,30 @@ class KeyQueue(nn.Module):
 
     keys: Tensor
     labels: Tensor
+    n_seen: Tensor
 
     def __init__(self, size: int, dim: int) -> None:
         super().__init__()
         self.size = size
-        self.n_seen = 0
         self.register_buffer("keys", torch.zeros(size, dim))
         self.register_buffer("labels", torch.zeros(size, dtype=torch.long))
+        self.register_buffer("n_seen", torch.zeros((), dtype=torch.long))
 
-    def __len__(self) -> int:
-        return min(self.n_seen, self.size)
-
-    def filled(self) -> tuple[Tensor, Tensor]:
-        """Keys (m, dim) and classes (m,) of the places that were filled, in no order."""
-        return self.keys[: len(self)], self.labels[: len(self)]
+    def filled(self) -> Tensor:
+        """Which places (size,) hold a key."""
+        return torch.arange(self.size, device=self.keys.device) < self.n_seen
 
     @torch.no_grad()
     def push(self, keys: Tensor, labels: Tensor | None = None) -> None:
         """Store keys in place of the oldest ones; of more keys than places the last ones stay."""
         if not self.size:
             return
-        n_given = len(keys)
-        if labels is None:
-            labels = torch.zeros(n_given, dtype=torch.long, device=keys.device)
-        keys, labels = keys[-self.size :], labels[-self.size :]
-        start = (self.n_seen + n_given - len(keys)) % self.size
-        first = min(len(keys), self.size - start)  # before the ring closes
-        for ring, new in ((self.keys, keys), (self.labels, labels)):
-            ring[start : start + first] = new[:first].to(ring.dtype)
-            ring[: len(new) - first] = new[first:].to(ring.dtype)
-        self.n_seen += n_given
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """How many keys came, so that a resumed fit goes on in the same place."""
-        return {"n_seen": self.n_seen}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on counting from there."""
-        self.n_seen = state["n_seen"]
+        n_left_out = max(len(keys) - self.size, 0)
+        kept = keys[n_left_out:]
+        places = (
+            self.n_seen + n_left_out + torch.arange(len(kept), device=keys.device)
+        ) % self.size
+        self.keys.index_copy_(0, places, kept.to(self.keys.dtype))
+        if labels is not None:
+            self.labels.index_copy_(0, places, labels[n_left_out:])
+        self.n_seen += len(keys)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -21,53 +20,13 @@ from torch import nn
 
 from sklearn_medimb._data.batches import Batches
 from sklearn_medimb._machine import distributed
-from sklearn_medimb._machine.randomness import current_draws, may_draw, redirected
-from sklearn_medimb._machine.runtime import is_out_of_memory, noting_interrupts
+from sklearn_medimb._machine.randomness import may_draw, redirected
+from sklearn_medimb._machine.runtime import noting_interrupts
 from sklearn_medimb._training.callbacks import check_patterns, explain_missing
 from sklearn_medimb._training.momentum import WeightAverage
-from sklearn_medimb._training.network import Trunk
+from sklearn_medimb._training.steps import Steps
 
 SCHEDULES = ("one_cycle", "cosine", "constant")
-
-
-class _State:
-    """What a forward pass changes: running statistics, queues, counters, random numbers.
-
-    Parameters
-    ----------
-    *modules : nn.Module
-        Network and criterion.
-    """
-
-    def __init__(self, *modules: nn.Module) -> None:
-        parts = [part for module in modules for part in module.modules()]
-        buffers = [buffer for module in modules for buffer in module.buffers()]
-        dtypes = {buffer.dtype for buffer in buffers}  # of one dtype they are copied in one call
-        self.buffers = [[b for b in buffers if b.dtype == dtype] for dtype in dtypes]
-        self.copies = [[buffer.clone() for buffer in group] for group in self.buffers]
-        plain = nn.Module.get_extra_state
-        self.counting = [part for part in parts if type(part).get_extra_state is not plain]
-        self.draws = current_draws()
-
-    @torch.no_grad()
-    def remember(self) -> None:
-        """Keep it as it is before a step."""
-        for copies, buffers in zip(self.copies, self.buffers, strict=True):
-            torch._foreach_copy_(copies, buffers)
-        self.counters = [part.get_extra_state() for part in self.counting]
-        if self.draws is not None:
-            self.random = self.draws.get_state()
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put it back after a step that failed."""
-        for copies, buffers in zip(self.copies, self.buffers, strict=True):
-            for copied, buffer in zip(copies, buffers, strict=True):
-                buffer.data.copy_(copied)
-        for part, counter in zip(self.counting, self.counters, strict=True):
-            part.set_extra_state(counter)
-        if self.draws is not None:
-            self.draws.set_state(self.random)
 
 
 def learning_rate_factor(schedule: str, step: int, n_steps: int, warm_up: float = 0.3) -> float:
@@ -114,6 +73,7 @@ class Net(NeuralNet):
     complete = True
     began = False
     average: WeightAverage | None = None  # of the weights, in the present stage
+    steps: Steps  # of the present stage, or the last one
     from_outside = False  # whether a step may ask torch's default generators for numbers
     callbacks_: list[tuple[str, Callback]]
     user_callbacks: list[Callback]
@@ -269,6 +229,7 @@ class Net(NeuralNet):
         self.from_outside = may_draw(self.module_, self.criterion_) or not type(
             self.optimizer_
         ).__module__.startswith("torch.optim.")
+        self.steps = Steps(self, batches, [callback for _, callback in self.callbacks_])
         try:
             with noting_interrupts() as pressed:
                 self.partial_fit(batches)
@@ -278,6 +239,7 @@ class Net(NeuralNet):
                 getattr(user, "fail", lambda: None)()
             raise
         finally:
+            self.steps.close()
             self.callbacks_ = own
             for callback in callbacks:
                 getattr(callback, "close", lambda: None)()
@@ -299,51 +261,6 @@ class Net(NeuralNet):
         distributed.average_gradients(p for _, p in self.get_all_learnable_params())
         return step
 
-    def _within_memory(self, step_fn: Any, batch: Any, state: _State, **fit_params: Any) -> Any:
-        """Take a step; where memory runs out, take it again with half as many images at a time."""
-        while True:
-            try:
-                return step_fn(batch, **fit_params)
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or not self._halve_parts(len(batch[1])):
-                    raise
-            # Only now, outside of the handler, nothing refers to the tensors of the failed step.
-            self.optimizer_.zero_grad(set_to_none=True)
-            moments = self.optimizer_.state
-            most = max((len(own) for own in moments.values()), default=0)
-            for weight in [weight for weight, own in moments.items() if len(own) < most]:
-                del moments[weight]  # memory ran out while they were made
-            state.restore()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-    def _halve_parts(self, n_images: int) -> bool:
-        """Let backbones see fewer images at a time; False where that is not possible.
-
-        It is not where the images of a batch mix inside the network, and not where several
-        processes train together: the others would go on.
-        """
-        trunks = [
-            module
-            for whole in (self.module_, self.criterion_)
-            for module in whole.modules()
-            if isinstance(module, Trunk)
-        ]
-        first = all(trunk.micro_batch is None for trunk in trunks)
-        size = min((trunk.micro_batch or n_images for trunk in trunks), default=1) // 2
-        if size < 1 or not all(t.divisible for t in trunks) or distributed.world_size() > 1:
-            return False
-        for trunk in trunks:
-            trunk.micro_batch = size
-        if first:
-            warnings.warn(
-                f"Memory ran out in a training step of {n_images} images: from here on the "
-                f"backbone sees at most {size} at a time, or fewer, and each of them twice. Losses "
-                "and gradients remain those of whole batches; a smaller batch_size is faster.",
-                stacklevel=2,
-            )
-        return True
-
     def run_single_epoch(
         self, iterator: Batches | None, training: bool, prefix: str, step_fn: Any, **fit_params: Any
     ) -> None:
@@ -353,24 +270,13 @@ class Net(NeuralNet):
         if self.stage:
             self.history.record("stage", self.stage)
         self.module_.trunk.keep_frozen()  # a callback may freeze layers, or thaw them
-        totals: dict[str, Any] = {}
         count = n_steps = 0
-        state = _State(self.module_, self.criterion_)
-        for batch in iterator:
-            self.criterion_.before_step(self.module_)
-            self.notify("on_batch_begin", batch=batch, training=training)
-            state.remember()
-            step = self._within_memory(step_fn, batch, state, **fit_params)
-            self.scheduler.step()
-            terms = {"loss": step["loss"], **self.criterion_.terms}
-            for name, value in terms.items():
-                totals[name] = totals.get(name, 0.0) + value.detach() * len(batch[1])
-            count += len(batch[1])
-            n_steps += 1
-            self.criterion_.after_step(self.module_)
-            if self.average is not None:
-                self.average.after_step(self.module_)
-            self.notify("on_batch_end", batch=batch, training=training, **step)
+        steps = self.steps
+        with steps.epoch():
+            for order in steps.orders():
+                count += steps.take(order)
+                self.scheduler.step()
+                n_steps += 1
         if n_steps != self.steps_per_epoch:
             raise ValueError(
                 f"An epoch has {n_steps} batches, where the learning rate was planned for "
@@ -379,8 +285,8 @@ class Net(NeuralNet):
             )
         distributed.average_buffers(self.module_)
         distributed.average_buffers(self.criterion_)
-        for name, total in totals.items():
-            self.history.record(f"{prefix}_{name}", distributed.of_main(float(total) / count))
+        for name, total in steps.sums().items():
+            self.history.record(f"{prefix}_{name}", distributed.of_main(total / count))
         loss = self.history[-1, f"{prefix}_loss"]
         if not math.isfinite(loss):
             raise ValueError(

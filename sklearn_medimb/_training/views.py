@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sklearn_medimb._data.batches import Batches
+from sklearn_medimb._data.batches import Batches, BatchSource
 
 # ---------------------------------------------------------------- views
 
@@ -31,7 +31,7 @@ class Views:
         return 1 + max(image for image, _ in self.online + self.target)
 
 
-class ViewBatches:
+class ViewBatches(BatchSource):
     """Batches of views: per step B anchors, each view stacked along the first axis.
 
     Images are augmented; of feature vectors a share of the entries is taken from other rows [1]_.
@@ -47,28 +47,45 @@ class ViewBatches:
     def __init__(self, batches: Batches, views: Views) -> None:
         self.batches = batches
         self.views = views
+        self.generator = batches.generator
 
-    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+    def orders(self) -> Iterator[dict[str, Any]]:
+        """Anchors and partners of each step, and what each view does to them."""
         batches, n = self.batches, len(self.batches.rows)
-        n_partners = self.views.n_images - 1
-        for anchors, following in batches.planned():
-            size = (n_partners, len(anchors))
-            picks = np.concatenate([anchors, batches.rng.integers(n, size=size).ravel()])
-            images, targets = batches.gather(picks)
-            batches.expect(following)
-            parts = images.chunk(1 + n_partners)
-            branches = {
-                name: batches.preprocess.normalise(
-                    torch.cat([self._view(parts[image], how) for image, how in views])
-                )
-                for name, views in vars(self.views).items()
-                if views
-            }
-            yield branches, targets[: len(anchors)]
+        anchors = list(batches.plan(batches.rng))
+        sizes = [(self.views.n_images - 1, len(picks)) for picks in anchors]
+        others = [batches.rng.integers(n, size=size).ravel() for size in sizes]
+        plan = [np.concatenate(pair) for pair in zip(anchors, others, strict=True)]
+        branches = {name: views for name, views in vars(self.views).items() if views}
+        drawn = {
+            name: batches.with_views(*(how for _, how in views)).drawn(anchors)
+            for name, views in branches.items()
+        }
+        for order in batches.gathered(plan):
+            yield order | {name: next(drawn[name]) for name in branches}
 
-    def _view(self, images: torch.Tensor, augmentation: Any) -> torch.Tensor:
-        if images.ndim > 2 or getattr(augmentation, "is_identity", False):
-            return self.batches.view(images, augmentation)
-        draw: dict[str, Any] = {"generator": self.batches.generator, "device": images.device}
+    def make(self, order: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Make the views of both branches."""
+        batches = self.batches
+        images, targets = batches.taken(order)
+        parts = images.chunk(self.views.n_images)
+        branches = {
+            name: batches.preprocess.normalise(
+                torch.cat(
+                    [
+                        self._view(parts[image], how, params)
+                        for (image, how), params in zip(views, order[name], strict=True)
+                    ]
+                )
+            )
+            for name, views in vars(self.views).items()
+            if views
+        }
+        return branches, targets[: len(parts[0])]
+
+    def _view(self, images: torch.Tensor, augmentation: Any, params: Any) -> torch.Tensor:
+        if len(self.batches.images.image_shape) > 1 or getattr(augmentation, "is_identity", False):
+            return self.batches.moved(images, augmentation, params)
+        draw: dict[str, Any] = {"generator": self.generator, "device": images.device}
         other = images[torch.randperm(len(images), **draw)]
         return torch.where(torch.rand(images.shape, **draw) < self.corrupted, other, images)

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sklearn_medimb._data.batches import Batches, Context
+from sklearn_medimb._data.batches import Batches, BatchSource, Context
 from sklearn_medimb._parameters import above, at_least, integers, one_of, parameter, within
 from sklearn_medimb._training.criterion import Criterion, LabelCriterion
-from sklearn_medimb._training.momentum import follow
+from sklearn_medimb._training.momentum import RunningMean, follow
 from sklearn_medimb._training.network import Output, SoftmaxNetwork
 from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb.augment import Augmentation
@@ -135,9 +135,8 @@ class RRLLoss(Criterion):
         self.label_loss = label_loss
         self.teacher = copy.deepcopy(student).requires_grad_(False)
         self.weights = weights
-        self.decay = decay
+        self.shares = RunningMean(decay)
         self.teacher_mode = teacher_mode
-        self.step = 0
 
     def train(self, mode: bool = True) -> RRLLoss:
         """Switch the mode; the teacher keeps its own."""
@@ -167,20 +166,11 @@ class RRLLoss(Criterion):
 
     def after_step(self, student: nn.Module) -> None:
         """Move the teacher after a step."""
-        share = 1 - min(1 - 1 / (self.step + 1), self.decay)
-        self.step += 1
+        share = self.shares.next_share()
         follow(self.teacher, student, share, buffers=self.teacher_mode == "eval")
 
-    def get_extra_state(self) -> int:
-        """Step count, so that a resumed fit averages on."""
-        return self.step
 
-    def set_extra_state(self, state: int) -> None:
-        """Restore the step count."""
-        self.step = state
-
-
-class TwoViewBatches:
+class TwoViewBatches(BatchSource):
     """Strong views, and from epoch `start` on weak views of the same images beside them."""
 
     def __init__(
@@ -190,18 +180,21 @@ class TwoViewBatches:
         self.both = batches.with_views(*batches.views, weak)
         self.epoch = epoch
         self.start = start
+        self.generator = batches.generator
 
-    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        if self.epoch() < self.start:
-            for images, mass in self.strong:
-                yield {"images": images}, mass
-            return
-        for views, mass in self.both:
-            strong, weak = views.chunk(2)
-            yield {"images": strong, "weak": weak}, mass
+    def orders(self) -> Iterator[dict[str, Any]]:
+        """Orders of one view or of two."""
+        kind = "strong" if self.epoch() < self.start else "both"
+        return ({kind: order} for order in getattr(self, kind).orders())
 
-
-# ---------------------------------------------------------------- stage two: calibration
+    def make(self, order: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Make the strong view, and the weak one where the teacher needs it."""
+        if "strong" in order:
+            images, mass = self.strong.make(order["strong"])
+            return {"images": images}, mass
+        views, mass = self.both.make(order["both"])
+        strong, weak = views.chunk(2)
+        return {"images": strong, "weak": weak}, mass
 
 
 def generalized_cross_entropy(logits: torch.Tensor, y: torch.Tensor, q: float) -> torch.Tensor:
@@ -380,16 +373,22 @@ def _whitening(covariance: torch.Tensor) -> torch.Tensor:
     return (vectors / values.clamp_min(1e-6).sqrt()).T / scale
 
 
-class RoundBatches:
+class RoundBatches(BatchSource):
     """One round of calibration per epoch: the M-step, then the batches of the E-step."""
 
     def __init__(self, batches: Batches, m_step: Callable[[], None]) -> None:
         self.batches = batches
         self.m_step = m_step
+        self.generator = batches.generator
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def orders(self) -> Iterator[Any]:
+        """Take the M-step, then give the orders of the E-step."""
         self.m_step()
-        yield from self.batches
+        yield from self.batches.orders()
+
+    def make(self, order: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make a batch of the E-step."""
+        return self.batches.make(order)
 
 
 # ---------------------------------------------------------------- the estimator

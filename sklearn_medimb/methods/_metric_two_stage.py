@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from sklearn.utils._param_validation import HasMethods, StrOptions
 from torch import nn
 
-from sklearn_medimb._data.batches import Batches, Context
+from sklearn_medimb._data.batches import Batches, BatchSource, Context
 from sklearn_medimb._data.plans import pk
 from sklearn_medimb._parameters import at_least, integers, one_of, parameter
 from sklearn_medimb._training.criterion import Criterion, LabelCriterion
@@ -88,16 +88,22 @@ class MetricStageLoss(Criterion):
         return self.ce_weight * ce + self.metric_weight * metric
 
 
-class JoinedBatches:
+class JoinedBatches(BatchSource):
     """Two plans side by side: each step's rows of the first, then those of the second."""
 
     def __init__(self, first: Batches, second: Batches) -> None:
         self.first = first
         self.second = second
+        self.generator = first.generator
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for (images, mass), (others, other_mass) in zip(self.first, self.second, strict=True):
-            yield torch.cat([images, others]), torch.cat([mass, other_mass])
+    def orders(self) -> Iterator[tuple[Any, Any]]:
+        """Pairs of orders."""
+        return zip(self.first.orders(), self.second.orders(), strict=True)
+
+    def make(self, order: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make both batches and join them."""
+        (images, mass), (others, other_mass) = self.first.make(order[0]), self.second.make(order[1])
+        return torch.cat([images, others]), torch.cat([mass, other_mass])
 
 
 class MetricTwoStageClassifier(TwoStageClassifier):

@@ -129,9 +129,11 @@ class MoCo(Objective):
         (features,), (target,) = encoded
         q = F.normalize(self.projector(features))
         k = F.normalize(self.project_target(target))
-        keys = torch.cat([k, self.queue.filled()[0]])
+        known = torch.cat([k.new_ones(len(k), dtype=torch.bool), self.queue.filled()])
+        keys = torch.cat([k, self.queue.keys])
         self.queue.push(k)
-        return F.cross_entropy(q @ keys.T / self.temperature, torch.arange(len(q), device=q.device))
+        logits = (q @ keys.T / self.temperature).masked_fill(~known, -torch.inf)
+        return F.cross_entropy(logits, torch.arange(len(q), device=q.device))
 
 
 class BYOL(Objective):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from sklearn.base import _fit_context
 
-from sklearn_medimb._data.batches import Batches, Context
+from sklearn_medimb._data.batches import Batches, BatchSource, Context
 from sklearn_medimb._data.plans import class_balanced
 from sklearn_medimb._parameters import above, one_of, parameter
 from sklearn_medimb._training.stage import TrainingSet
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 
-class MixedBatches:
+class MixedBatches(BatchSource):
     """Convex combinations of samples and of their label masses.
 
     Plain mixup [1]_ mixes a batch with itself in another order; balanced mixup [2]_ mixes it with a
@@ -45,24 +45,37 @@ class MixedBatches:
         self.batches = batches
         self.alpha = alpha
         self.partners = partners
+        self.generator = batches.generator
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        rng = self.batches.rng
+    def orders(self) -> Iterator[dict[str, Any]]:
+        """Two orders a step, or one and another order of the same batch; and the shares."""
+        batches, rng = self.batches, self.batches.rng
         b = self.alpha if self.partners is None else 1.0
-        partners = None if self.partners is None else iter(self.partners)
-        for images, mass in self.batches:
+        partners = None if self.partners is None else self.partners.orders()
+        for own in batches.orders():
+            n = len(own["index"])
             if partners is None:
-                order = torch.from_numpy(rng.permutation(len(images))).to(images.device)
-                others, other_mass = images[order], mass[order]
+                order = {"own": own, "others": batches.upload(rng.permutation(n))}
             else:
-                others, other_mass = (part[: len(images)] for part in next(partners))
-            share = torch.from_numpy(rng.beta(self.alpha, b, len(images)))
-            share = share.to(images.device, images.dtype)
-            column = share.view(-1, *[1] * (images.ndim - 1))
-            yield (
-                torch.lerp(images, others, column),
-                torch.lerp(mass, other_mass, share.unsqueeze(1)),
+                order = {"own": own, "partners": next(partners)}
+            share = batches.upload(rng.beta(self.alpha, b, n))
+            yield order | {"share": share.to(batches.preprocess.dtype)}
+
+    def make(self, order: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make the mixed images and their masses."""
+        images, mass = self.batches.make(order["own"])
+        if self.partners is None:
+            others, other_mass = images[order["others"]], mass[order["others"]]
+        else:
+            others, other_mass = (
+                part[: len(images)] for part in self.partners.make(order["partners"])
             )
+        share = order["share"]
+        column = share.view(-1, *[1] * (images.ndim - 1))
+        return (
+            torch.lerp(images, others, column),
+            torch.lerp(mass, other_mass, share.unsqueeze(1)),
+        )
 
 
 class SoftmaxClassifier(OneStageClassifier):

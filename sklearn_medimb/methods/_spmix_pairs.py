@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sklearn_medimb._data.batches import Batches
+from sklearn_medimb._data.batches import Batches, BatchSource
 from sklearn_medimb.augment import geometry
 
 
@@ -105,7 +105,7 @@ def _redrawn(
     return drawn
 
 
-class MixedViews:
+class MixedViews(BatchSource):
     """Batches of B images, of which the first m are to be mixed with others.
 
     Each view is augmented afresh, and the saliency maps are moved as their images are. A batch has
@@ -145,51 +145,61 @@ class MixedViews:
         self.mix_prob = mix_prob
         self.ratio = ratio
         self.apart = apart
+        self.generator = batches.generator
 
-    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        batches, rng = self.batches, self.batches.rng
-        for picks, following in batches.planned():
-            size, n_mixed, partners, maps = len(picks), 0, None, None
-            if self.mix_prob and self.partners.exist:
-                picks = rng.permutation(picks)
-                n_mixed = int(self.mix_prob * size + rng.random())
-            if n_mixed:
-                chosen, others = self.partners.draw(picks, n_mixed, rng)
-                picks = np.concatenate([picks, others])
-                partners = batches.preprocess.upload(torch.from_numpy(chosen))
-                index = batches.preprocess.upload(torch.from_numpy(picks))
-                maps = self.maps[index].to(batches.preprocess.dtype) / 255
-            images, targets = batches.gather(picks)
-            batches.expect(following)
-            views = [self._view(images, size, maps, partners, a) for a in batches.views]
-            if self.apart:
-                first, second = views
-                batch = first | {f"key_{name}": value for name, value in second.items()}
-            else:
-                batch = {
-                    name: torch.cat([view[name] for view in views]) if len(views) > 1 else value
-                    for name, value in views[0].items()
-                }
-            if partners is not None:
-                batch["partners"] = partners
-            yield batch, targets[:size]
+    def orders(self) -> Iterator[dict[str, Any]]:
+        """Rows of each step, the partners of the first ones, and what each view does to them."""
+        batches = self.batches
+        drawn = [self._with_partners(picks) for picks in batches.plan(batches.rng)]
+        plan = [picks for picks, _, _ in drawn]
+        steps = zip(drawn, batches.gathered(plan), batches.drawn(plan), strict=True)
+        for (_, size, partners), order, views in steps:
+            more = {} if partners is None else {"partners": batches.upload(partners)}
+            yield order | more | {"size": size, "views": views}
+
+    def _with_partners(self, picks: np.ndarray) -> tuple[np.ndarray, int, np.ndarray | None]:
+        """Rows of a step, how many of them are bases, and where the partners of the first lie."""
+        rng, size, n_mixed = self.batches.rng, len(picks), 0
+        if self.mix_prob and self.partners.exist:
+            picks = rng.permutation(picks)
+            n_mixed = int(self.mix_prob * size + rng.random())
+        if not n_mixed:
+            return picks, size, None
+        partners, others = self.partners.draw(picks, n_mixed, rng)
+        return np.concatenate([picks, others]), size, partners
+
+    def make(self, order: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Make both views of a batch, or one after the other."""
+        images, targets = self.batches.taken(order)
+        views = [
+            self._view(images, order, augment, params)
+            for augment, params in zip(self.batches.views, order["views"], strict=True)
+        ]
+        if self.apart:
+            first, second = views
+            batch = first | {f"key_{name}": value for name, value in second.items()}
+        else:
+            batch = {
+                name: torch.cat([view[name] for view in views]) if len(views) > 1 else value
+                for name, value in views[0].items()
+            }
+        if "partners" in order:
+            batch["partners"] = order["partners"]
+        return batch, targets[: order["size"]]
 
     def _view(
-        self,
-        images: torch.Tensor,
-        size: int,
-        maps: torch.Tensor | None,
-        partners: torch.Tensor | None,
-        augment: Any,
+        self, images: torch.Tensor, order: dict[str, Any], augment: Any, params: Any
     ) -> dict[str, torch.Tensor]:
         """Augmented images, and the shares of the mix from maps moved alike."""
-        params = self.batches.draw(images, augment)
+        size, params = order["size"], self.batches.in_step(images, augment, params)
         images = self.batches.preprocess.normalise(self.batches.moved(images, augment, params))
         view = {"images": images[:size]}
         if len(images) > size:
             view["others"] = images[size:]
-        if maps is not None and partners is not None:
-            if moves := geometry(params or {}):
+        if "partners" in order:
+            partners = order["partners"]
+            maps = self.maps[order["index"]].to(self.batches.preprocess.dtype) / 255
+            if moves := geometry(params):
                 maps = augment.apply(maps.unsqueeze(1), moves)[:, 0]
             view["ratio"] = self.ratio(maps[: len(partners)], maps[partners])
         return view

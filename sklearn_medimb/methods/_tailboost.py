@@ -224,11 +224,12 @@ class ContrastLoss(Criterion):
                 h_k = self.key_encoder["network"](**views).features
                 keys = F.normalize(self.key_encoder["projector"](h_k))
         queries = F.normalize(self.predictor(self.projector(h_q)))
-        remembered, y_remembered = self.queue.filled()
-        candidates = torch.cat([queries, keys, remembered])
-        y_candidates = torch.cat([y, y, y_remembered])
+        empty = ~self.queue.filled()
+        candidates = torch.cat([queries, keys, self.queue.keys])
+        y_candidates = torch.cat([y, y, self.queue.labels.masked_fill(empty, -1)])
         anchors = candidates[: n_views * len(y)]
         similarity = anchors @ candidates.T / self.contrast.temperature
+        similarity = similarity.masked_fill(F.pad(empty, (2 * len(y), 0)), -torch.inf)
         y_anchors = y.repeat(n_views)
         if self.contrast.kind == "gpaco":
             loss = gpaco_loss(
