@@ -4,6 +4,10 @@ A tensor of the simulated device is a wrapper whose content lies in a CPU tensor
 seen by the dispatcher: it unwraps, refuses tensors of two devices as CUDA does, takes its random
 numbers from the device's own generator, counts the memory and the synchronisations, and wraps.
 
+A recording (``torch.cuda.graph``) keeps the operations, not what they computed: a replay does them
+again on the same memory, without the Python around them. Whatever a real one would refuse, or read
+from the host's memory later, is refused.
+
 What it does not show: rounding, speed and determinism of CUDA's kernels, what they refuse where the
 CPU's do not, asynchronous errors, several streams or devices, and ``torch.compile``. Autocast
 rounds what it rounds on the CPU. C++ code that asks a tensor for its device itself is told "cpu".
@@ -22,9 +26,12 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.optim import optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from sklearn_medimb._machine import graphs
 
 CUDA = torch.device("cuda:0")
 aten = torch.ops.aten
@@ -239,7 +246,89 @@ class CudaGenerator(torch.Generator, metaclass=_AnyGenerator):
     def clone_state(self) -> Any:
         return CudaGenerator("cuda").set_state(self.get_state())
 
+    def graphsafe_set_state(self, other: Any) -> Any:
+        return self.set_state(other.get_state())
+
     device = property(lambda self: torch.device("cuda", 0))
+
+
+class SimulatedGraph:
+    """What ``torch.cuda.CUDAGraph`` is on the simulated device."""
+
+    live: ClassVar[Any] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.operations: list[tuple[Any, Any, Any, Any]] = []
+        self.generators: list[torch.Generator] = []
+        self.n_replays = 0
+        self.live.add(self)
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        self.generators.append(generator)
+
+    def pool(self) -> Any:
+        return (0, 1)
+
+    def reset(self) -> None:
+        self.operations.clear()
+
+    def begin(self, device: SimulatedCuda) -> None:
+        self.device, self.before = device, {}
+        generators = [*self.generators, device.default_generator]
+        self.states = [(generator, generator.get_state()) for generator in generators]
+        device.recording = self
+
+    def end(self) -> None:
+        """Nothing was computed: memory and generators are as they were."""
+        self.device.recording = None
+        for content, copied in self.before.values():
+            content.copy_(copied)
+        for generator, state in self.states:
+            generator.set_state(state)
+
+    def add(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Note an operation; what it gives has a place from now on."""
+        given = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, torch.Tensor)]
+        names = [argument.name for argument in func._schema.arguments]
+        for argument in func._schema.arguments:
+            writes = argument.alias_info is not None and argument.alias_info.is_write
+            if not (writes or argument.name.startswith("running_")):  # unsaid in old schemas
+                continue
+            place = names.index(argument.name)
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(tensor, torch.Tensor):
+                    whole = _whole(tensor)
+                    self.before.setdefault(whole.data_ptr(), (whole, whole.clone()))
+        out = func(*args, **kwargs)
+        if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+            return out  # a view
+        fresh = {id(tensor) for tensor in given}
+        made = [
+            a for a in tree_flatten(out)[0] if isinstance(a, torch.Tensor) and id(a) not in fresh
+        ]
+        self.operations.append((func, args, kwargs, made))
+        return out
+
+    def replay(self) -> None:
+        assert self.device.recording is None
+        self.n_replays += 1
+        with torch.profiler.record_function("replay"), torch._C._DisableTorchDispatch():
+            for func, args, kwargs, made in self.operations:
+                given = {id(a) for a in tree_flatten((args, kwargs))[0]}
+                with self.device._randomness(func, tree_flatten((args, kwargs))[0]):
+                    out = func(*args, **kwargs)
+                again = [
+                    a for a in tree_flatten(out)[0]
+                    if isinstance(a, torch.Tensor) and id(a) not in given
+                ]  # fmt: skip
+                for place, value in zip(made, again, strict=True):
+                    place.copy_(value)
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of the storage that a tensor looks into, as bytes."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
 class _OfThread(TorchDispatchMode):
@@ -279,6 +368,7 @@ class SimulatedCuda(TorchDispatchMode):
         self.blocks: Any = weakref.WeakValueDictionary()
         self.default_generator = CudaGenerator("cuda")
         self.default_generator.manual_seed(0)
+        self.recording: SimulatedGraph | None = None
 
     # ---------------------------------------------------------------- the device
 
@@ -347,6 +437,8 @@ class SimulatedCuda(TorchDispatchMode):
             waits |= any(place.dtype in (torch.bool, torch.uint8) for place in places)
         if waits:
             self.waits.append(str(func))
+        if self.recording is not None and (waits or crosses):
+            raise RuntimeError(f"operation not permitted when stream is capturing ({func})")
 
         content = [
             a.content if isinstance(a, CudaTensor)
@@ -359,7 +451,10 @@ class SimulatedCuda(TorchDispatchMode):
         if pinned:
             new_kwargs["pin_memory"] = False
         with self._randomness(func, flat):
-            out = func(*new_args, **new_kwargs)
+            if self.recording is None:
+                out = func(*new_args, **new_kwargs)
+            else:
+                out = self.recording.add(func, new_args, new_kwargs)
         if crosses and name != "copy_" and isinstance(out, torch.Tensor):
             given = {a.untyped_storage()._cdata for a in content if isinstance(a, torch.Tensor)}
             if out.untyped_storage()._cdata in given:
@@ -404,6 +499,10 @@ class SimulatedCuda(TorchDispatchMode):
     def _randomness(self, func: Any, flat: list[Any]) -> Any:
         """Draw from the device's own generator, given or default."""
         given = [a for a in flat if isinstance(a, torch.Generator)]
+        if given and self.recording is not None:
+            known = {generator._cdata for generator in self.recording.generators}
+            if given[0]._cdata not in known:
+                raise RuntimeError("an unexpected CUDA generator used during capture (simulated)")
         if given and given[0]._cdata not in CudaGenerator.numbers.values():
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         if given or torch.Tag.nondeterministic_seeded not in func.tags:
@@ -422,6 +521,7 @@ class SimulatedCuda(TorchDispatchMode):
     def __enter__(self) -> SimulatedCuda:
         global current
         generator, autocast, save = self.default_generator, torch.autocast, torch.save
+        group_by_device = optimizer._group_tensors_by_device_and_dtype
 
         def autocast_(device_type: str, *args: Any, **kwargs: Any) -> Any:
             return autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
@@ -438,6 +538,25 @@ class SimulatedCuda(TorchDispatchMode):
 
         def synchronize(*args: Any) -> None:
             self.waits.append("synchronize")
+
+        @contextlib.contextmanager
+        def graph(recorded: SimulatedGraph, **kwargs: Any) -> Any:
+            recorded.begin(self)
+            try:
+                yield
+            finally:
+                recorded.end()
+
+        def grouped(lists: Any, with_indices: bool = False) -> Any:
+            """By devices as C++ would see them, were they real."""
+            found = group_by_device(lists, with_indices)
+            return {
+                (CUDA if isinstance(tensors[0][0], CudaTensor) else device, dtype): (tensors, where)
+                for (device, dtype), (tensors, where) in found.items()
+            }
+
+        def stream(*args: Any) -> Any:
+            return SimpleNamespace(wait_stream=lambda other: None)
 
         properties = SimpleNamespace(
             name="Simulated", uuid="simulated", total_memory=self.memory, major=9, minor=0
@@ -458,6 +577,12 @@ class SimulatedCuda(TorchDispatchMode):
             "empty_cache": lambda: None,
             "synchronize": synchronize,
             "device": lambda *_: contextlib.nullcontext(),
+            "CUDAGraph": SimulatedGraph,
+            "graph": graph,
+            "Stream": stream,
+            "current_stream": stream,
+            "stream": lambda _: contextlib.nullcontext(),
+            "default_generators": (generator,),
             "set_device": lambda *_: None,
             "get_rng_state": lambda *_: generator.get_state(),
             "set_rng_state": lambda state, *_: generator.set_state(state),
@@ -473,6 +598,13 @@ class SimulatedCuda(TorchDispatchMode):
             self.patches.enter_context(mock.patch.object(torch, name, value))
         self.patches.enter_context(mock.patch.object(torch.Tensor, "pin_memory", pin_memory))
         self.patches.enter_context(mock.patch.object(torch.amp, "autocast", autocast_))
+        self.patches.enter_context(
+            mock.patch.object(optimizer, "_group_tensors_by_device_and_dtype", grouped)
+        )
+        # C++ that asks a wrapper for its device is told "cpu": only what moves goes there.
+        is_host = graphs._is_host
+        moves_to_host = mock.patch.object(graphs, "_is_host", lambda d: self.moving and is_host(d))
+        self.patches.enter_context(moves_to_host)
         # A parameter cannot become a wrapper in place: the module gets a new one.
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         torch.__future__.set_overwrite_module_params_on_conversion(True)

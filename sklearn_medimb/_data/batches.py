@@ -167,13 +167,13 @@ class Batches(BatchSource):
         self.views = context.views
         self.rng = context.rng
         self.generator = context.generator
+        self.encoded = isinstance(images, CachedImages)
         self.resident = self._resident_copy()
 
     def _resident_copy(self) -> torch.Tensor | None:
         """All training rows on the accelerator, in their stored dtype, where they fit."""
         device = self.preprocess.device
-        encoded = isinstance(self.images, CachedImages)
-        if device.type != "cuda" or not self.images.in_blocks or encoded:
+        if device.type != "cuda" or not self.images.in_blocks or self.encoded:
             return None
         n_bytes = (
             len(self.rows) * int(np.prod(self.images.image_shape)) * self.images.dtype.itemsize
@@ -262,19 +262,22 @@ class Batches(BatchSource):
         return map(list, zip(*columns, strict=True))
 
     def _drawn(self, sizes: list[int], augmentation: Any) -> Sequence[Any]:
-        still = getattr(augmentation, "is_identity", False)
-        encoded = isinstance(self.images, CachedImages)
-        if not encoded and (still or len(self.images.image_shape) < 3):
-            return [{}] * len(sizes)  # vectors are not augmented
-        if not encoded and not getattr(augmentation, "is_compact", False):
+        if self._stays(augmentation):
+            return [{}] * len(sizes)
+        if not (self.encoded or getattr(augmentation, "is_compact", False)):
             return [None] * len(sizes)
         params = self._draw(sum(sizes), augmentation)
         parts = {name: values.split(sizes) for name, values in params.items()}
         return [{name: parts[name][k] for name in parts} for k in range(len(sizes))]
 
+    def _stays(self, augmentation: Any) -> bool:
+        """Whether images stay as they are; vectors do."""
+        still = getattr(augmentation, "is_identity", False)
+        return not self.encoded and (still or len(self.images.image_shape) < 3)
+
     def _draw(self, n: int, augmentation: Any) -> dict[str, torch.Tensor]:
         """What `augmentation` will do to so many images."""
-        if isinstance(self.images, CachedImages):
+        if isinstance(self.images, CachedImages):  # they have their own views
             n_views = 1 if getattr(augmentation, "is_identity", False) else self.images.n_views
             how: dict[str, Any] = {"generator": self.generator, "device": self.generator.device}
             return {"view": torch.randint(n_views, (n,), **how)}
@@ -292,10 +295,10 @@ class Batches(BatchSource):
         self, images: torch.Tensor, augmentation: Any, params: dict[str, torch.Tensor] | None
     ) -> torch.Tensor:
         """Images as `augmentation` changes them, by what was drawn."""
+        if self._stays(augmentation):
+            return images
         params = self.in_step(images, augmentation, params)
         if isinstance(self.images, CachedImages):
             return self.images.views[images, params["view"]]
-        if not params:
-            return images
         with redirected(not isinstance(augmentation, Augmentation)):
             return augmentation.apply(images, params)

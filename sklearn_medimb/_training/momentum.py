@@ -32,7 +32,9 @@ def follow(
     if buffers:
         old += [buffer for buffer in follower.buffers() if buffer.is_floating_point()]
         new += [buffer for buffer in original.buffers() if buffer.is_floating_point()]
-    weight: Any = [share] * len(old) if isinstance(share, Tensor) else share
+    weight: Any = share
+    if isinstance(share, Tensor):
+        weight = [share.to(old[0].dtype)] * len(old)
     torch._foreach_lerp_(old, new, weight)
 
 
@@ -50,7 +52,7 @@ class RunningMean(nn.Module):
     def __init__(self, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        self.register_buffer("n_steps", torch.zeros(()))
+        self.register_buffer("n_steps", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
     def next_share(self) -> Tensor:

@@ -1405,7 +1405,7 @@ def test_warm_start_goes_on_with_mixing(blobs):
     learned, weights = copy.deepcopy((clf.net_.criterion_.state_dict(), clf._network_weights()))
     clf.fit(X, y)
     assert clf.n_iter_ == 4
-    assert starts[1][0]["queue._extra_state"] == learned["queue._extra_state"] != {"n_seen": 0}
+    assert starts[1][0]["queue.n_seen"] == learned["queue.n_seen"] > 0
     for name in ("queue.keys", "projector.0.weight", "predictor.0.weight"):
         torch.testing.assert_close(starts[1][0][name], learned[name], rtol=0, atol=1e-6)
     for name, weight in weights.items():
