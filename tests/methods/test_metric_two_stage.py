@@ -926,7 +926,7 @@ def test_margins_and_mining_reach_the_loss(loss, mining, blobs):
         metric = small(mining=mining, **params).fit(*blobs).net_.criterion_.metric
         if loss == "class_center_triplet":
             metric.seen.zero_()
-            metric.step = 99
+            metric.step.fill_(99)
         return metric(e, y).item(), metric
 
     default, metric = value()

@@ -241,8 +241,8 @@ def test_moco_finds_its_key_among_those_of_the_batch_and_of_the_queue():
         loss = objective(both, torch.zeros(5))
         assert loss.item() == pytest.approx(total, rel=1e-9)
         past.append(k)
-        assert len(objective.queue) == 5 * (seed + 1)  # it starts empty
-    assert torch.equal(objective.queue.filled()[0], torch.cat(past))
+        assert objective.queue.filled().sum() == 5 * (seed + 1)  # it starts empty
+    assert torch.equal(objective.queue.keys[objective.queue.filled()], torch.cat(past))
 
 
 def test_places_of_the_queue_that_were_not_filled_have_no_influence():
