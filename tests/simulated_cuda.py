@@ -301,7 +301,9 @@ class SimulatedGraph:
                     whole = _whole(tensor)
                     self.before.setdefault(whole.data_ptr(), (whole, whole.clone()))
         out = func(*args, **kwargs)
-        if any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+        if any(
+            r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns
+        ):
             return out  # a view
         fresh = {id(tensor) for tensor in given}
         made = [

@@ -89,7 +89,9 @@ class Recorder:
         """Drop a recording that failed: its generators still take themselves for recorded."""
         with suppress(RuntimeError):
             graph.reset()
-        for generator in (*self.generators, torch.cuda.default_generators[self.device.index or 0]):
+        place = self.device.index
+        place = torch.cuda.current_device() if place is None else place
+        for generator in (*self.generators, torch.cuda.default_generators[place]):
             generator.graphsafe_set_state(generator.clone_state())
 
 
@@ -144,6 +146,7 @@ def _obstacle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str |
     there = [part.is_cuda for part in flat]
     to = kwargs.get("device")
     away = to is not None and torch.device(to).type == "cuda" and flat and not all(there)
+    away = away or (name == "lift_fresh" and any(there))  # torch.tensor: numbers of the host
     if not any(there) and not away:
         return None
     copies = name in ("_to_copy", "copy_", "_foreach_copy_")

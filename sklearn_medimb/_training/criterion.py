@@ -24,9 +24,11 @@ class Criterion(nn.Module):
     -----
     What predictions need belongs in the network, by `_make_network` or `_make_head`: of the best
     epoch of early stopping the network is kept, not the criterion. Numbers that are no tensors,
-    such as counters of steps, survive a crash through torch's own ``get_extra_state`` and
-    ``set_extra_state``. A copy of the network that only follows it has ``requires_grad_(False)``:
-    it is no part of what the optimiser moves.
+    such as counters of rounds, survive a crash through torch's own ``get_extra_state`` and
+    ``set_extra_state``. Where a GPU can, it replays steps without Python: what changes from step to
+    step, a counter too, is best a buffer. One that is a number is noticed, and steps are then taken
+    one by one, which is slower. A copy of the network that only follows it has
+    ``requires_grad_(False)``: it is no part of what the optimiser moves.
     """
 
     def __init__(self) -> None:

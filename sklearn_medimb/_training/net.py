@@ -74,6 +74,7 @@ class Net(NeuralNet):
     began = False
     average: WeightAverage | None = None  # of the weights, in the present stage
     steps: Steps  # of the present stage, or the last one
+    told: str | None = None  # why the user knows that steps are not replayed
     from_outside = False  # whether a step may ask torch's default generators for numbers
     callbacks_: list[tuple[str, Callback]]
     user_callbacks: list[Callback]

@@ -97,7 +97,7 @@ class Steps:
     Attributes
     ----------
     reason : str or None
-        Why steps are taken one by one; None where they are replayed, or would be.
+        Why steps are taken one by one where the device could replay them.
     n_replayed : int
         Steps that were replayed.
     """
@@ -110,8 +110,11 @@ class Steps:
         self.known: dict[Any, _Kind] = {}
         self.n_replayed = 0
         self.recorder: Recorder | None = None
-        self.reason = self._obstacle(callbacks)
-        if self.reason is None:
+        self.reason: str | None = None
+        if can_replay(torch.device(net.device)):
+            self.reason = self._obstacle(callbacks)
+            if self.reason is not None:
+                return
             draws = current_draws()
             own = () if draws is None else draws.generators.values()
             self.recorder = Recorder(torch.device(net.device), [source.generator, *own])
@@ -121,8 +124,6 @@ class Steps:
     def _obstacle(self, callbacks: Iterable[Callback]) -> str | None:
         """Why these steps cannot be replayed, as far as that is known before the first."""
         net, optimizer = self.net, self.net.optimizer_
-        if not can_replay(torch.device(net.device)):
-            return f"{net.device} replays nothing"
         if not isinstance(self.source, BatchSource):
             return "the batches come from code that gives no orders"
         if distributed.world_size() > 1:

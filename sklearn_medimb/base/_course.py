@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,6 +132,10 @@ class Trains(KeepsWeights):
                 last,
                 validated=scorer is not None,
             )
+        reason = net.steps.reason
+        if self.verbose and main and reason not in (None, net.told):
+            print(f"Steps are taken one by one: {reason}.", file=sys.stderr)  # noqa: T201
+            net.told = reason
 
     @contextmanager
     def _settling(self, stages: list[Stage], train: TrainingSet) -> Iterator[None]:

@@ -28,6 +28,8 @@ _RESERVED = {
 }  # fmt: skip
 
 WEIGHT_DECAY = 1e-2  # unless told otherwise
+# One kernel for all weights; and a GPU can replay a step of them.
+_FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
 
 
 def described(module: nn.Module) -> Any:
@@ -251,7 +253,8 @@ class MakesNetworks(SharedParameters):
             raise ValueError(
                 f"net_params must not hold {reserved}: the estimator sets them itself."
             )
-        if params["optimizer"] is torch.optim.AdamW:
+        others = {f"optimizer__{name}" for name in ("foreach", "differentiable")}
+        if params["optimizer"] in _FUSED and not others & params.keys():
             params.setdefault("optimizer__fused", True)
         decay = WEIGHT_DECAY if self.weight_decay == "auto" else self.weight_decay
         params.setdefault("optimizer__weight_decay", decay)
