@@ -171,7 +171,8 @@ class Steps:
         """Numbers and texts of all modules: a step that changes one counts in Python."""
         plain = (int, float, str, tuple, type(None))
         return [
-            {k: v for k, v in vars(part).items() if isinstance(v, plain)} for part in self._parts()
+            {k: v for k, v in vars(part).items() if isinstance(v, plain) and k != "training"}
+            for part in self._parts()
         ]
 
     # ---------------------------------------------------------------- an epoch
