@@ -370,7 +370,6 @@ class SimulatedCuda(TorchDispatchMode):
         self.blocks: Any = weakref.WeakValueDictionary()
         self.default_generator = CudaGenerator("cuda")
         self.default_generator.manual_seed(0)
-        self.recording: SimulatedGraph | None = None
 
     # ---------------------------------------------------------------- the device
 
@@ -382,6 +381,15 @@ class SimulatedCuda(TorchDispatchMode):
     @moving.setter
     def moving(self, value: bool) -> None:
         self.flags.moving = value
+
+    @property
+    def recording(self) -> SimulatedGraph | None:
+        """What this thread records."""
+        return getattr(self.flags, "recording", None)
+
+    @recording.setter
+    def recording(self, value: SimulatedGraph | None) -> None:
+        self.flags.recording = value
 
     @property
     def saving(self) -> bool:

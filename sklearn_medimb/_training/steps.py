@@ -339,9 +339,10 @@ class Steps:
         self.known.clear()
 
     def close(self) -> None:
-        """Leave no recording behind."""
-        self.recorder = None
+        """Leave no recording behind, nor what was trained on."""
         self._forget()
+        for name in ("recorder", "source", "make", "memory", "net", "totals", "counts", "rates"):
+            vars(self).pop(name, None)
 
     # ---------------------------------------------------------------- memory
 
