@@ -83,6 +83,10 @@ class WeightAverage:
         """Follow the network."""
         follow(self.mean, network, self.shares.next_share(), buffers=True)
 
+    def tensors(self) -> list[Tensor]:
+        """All that a step changes."""
+        return [*self.mean.parameters(), *self.mean.buffers(), *self.shares.buffers()]
+
     @contextmanager
     def in_place_of(self, network: nn.Module) -> Iterator[None]:
         """Let the network have the mean weights for a while."""

@@ -302,15 +302,57 @@ class Steps:
         try:
             with self._rates_from(rates):
                 replay = self.recorder.record(work)
+            is_same = bool(self.known) or self._is_same(work, replay)
         except Exception as error:
             self.totals = {name: self.totals[name] for name in known}
             self.stop_recording(f"recording it failed: {error}")
             return False
         finally:
             net.criterion_.terms = {}
+        if not is_same:
+            self.stop_recording("a replay came to another result")
+            return False
         tensors = [leaf for leaf in tree_flatten(order)[0] if isinstance(leaf, torch.Tensor)]
         self.known[kind] = _Kind(replay, [*tensors, rates], n_targets, list(terms))
         return True
+
+    @torch.no_grad()
+    def _is_same(self, work: Callable[[], None], replay: Callable[[], None]) -> bool:
+        """Whether a replay does what the step itself does; then all is as it was.
+
+        Some kernels add in any order, and where a gradient is nothing but rounding Adam takes a
+        step of full length this way or that: so few of the weights may go elsewhere.
+        """
+        net = self.net
+        weights = [w for _, w in net.get_all_learnable_params() if w.requires_grad]
+        kept = [v for part in (net.module_, net.criterion_) for v in part.parameters()]
+        kept += [v for part in (net.module_, net.criterion_) for v in part.buffers()]
+        kept += [v for own in net.optimizer_.state.values() for v in own.values()]
+        kept += [*self.totals.values(), *(net.average.tensors() if net.average else ())]
+        before, ways, random = [value.clone() for value in kept], [], self._random()
+        start = self.totals["loss"].clone()
+        for way in (work, replay):
+            try:
+                with torch.enable_grad():
+                    way()
+                ways.append(([weight.clone() for weight in weights], self.totals["loss"] - start))
+            finally:
+                torch._foreach_copy_(kept, before)
+                for generator, state in random:
+                    generator.set_state(state)
+        (taken, loss), (replayed, other_loss) = ways
+        moved, apart = (
+            torch.stack([(a - b).norm() for a, b in zip(taken, others, strict=True)]).norm()
+            for others in (weights, replayed)
+        )
+        same_loss = (loss - other_loss).abs() <= 1e-2 * loss.abs()
+        return bool(same_loss & (apart <= 0.5 * moved))
+
+    def _random(self) -> list[tuple[torch.Generator, torch.Tensor]]:
+        """State of every generator that a step draws from."""
+        draws = current_draws()
+        own = [] if draws is None else [*draws.generators.values()]
+        return [(generator, generator.get_state()) for generator in (self.source.generator, *own)]
 
     @contextmanager
     def _rates_from(self, rates: torch.Tensor) -> Iterator[None]:

@@ -27,6 +27,7 @@ from sklearn_medimb._data.resize import resolve_size
 from sklearn_medimb._machine import distributed
 from sklearn_medimb._machine.fitted import all_or_nothing
 from sklearn_medimb._machine.gpu_queue import ALL_MEMORY, waiting_for_memory
+from sklearn_medimb._machine.graphs import can_replay
 from sklearn_medimb._machine.randomness import Draws, drawing_from, make_generator, redirected
 from sklearn_medimb._machine.runtime import (
     in_blocks,
@@ -348,6 +349,8 @@ class BaseImageEstimator(Trains):
             if not is_out_of_memory(error):
                 raise
             return ALL_MEMORY  # others are there: it tries when it is alone
+        if can_replay(torch.device(self.net_.device)):  # recorded steps have memory of their own
+            activations, weights = 2 * activations, weights + weights // 5
         return resident + 5 * weights + activations
 
     def _most_images(self, train: TrainingSet) -> int:
