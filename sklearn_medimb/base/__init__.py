@@ -4,7 +4,7 @@ Imports `_data`, `_machine`, `_parameters`, `_training`, `augment`, `backbones`,
 `metrics`, `rebalance`.
 """
 
-from sklearn_medimb._data.batches import Batches, Context
+from sklearn_medimb._data.batches import Batches, BatchSource, Context
 from sklearn_medimb._data.plans import class_balanced, pk, shuffled
 from sklearn_medimb._parameters import (
     Declaring,
@@ -31,6 +31,7 @@ __all__ = [
     "BaseImageClassifier",
     "BaseImageEncoder",
     "BaseImageEstimator",
+    "BatchSource",
     "Batches",
     "Context",
     "CosineHead",

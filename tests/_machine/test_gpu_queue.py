@@ -30,8 +30,8 @@ from sklearn_medimb import (
 )
 from sklearn_medimb._machine import gpu_queue
 from sklearn_medimb._machine.gpu_queue import MemoryQueue
-from sklearn_medimb._training.net import Net
 from sklearn_medimb._training.network import Trunk
+from sklearn_medimb._training.steps import Steps
 from sklearn_medimb.backbones import ConvNet
 from sklearn_medimb.base._encoder import BaseImageEncoder
 from sklearn_medimb.methods import Contrast
@@ -180,7 +180,7 @@ PAIR_OF_IMAGES = {"reference": "paired", "spatial_dims": 2, "batch_size": 8}
 def test_the_estimate_counts_every_image_that_backbones_encode(monkeypatch, estimator, n_images):
     """In the most demanding step of a fit: views, partners, teachers, and pre-training."""
     encoded, steps, estimates = [], [], []
-    forward, within = Trunk.forward, Net._within_memory
+    forward, within = Trunk.forward, Steps._within_memory
     monkeypatch.setattr(
         Trunk, "forward", lambda trunk, x: encoded.append(len(x)) or forward(trunk, x)
     )
@@ -195,7 +195,7 @@ def test_the_estimate_counts_every_image_that_backbones_encode(monkeypatch, esti
         estimates.append(n_bytes())
         return nullcontext()
 
-    monkeypatch.setattr(Net, "_within_memory", step)
+    monkeypatch.setattr(Steps, "_within_memory", step)
     monkeypatch.setattr("sklearn_medimb.base._image_estimator.waiting_for_memory", on_gpu)
     monkeypatch.setattr(BaseImageEncoder, "_auto_epochs", 1)
     monkeypatch.setattr(BaseImageEncoder, "_auto_steps", 1)

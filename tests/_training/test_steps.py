@@ -25,9 +25,8 @@ from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import MLP, ConvNet
 from sklearn_medimb.base import Criterion
 from sklearn_medimb.methods import Contrast
-from tests.estimators import PUBLIC
+from tests.estimators import PUBLIC, TRAINED
 from tests.simulated_cuda import SimulatedCuda, SimulatedGraph
-from tests.test_cuda import NETWORKS
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="looks into the simulation"),
@@ -91,7 +90,7 @@ def both(fit):
 
 # One row per way to train: each public estimator by default, and what changes its steps.
 WAYS = {
-    **{name: (name, {}) for name in NETWORKS if name != "PretrainedFeatures"},
+    **{name: (name, {}) for name in TRAINED},
     "dropout": ("SoftmaxClassifier", {"backbone": nn.Sequential(nn.Conv2d(3, 4, 3), Dropout(0.3))}),
     "torch's dropout": (
         "SoftmaxClassifier", {"backbone": nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.3))},
