@@ -285,6 +285,7 @@ def one_thread():
 
 @needs_fork
 @pytest.mark.filterwarnings("ignore:The features have all but collapsed")
+@pytest.mark.filterwarnings("ignore:In .* steps the thresholds")
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_estimator_works_in_a_forked_child(name, one_thread):
     estimator, X, y = prepared(name)
