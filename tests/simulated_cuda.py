@@ -261,12 +261,15 @@ class SimulatedGraph:
         self.operations: list[tuple[Any, Any, Any, Any]] = []
         self.generators: list[torch.Generator] = []
         self.n_replays = 0
+        self.ended = self.invalid = False
         self.live.add(self)
 
     def register_generator_state(self, generator: torch.Generator) -> None:
         self.generators.append(generator)
 
     def pool(self) -> Any:
+        if not self.ended:
+            raise RuntimeError("Called CUDAGraph::pool() without a preceding successful capture.")
         return (0, 1)
 
     def reset(self) -> None:
@@ -285,6 +288,13 @@ class SimulatedGraph:
             content.copy_(copied)
         for generator, state in self.states:
             generator.set_state(state)
+        for *_, made in self.operations:  # memory that nothing has written to
+            for content in made:
+                if content.is_floating_point():
+                    content.fill_(torch.nan)
+        if self.invalid:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.ended = True
 
     def add(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Note an operation; what it gives has a place from now on."""
@@ -448,6 +458,7 @@ class SimulatedCuda(TorchDispatchMode):
         if waits:
             self.waits.append(str(func))
         if self.recording is not None and (waits or crosses):
+            self.recording.invalid = True
             raise RuntimeError(f"operation not permitted when stream is capturing ({func})")
 
         content = [
@@ -512,6 +523,7 @@ class SimulatedCuda(TorchDispatchMode):
         if given and self.recording is not None:
             known = {generator._cdata for generator in self.recording.generators}
             if given[0]._cdata not in known:
+                self.recording.invalid = True
                 raise RuntimeError("an unexpected CUDA generator used during capture (simulated)")
         if given and given[0]._cdata not in CudaGenerator.numbers.values():
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
@@ -588,6 +600,7 @@ class SimulatedCuda(TorchDispatchMode):
             "synchronize": synchronize,
             "device": lambda *_: contextlib.nullcontext(),
             "CUDAGraph": SimulatedGraph,
+            "graph_pool_handle": lambda: (0, 1),
             "graph": graph,
             "Stream": stream,
             "current_stream": stream,

@@ -254,8 +254,8 @@ class Batches(BatchSource):
     def drawn(self, plan: Sequence[np.ndarray]) -> Iterator[list[Any]]:
         """What each view will do to the images of each step, drawn ahead for the whole epoch.
 
-        None stands for what is drawn in the step itself: fields of noise, and whatever an
-        augmentation of the caller's own draws.
+        What is drawn in the step itself, fields of noise and whatever an augmentation of the
+        caller's own draws, has the settings of the augmentation in its place.
         """
         sizes = [len(picks) for picks in plan]
         columns = [self._drawn(sizes, augmentation) for augmentation in self.views]
@@ -265,7 +265,7 @@ class Batches(BatchSource):
         if self._stays(augmentation):
             return [{}] * len(sizes)
         if not (self.encoded or getattr(augmentation, "is_compact", False)):
-            return [None] * len(sizes)
+            return [repr(augmentation)] * len(sizes)
         params = self._draw(sum(sizes), augmentation)
         parts = {name: values.split(sizes) for name, values in params.items()}
         return [{name: parts[name][k] for name in parts} for k in range(len(sizes))]
@@ -286,13 +286,13 @@ class Batches(BatchSource):
             return augmentation.draw(n, self.images.image_shape, self.generator)
 
     def in_step(
-        self, images: torch.Tensor, augmentation: Any, params: dict[str, torch.Tensor] | None
+        self, images: torch.Tensor, augmentation: Any, params: dict[str, torch.Tensor] | str
     ) -> dict[str, torch.Tensor]:
         """What was drawn for images of a step, or is drawn now."""
-        return self._draw(len(images), augmentation) if params is None else params
+        return self._draw(len(images), augmentation) if isinstance(params, str) else params
 
     def moved(
-        self, images: torch.Tensor, augmentation: Any, params: dict[str, torch.Tensor] | None
+        self, images: torch.Tensor, augmentation: Any, params: dict[str, torch.Tensor] | str
     ) -> torch.Tensor:
         """Images as `augmentation` changes them, by what was drawn."""
         if self._stays(augmentation):

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from sklearn_medimb._machine.graphs import empty_cache
+
 # Beside what is counted: the CUDA context of a process, and the libraries' workspace.
 OVERHEAD = 2**30
 # More than any GPU has: of a fit that runs when it is alone.
@@ -124,6 +126,6 @@ def waiting_for_memory(device: torch.device, n_bytes: Callable[[], int]) -> Iter
             try:
                 yield
             finally:
-                torch.cuda.empty_cache()  # before the next one counts on it
+                empty_cache()  # before the next one counts on it
     finally:
         _waited.reset(token)

@@ -7,12 +7,14 @@ changes from one replay to the next has to be a tensor, at a fixed place, on the
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
 import torch
+from torch import _C as native
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from sklearn_medimb._machine.randomness import current_draws
@@ -26,9 +28,32 @@ _WAITING = {
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
 
 
+# A device records for one thread at a time, and nobody may wait for all of it meanwhile.
+_alone = threading.RLock()
+_of_thread = threading.local()
+# Recordings that failed inside of CUDA: the allocators of some versions refer to them for ever.
+_failed: list[Any] = []
+
+
 def can_replay(device: torch.device) -> bool:
     """Whether a device replays what was recorded, with the draws of given generators."""
-    return device.type == "cuda" and hasattr(torch.cuda.CUDAGraph, "register_generator_state")
+    known = hasattr(torch.cuda.CUDAGraph, "register_generator_state")
+    return device.type == "cuda" and known and not _failed
+
+
+def empty_cache() -> None:
+    """Give cached memory of the GPU back, if there is one, when nothing is being recorded."""
+    if torch.cuda.is_available():
+        with _alone:
+            torch.cuda.empty_cache()
+
+
+def _stream_of_thread(device: torch.device) -> Any:
+    """One stream for all recordings of a thread: torch has few, and gives them out in turn."""
+    streams = _of_thread.__dict__.setdefault("streams", {})
+    if str(device) not in streams:
+        streams[str(device)] = torch.cuda.Stream(device)
+    return streams[str(device)]
 
 
 class Recorder:
@@ -43,10 +68,11 @@ class Recorder:
     """
 
     def __init__(self, device: torch.device, generators: Iterable[torch.Generator]) -> None:
-        self.device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device = torch.device(device.type, index)
         self.generators = [g for g in generators if g.device.type == device.type]
-        self.stream = torch.cuda.Stream(device)
-        self.pool: Any = None
+        self.stream = _stream_of_thread(self.device)
+        self.pool: Any = torch.cuda.graph_pool_handle()
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -68,30 +94,44 @@ class Recorder:
         Raises
         ------
         RuntimeError
-            If something in it cannot be recorded; all is then as it was.
+            If something in it cannot be recorded; nothing more is recorded in this process if CUDA
+            found it out.
         """
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
             graph.register_generator_state(generator)
-        try:
-            # Other threads may well use the device meanwhile.
-            with torch.cuda.graph(
-                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-            ):
-                work()
-        except BaseException:
-            self._give_up(graph)
-            raise
-        self.pool = graph.pool()
-        return graph.replay
+        with _alone:
+            try:
+                with torch.cuda.graph(
+                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+                ):
+                    work()
+            except BaseException:
+                self._give_up(graph)
+                raise
 
-    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Drop a recording that failed: its generators still take themselves for recorded."""
-        with suppress(RuntimeError):
+        def replay() -> None:
+            with _alone:  # a generator that two graphs share counts for one at a time
+                graph.replay()
+
+        return replay
+
+    def _give_up(self, graph: Any) -> None:
+        """Drop a recording that failed."""
+        try:
+            graph.pool()
+        except RuntimeError:
+            _failed.append(graph)
+        else:  # it ended as it should, only the work did not
             graph.reset()
-        place = self.device.index
-        place = torch.cuda.current_device() if place is None else place
-        for generator in (*self.generators, torch.cuda.default_generators[place]):
+            return
+        # Its memory still takes all that is allocated, and its generators themselves for recorded.
+        ends = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
+        for end in filter(None, (vars(native).get(name) for name in ends)):
+            with suppress(RuntimeError):
+                end(self.device.index, self.pool)
+            break
+        for generator in (*self.generators, torch.cuda.default_generators[self.device.index]):
             generator.graphsafe_set_state(generator.clone_state())
 
 
@@ -107,6 +147,7 @@ class Obstacles(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: str | None = None
+        self.constants: list[torch.Tensor] = []  # that torch itself makes of numbers in the code
 
     # torch's own, without the flags that they set for all threads.
     def __enter__(self) -> Obstacles:
@@ -123,8 +164,11 @@ class Obstacles(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if self.found is None:
-            self.found = _obstacle(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+            self.found = _obstacle(func, args, kwargs or {}, self.constants)
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.scalar_tensor.default:
+            self.constants.append(out)
+        return out
 
 
 def _python_draws() -> Any:
@@ -136,13 +180,16 @@ def _python_draws() -> Any:
     return random.getstate(), name, np.asarray(keys).tobytes(), rest, states
 
 
-def _obstacle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _obstacle(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], constants: list[torch.Tensor]
+) -> str | None:
     """What keeps one operation from being recorded."""
     name = func.name().split("::")[1].split(".")[0]
     flat: list[torch.Tensor] = []
     for value in (*args, *kwargs.values()):
         parts = value if isinstance(value, (list, tuple)) else (value,)
         flat += [part for part in parts if isinstance(part, torch.Tensor)]
+    flat = [part for part in flat if not any(part is constant for constant in constants)]
     there = [part.is_cuda for part in flat]
     to = kwargs.get("device")
     away = to is not None and torch.device(to).type == "cuda" and flat and not all(there)
@@ -160,6 +207,8 @@ def _obstacle(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str |
             return f"it waits for the device ({name} with a mask)"
         if not all(place.is_cuda for place in places):
             return f"it copies between host and device ({name})"
+    elif not copies and not all(there):
+        return f"it reads a number of the host ({name})"
     return None
 
 

@@ -77,7 +77,8 @@ class WeightAverage:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.mean = copy.deepcopy(network).requires_grad_(False)
-        self.shares = RunningMean(decay).to(next(network.parameters()))
+        like = next(network.parameters())
+        self.shares = RunningMean(decay).to(like.device, like.dtype)
 
     def after_step(self, network: nn.Module) -> None:
         """Follow the network."""
@@ -151,7 +152,7 @@ class KeyQueue(nn.Module):
         places = (
             self.n_seen + n_left_out + torch.arange(len(kept), device=keys.device)
         ) % self.size
-        self.keys.index_copy_(0, places, kept.to(self.keys.dtype))
+        self.keys.index_put_((places,), kept.to(self.keys.dtype))
         if labels is not None:
-            self.labels.index_copy_(0, places, labels[n_left_out:])
+            self.labels.index_put_((places,), labels[n_left_out:])
         self.n_seen += len(keys)

@@ -20,10 +20,12 @@ from torch import nn
 
 from sklearn_medimb._data.batches import Batches
 from sklearn_medimb._machine import distributed
+from sklearn_medimb._machine.graphs import can_replay
 from sklearn_medimb._machine.randomness import may_draw, redirected
 from sklearn_medimb._machine.runtime import noting_interrupts
 from sklearn_medimb._training.callbacks import check_patterns, explain_missing
 from sklearn_medimb._training.momentum import WeightAverage
+from sklearn_medimb._training.replays import ReplayedSteps
 from sklearn_medimb._training.steps import Steps
 
 SCHEDULES = ("one_cycle", "cosine", "constant")
@@ -230,7 +232,9 @@ class Net(NeuralNet):
         self.from_outside = may_draw(self.module_, self.criterion_) or not type(
             self.optimizer_
         ).__module__.startswith("torch.optim.")
-        self.steps = Steps(self, batches, [callback for _, callback in self.callbacks_])
+        self.steps = Steps(self, batches)
+        if can_replay(torch.device(self.device)):
+            self.steps = ReplayedSteps(self, batches, [cb for _, cb in self.callbacks_])
         try:
             with noting_interrupts() as pressed:
                 self.partial_fit(batches)

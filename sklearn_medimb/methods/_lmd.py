@@ -282,6 +282,7 @@ class ICCLoss(Criterion):
         w, and the margin of "margin".
     """
 
+    round: torch.Tensor
     means: torch.Tensor
     whitening: torch.Tensor
     coef: torch.Tensor
@@ -302,7 +303,7 @@ class ICCLoss(Criterion):
         self.kind = kind
         self.weight = weight
         self.margin = margin
-        self.round = 0
+        self.register_buffer("round", torch.zeros((), dtype=torch.long))
         self.register_buffer("coef", torch.zeros(n_classes, d))
         self.register_buffer("intercept", torch.zeros(n_classes))
         size = 0 if kind is None else d
@@ -319,7 +320,7 @@ class ICCLoss(Criterion):
         """Take over the head of an M-step, and average the statistics it came from."""
         self.coef.copy_(torch.from_numpy(coef))
         self.intercept.copy_(torch.from_numpy(intercept))
-        share = 1 - min(1 - 1 / (self.round + 1), 0.999)
+        share = 1 - min(1 - 1 / (int(self.round) + 1), 0.999)
         self.round += 1
         if gaussians is None:
             return
@@ -348,12 +349,12 @@ class ICCLoss(Criterion):
         return label + self.weight * term
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Rounds done and statistics, so that a resumed fit averages on."""
-        return {"round": self.round, "statistics": list(self.statistics)}
+        """Statistics, so that a resumed fit averages on."""
+        return {"statistics": list(self.statistics)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on from these rounds and statistics."""
-        self.round, self.statistics = state["round"], tuple(state["statistics"])
+        """Go on from these statistics."""
+        self.statistics = tuple(state["statistics"])
 
 
 def _whitening(covariance: torch.Tensor) -> torch.Tensor:
@@ -669,7 +670,7 @@ class LMDClassifier(TwoStageClassifier):
 
         def m_step() -> None:
             features, head = self._features(natural.images, natural.rows), self._head()
-            head.set_params(random_state=self.random_seed_ + loss.round)  # draws of its own
+            head.set_params(random_state=self.random_seed_ + int(loss.round))  # draws of its own
             last = {"coef_init": loss.coef, "intercept_init": loss.intercept}
             start = {name: value.cpu().numpy() for name, value in last.items()}
             head = self._fit_head(head, features, natural.y, start)

@@ -19,8 +19,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sklearn_medimb import AMIMVEncoder, SoftmaxClassifier
+from sklearn_medimb._data.batches import Batches
+from sklearn_medimb._machine import graphs
 from sklearn_medimb._machine.randomness import Dropout
-from sklearn_medimb._training import steps
+from sklearn_medimb._training import replays
+from sklearn_medimb._training.net import Net
+from sklearn_medimb._training.steps import Steps
 from sklearn_medimb.augment import Augmentation
 from sklearn_medimb.backbones import MLP, ConvNet
 from sklearn_medimb.base import Criterion
@@ -51,7 +55,7 @@ def fit(monkeypatch):
     """Fit a copy, recorded or not; gives what the steps of each of its stages came to."""
 
     def run(estimator, X=X, y=Y, *, record, **given):
-        seen, close = [], steps.Steps.close
+        seen, close = [], replays.ReplayedSteps.close
 
         def look(self):
             if hasattr(self.source, "generator"):
@@ -61,8 +65,9 @@ def fit(monkeypatch):
             close(self)
 
         with monkeypatch.context() as patch, SimulatedCuda():
-            patch.setattr(steps, "WARM_UP", 2 if record else 10**9)
-            patch.setattr(steps.Steps, "close", look)
+            patch.setattr(replays, "WARM_UP", 2 if record else 10**9)
+            patch.setattr(replays.ReplayedSteps, "close", look)
+            patch.setattr(graphs, "_failed", [])
             fitted = clone(estimator).fit(X, y, **given)
             return fitted.weights_, fitted.history_, seen
 
@@ -198,6 +203,46 @@ class Constants(Asks):
         return self.layer(x) * torch.tensor([1.0, 2.0, 1.0, 2.0], device=x.device)[:, None, None]
 
 
+class Replaces(Asks):
+    """Puts another tensor in the place of a buffer, as a running mean is at times written."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("center", torch.zeros(4, dtype=torch.float64))
+
+    def forward(self, x):
+        y = self.layer(x)
+        self.center = 0.9 * self.center + 0.1 * y.detach().mean(dim=(0, 2, 3))
+        return y - self.center[:, None, None]
+
+
+class Remembers(Asks):
+    """Keeps what it gave last, several tensors at once."""
+
+    def forward(self, x):
+        self.last = x, self.layer(x)
+        return self.last[1]
+
+
+class HostNumber(Asks):
+    """Multiplies by a number that lies on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.n = [torch.ones((), dtype=torch.float64)]
+
+    def forward(self, x):
+        return self.layer(x) * self.n[0]
+
+
+class HooksLate(Callback):
+    """Registers a hook when training has begun."""
+
+    def on_train_begin(self, net, **kwargs):
+        layer = next(m for m in net.module_.modules() if isinstance(m, nn.Conv2d))
+        layer.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
 def hooked():
     layer = nn.Conv2d(3, 4, 3)
     layer.register_forward_hook(lambda module, inputs, output: output * 2)
@@ -251,6 +296,9 @@ OBSTACLES = {
     "chance": (SoftmaxClassifier, {"backbone": Chance()}, "random numbers on the host"),
     "mask": (SoftmaxClassifier, {"backbone": Masks()}, "with a mask"),
     "constants": (SoftmaxClassifier, {"backbone": Constants()}, "between host and device"),
+    "buffer": (SoftmaxClassifier, {"backbone": Replaces()}, "another tensor in the place"),
+    "number": (SoftmaxClassifier, {"backbone": HostNumber()}, "number of the host"),
+    "late hook": (SoftmaxClassifier, {"callbacks": [HooksLate()]}, "has hooks"),
     "hook": (SoftmaxClassifier, {"backbone": hooked()}, "has hooks"),
     "callback": (SoftmaxClassifier, {"callbacks": [Watch()]}, "Watch hears of every batch"),
     "optimiser": (
@@ -282,6 +330,57 @@ def test_batches_that_are_no_orders_are_taken_as_they_are(monkeypatch):
         clf = Listed(**SMALL).fit(X, Y)
         assert "no orders" in clf.net_.steps.reason
         assert len(clf.history_) == SMALL["max_epochs"]
+
+
+def test_a_module_may_keep_tensors_that_no_step_reads(both):
+    ((reason, n_replayed, _),) = both(SoftmaxClassifier(**{**SMALL, "backbone": Remembers()}))
+    assert reason == "a module puts another tensor in the place of one" or n_replayed > 0
+
+
+class Anneal(Callback):
+    """Changes a number of the network from epoch to epoch."""
+
+    def on_epoch_begin(self, net, **kwargs):
+        net.module_.trunk.backbone[0].gain = 1 / len(net.history)
+
+
+class Gain(Asks):
+    gain = 1.0
+
+    def forward(self, x):
+        return self.layer(x) * self.gain
+
+
+def test_numbers_that_a_callback_changes_count_from_then_on(both):
+    backbone = nn.Sequential(Gain())
+    estimator = SoftmaxClassifier(**{**SMALL, "backbone": backbone}, callbacks=[Anneal()])
+    ((reason, n_replayed, n_kinds),) = both(estimator)
+    assert (reason, n_kinds) == (None, 2)
+    assert n_replayed == 2
+
+
+def test_orders_hold_tensors_and_plain_constants(fit, monkeypatch):
+    orders = Batches.orders
+    monkeypatch.setattr(
+        Batches, "orders", lambda self: (o | {"odd": np.zeros(2)} for o in orders(self))
+    )
+    _, history, ((reason, n_replayed, *_),) = fit(SoftmaxClassifier(**SMALL), record=True)
+    assert (reason, n_replayed) == ("an order holds a ndarray", 0)
+    assert len(history) == 2
+
+
+def test_a_recording_that_cuda_refuses_is_the_last_of_the_process(fit, monkeypatch):
+    """Allocators of some versions do not recover from it."""
+    monkeypatch.setattr(graphs, "_obstacle", lambda *_: None)
+    estimator = SoftmaxClassifier(**{**SMALL, "backbone": Asks()})
+    plain, *_ = fit(estimator, record=False)
+    recorded, _, ((reason, n_replayed, *_),) = fit(estimator, record=True)
+    assert "not permitted" in reason
+    assert n_replayed == 0
+    for name, weights in plain.items():
+        np.testing.assert_array_equal(recorded[name], weights)
+    monkeypatch.setattr(graphs, "_failed", ["one"])
+    assert not graphs.can_replay(torch.device("cuda"))
 
 
 def test_a_recording_that_fails_leaves_all_as_it_was(fit, monkeypatch):
@@ -328,25 +427,44 @@ def test_layers_that_a_callback_thaws_are_trained_from_then_on(both):
     assert n_replayed == 5 * 3 - 2 * 2
 
 
+def test_recordings_give_back_their_memory_before_batches_are_cut(fit, monkeypatch):
+    """What runs out of memory beside them is tried again without them."""
+    train_step, n_taken = Net.train_step, []
+
+    def fail(self, batch, **kwargs):
+        n_taken.append(self.steps.n_replayed)
+        if self.steps.n_replayed and not torch.is_tensor(getattr(self, "failed", None)):
+            self.failed = torch.zeros(())
+            raise torch.cuda.OutOfMemoryError("out of memory (simulated)")
+        return train_step(self, batch, **kwargs)
+
+    monkeypatch.setattr(Net, "train_step", fail)
+    estimator = SoftmaxClassifier(**{**SMALL, "batch_size": 5, "max_epochs": 3})
+    _, history, ((reason, n_replayed, *_),) = fit(estimator, record=True)  # warns of nothing
+    assert reason == "memory ran out"
+    assert n_replayed > 0
+    assert len(history) == 3
+
+
 def test_memory_that_runs_out_ends_replaying(fit, monkeypatch):
     """And steps go on in parts of a batch."""
-    taken, n_steps = steps.Steps._taken, []
+    taken, n_steps = Steps.take, []
 
     def fail(self, order):
         n_steps.append(order)
         if len(n_steps) == 2:
             with pytest.warns(UserWarning, match="Memory ran out"):
-                self._halve_parts(8)
+                self._need_less(8)
         return taken(self, order)
 
-    monkeypatch.setattr(steps.Steps, "_taken", fail)
+    monkeypatch.setattr(Steps, "take", fail)
     _, history, ((reason, n_replayed, *_),) = fit(SoftmaxClassifier(**SMALL), record=True)
     assert (reason, n_replayed) == ("memory ran out", 0)
     assert len(history) == SMALL["max_epochs"]
 
 
 def test_nothing_of_a_recording_is_left(monkeypatch):
-    monkeypatch.setattr(steps, "WARM_UP", 2)
+    monkeypatch.setattr(replays, "WARM_UP", 2)
     with SimulatedCuda():
         clf = SoftmaxClassifier(**SMALL).fit(X, Y)
         assert clf.net_.steps.n_replayed > 0
@@ -399,7 +517,7 @@ class Calls(TorchDispatchMode):
 )
 def test_the_host_does_next_to_nothing_for_a_replayed_step(name, monkeypatch):
     """A tenth of the calls of a step that is taken, at most; augmentation included."""
-    calls, take = {}, steps.Steps.take
+    calls, take = {}, replays.ReplayedSteps.take
 
     def count(self, order):
         with Calls() as found:
@@ -408,7 +526,7 @@ def test_the_host_does_next_to_nothing_for_a_replayed_step(name, monkeypatch):
         calls.setdefault(self.n_replayed > n_before, []).append(found.n)
         return n
 
-    monkeypatch.setattr(steps.Steps, "take", count)
+    monkeypatch.setattr(replays.ReplayedSteps, "take", count)
     own = {k: v for k, v in SMALL.items() if k in PUBLIC[name]().get_params()}
     with SimulatedCuda():
         PUBLIC[name](**own).fit(X, Y)
