@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import _C as native
 from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from sklearn_medimb._machine.randomness import current_draws
@@ -126,11 +125,11 @@ class Recorder:
             graph.reset()
             return
         # Its memory still takes all that is allocated, and its generators themselves for recorded.
+        native = torch._C  # noqa: SLF001
         ends = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
-        for end in filter(None, (vars(native).get(name) for name in ends)):
+        for end in [getattr(native, name) for name in ends if hasattr(native, name)][:1]:
             with suppress(RuntimeError):
                 end(self.device.index, self.pool)
-            break
         for generator in (*self.generators, torch.cuda.default_generators[self.device.index]):
             generator.graphsafe_set_state(generator.clone_state())
 
