@@ -48,4 +48,4 @@ __all__ = [
     "TauNormalization",
     "VirtualFeatureCalibration",
 ]
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
