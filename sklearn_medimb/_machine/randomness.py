@@ -245,9 +245,10 @@ class _Redirection(TorchDispatchMode):
         own_way = _OWN_WAYS.get(func._overloadpacket)
         if own_way is not None:
             return own_way(generator, **given)
-        if func._can_decompose():  # in inference mode
-            with self:
-                return func.decompose(*args, **kwargs)
+        with self:
+            decomposed = func.decompose(*args, **kwargs)
+        if decomposed is not NotImplemented:  # in inference mode
+            return decomposed
         taker = _taking_generator(func)
         if taker is None:
             raise RuntimeError(
