@@ -19,7 +19,7 @@ default writes ``lr: float = 1e-4``; ``class Plain(SoftmaxClassifier, without=["
 parameter, and its default for a constant. Nothing has to be applied: a class body that cannot mean
 what it says is refused when it is read.
 
-Imports nothing of the package.
+Imports `_pages`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_origin
 
 from sklearn.utils._param_validation import HasMethods, Interval, StrOptions
+
+from sklearn_medimb._pages import Documented
 
 if TYPE_CHECKING or sys.version_info >= (3, 11):
     from typing import dataclass_transform
@@ -166,7 +168,7 @@ def integers(low: int, high: int | None = None) -> Interval:
 
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(parameter, learned))
-class Declaring:
+class Declaring(Documented):
     """Base of classes whose bodies declare parameters and fitted attributes."""
 
     _declared: ClassVar[dict[str, Parameter]] = {}

@@ -18,7 +18,7 @@ A study's objective trains clones of one estimator, and gives up a trial that do
 outlives its process: run it again and it goes on, run it twice and both share the work (a
 ``JournalStorage`` instead of SQLite where the file is on a network). A trial that was running when
 its process died stays RUNNING; once no process is at work, give its parameters another go with
-``study.enqueue_trial(trial.params)``, as ``examples/optuna_search.py`` does.
+``study.enqueue_trial(trial.params)``, as ``examples/practice/plot_optuna_search.py`` does.
 
 Imports `base`.
 """

@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 
+from sklearn_medimb._pages import Documented
+
 MAX_SIDE = 4096  # pixels along an axis of what a network sees
 MAX_PIXELS = MAX_SIDE**2
 
 ASPECTS = ("stretch", "pad", "crop")
 
 
-class Resize(BaseEstimator):
+class Resize(Documented, BaseEstimator):
     """A size that all images come to, and how: what ``image_size=`` of the estimators takes.
 
     Antialiased bicubic interpolation, as Pillow's ``Image.resize`` with ``BICUBIC`` has it. What

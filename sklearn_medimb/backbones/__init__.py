@@ -7,7 +7,7 @@ network from a name, a recipe (:class:`Backbone`) or a module of one's own. Wher
 from elsewhere, :attr:`Backbone.start` says what they were trained on. :func:`stages_of` cuts a
 network into parts from input to output, :func:`pyramid_of` reads it at several depths.
 
-Imports `_machine`.
+Imports `_machine`, `_pages`.
 """
 
 from __future__ import annotations

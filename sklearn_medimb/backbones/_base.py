@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from sklearn.base import BaseEstimator
 from torch import Tensor, are_deterministic_algorithms_enabled, cat, nn, stack
 
+from sklearn_medimb._pages import Documented
 from sklearn_medimb.backbones._weights import load_weights
 
 _KINDS = {0: "vectors (d,)", 2: "2-D images (C, H, W)", 3: "3-D images (C, D, H, W)"}
@@ -36,8 +37,8 @@ class Start(NamedTuple):
     digest: str
 
 
-class Backbone(BaseEstimator):
-    """Recipe of a network trunk; the network itself is made by :meth:`build`.
+class Backbone(Documented, BaseEstimator):
+    """Recipe of a network trunk; the network itself is made by `build`.
 
     A subclass stores its parameters in ``__init__``, untouched, and implements ``_build``.
     Being a scikit-learn object it can be cloned, pickled and searched (``backbone__depth``).

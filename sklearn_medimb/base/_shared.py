@@ -273,7 +273,7 @@ class SharedParameters(
     random_seed_: int = learned("int")
     n_samples_fit_: int = learned("int")
     n_features_in_: int = learned("int")
-    feature_names_in_: np.ndarray = learned("ndarray of shape (n_features_in_,)")
+    feature_names_in_: np.ndarray = learned("ndarray of shape (`n_features_in_`,)")
 
 
 # Any fitted estimator of the package can be the start of another one.

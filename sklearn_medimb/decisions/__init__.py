@@ -23,7 +23,7 @@ References
 ----------
 .. [1] C. Guo et al., "On calibration of modern neural networks", ICML 2017.
 
-Imports `_data`, `metrics`.
+Imports `_data`, `_pages`, `metrics`.
 """
 
 from sklearn_medimb.decisions._operating_point import OperatingPoint

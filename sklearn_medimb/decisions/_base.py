@@ -33,6 +33,7 @@ from sklearn.utils.validation import (
 
 from sklearn_medimb._data.labels import read_labels
 from sklearn_medimb._data.rows import group_codes
+from sklearn_medimb._pages import Documented
 
 Splits = list[tuple[np.ndarray, np.ndarray]]
 
@@ -47,7 +48,7 @@ def has(method: str) -> Callable[[Any], bool]:
     return check
 
 
-class WrappedClassifier(ClassifierMixin, MetaEstimatorMixin, BaseEstimator):
+class WrappedClassifier(ClassifierMixin, MetaEstimatorMixin, Documented, BaseEstimator):
     """Base of classifiers that decide by another one's probabilities.
 
     A subclass fits a clone, ``estimator_``, and sets ``classes_``. Metadata of ``fit`` go to the

@@ -331,7 +331,7 @@ class SPMixClassifier(OneStageClassifier):
 
     @classmethod
     def tailboost(cls, **params: Any) -> SPMixClassifier:
-        """Make TailBoost [2]_: a hybrid ViT, GPaCo and SPMix, close to its code.
+        """Make TailBoost (2026): a hybrid ViT, GPaCo and SPMix, close to its code.
 
         ResNet-50 up to stride 16 before eight transformer blocks of width 768, projections of
         256, 16 images a step, AdamW at 5e-6 with a weight decay of 0.1 over 500 epochs of cosine

@@ -22,6 +22,8 @@ def expected_calibration_error(
 ) -> float:
     """Mean distance between confidence and accuracy, over bins of confidence.
 
+    ::
+
         ECE = sum over bins b of |b| / n * | accuracy(b) - mean confidence(b) |
 
     Parameters

@@ -44,7 +44,7 @@ def metric_interval(
     """Confidence interval of a metric, by patients where they are known.
 
     It is a score interval: for a recall Wilson's, [.57, 1] where five of five are found, and the
-    same idea for every other metric (:mod:`sklearn_medimb.metrics._score_intervals`).
+    same idea for every other metric (`sklearn_medimb.metrics._score_intervals`).
 
     Parameters
     ----------

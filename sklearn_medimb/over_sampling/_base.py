@@ -46,7 +46,7 @@ class CheckedOverSampler(Declaring, BaseOverSampler):
 
     sampling_strategy_: dict[Any, int] = learned("dict")
     n_features_in_: int = learned("int")
-    feature_names_in_: Any = learned("ndarray of shape (n_features_in_,)")
+    feature_names_in_: Any = learned("ndarray of shape (`n_features_in_`,)")
 
     __init__ = object.__init__  # as declared, not imbalanced-learn's
 

@@ -78,7 +78,7 @@ class SPMixSampler(SaliencyParameters, CheckedOverSampler):
     See Also
     --------
     BalancedVirtualFeatures : Over-sampling of embeddings.
-    sklearn_medimb.inspection.SPMixDisplay : Shows bases, partners, maps, shares and results.
+    sklearn_medimb.SPMixDisplay : Shows bases, partners, maps, shares and results.
 
     Notes
     -----

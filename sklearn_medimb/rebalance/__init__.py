@@ -7,13 +7,13 @@ encoder, and what ``rebalance=`` of a two-stage estimator names:
 ==================  ==================================  ==========================================
 name                class                               head
 ==================  ==================================  ==========================================
-"crt"               :class:`ClassifierRetraining`       fitted anew, all classes weighing the same
-"lws"               :class:`LearnableWeightScaling`     one factor per class on the given logits
-"tau_norm"          :class:`TauNormalization`           class vectors divided by their norms
-"ncm"               :class:`NearestClassMean`           cosine with the class means
-"balanced_softmax"  :class:`BalancedSoftmax`            fitted anew, with the class prior added
-"logit_adjust"      :class:`LogitAdjustment`            given logits minus the log of the prior
-"virtual"           :class:`VirtualFeatureCalibration`  fitted to Gaussians of the classes
+"crt"               `ClassifierRetraining`              fitted anew, all classes weighing the same
+"lws"               `LearnableWeightScaling`            one factor per class on the given logits
+"tau_norm"          `TauNormalization`                  class vectors divided by their norms
+"ncm"               `NearestClassMean`                  cosine with the class means
+"balanced_softmax"  `BalancedSoftmax`                   fitted anew, with the class prior added
+"logit_adjust"      `LogitAdjustment`                   given logits minus the log of the prior
+"virtual"           `VirtualFeatureCalibration`         fitted to Gaussians of the classes
 "none"              ``LogitAdjustment(tau=0)``          the given head as it is
 ==================  ==================================  ==========================================
 

@@ -122,7 +122,7 @@ class RebalancedHead(ClassifierMixin, Declaring, BaseEstimator):
     loss_: float = learned("float")
     n_iter_: int = learned("int")
     n_features_in_: int = learned("int")
-    feature_names_in_: np.ndarray = learned("ndarray of shape (n_features_in_,)")
+    feature_names_in_: np.ndarray = learned("ndarray of shape (`n_features_in_`,)")
 
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
         """Find the head; sets `n_iter_`."""

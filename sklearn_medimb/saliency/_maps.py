@@ -169,7 +169,7 @@ class SaliencyParameters(InputParameters):
 
     image_shape_: tuple[int, ...] = learned("tuple of int")
     n_features_in_: int = learned("int")
-    feature_names_in_: np.ndarray = learned("ndarray of shape (n_features_in_,)")
+    feature_names_in_: np.ndarray = learned("ndarray of shape (`n_features_in_`,)")
 
     def _read(self, X: Any, *, reset: bool) -> Images:
         return read_images(
@@ -197,7 +197,7 @@ class SaliencyMap(TransformerMixin, SaliencyParameters, BaseEstimator):
 
     See Also
     --------
-    sklearn_medimb.over_sampling.SPMixSampler : Mixes images where neither is salient.
+    sklearn_medimb.SPMixSampler : Mixes images where neither is salient.
 
     References
     ----------

@@ -86,7 +86,11 @@ def test_class_is_documented_and_has_an_example(name):
     cls = CLASSES[name]
     assert "References\n" in cls.__doc__
     assert ">>> " in cls.__doc__
-    for place in ("docs/reference.md", "CHANGELOG.md", "examples/operating_point.py"):
+    for place in (
+        "docs/reference.md",
+        "CHANGELOG.md",
+        "examples/decisions/plot_operating_point.py",
+    ):
         assert name in (ROOT / place).read_text(), place
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1], 30)
