@@ -14,6 +14,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import joblib
 import numpy as np
 import optuna
 import pytest
@@ -251,7 +252,11 @@ def run_briefly(monkeypatch, capsys):
     def run(name, *arguments):
         path = str(EXAMPLES[name])
         monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
-        with warnings.catch_warnings(), sklearn.config_context():
+        with (
+            warnings.catch_warnings(),
+            sklearn.config_context(),
+            joblib.parallel_config("sequential"),  # workers would be neither brief nor few
+        ):
             warnings.simplefilter("default")  # an example's own affair, as in its own process
             runpy.run_path(path, run_name="__main__")
         return capsys.readouterr()

@@ -22,15 +22,15 @@ from sklearn.preprocessing import StandardScaler
 from sklearn_medimb import PretrainedFeatures, SoftmaxClassifier
 from sklearn_medimb.datasets import make_lesions
 
-train = make_lesions((160, 20), image_size=64, difficulty=0.5, random_state=0)
-test = make_lesions((150, 150), image_size=64, difficulty=0.5, random_state=1)
+train = make_lesions((120, 15), image_size=64, difficulty=0.5, random_state=0)
+test = make_lesions((80, 80), image_size=64, difficulty=0.5, random_state=1)
 
 # %%
 # "frozen" encodes the images once, in four views each, and trains a head on that.
 
 lite = {"backbone": "efficientnet_lite0", "image_size": 64}
 methods = {
-    "from scratch": SoftmaxClassifier(loss="logit_adjusted", max_epochs=20, random_state=0),
+    "from scratch": SoftmaxClassifier(loss="logit_adjusted", max_epochs=15, random_state=0),
     "frozen": SoftmaxClassifier(loss="logit_adjusted", fine_tune="frozen", random_state=0, **lite),
     "features + regression": make_pipeline(
         PretrainedFeatures(image_size=64),

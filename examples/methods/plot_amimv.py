@@ -42,7 +42,7 @@ for line, (name, parts) in zip(axes, rows.items(), strict=True):
         if picture is None:
             ax.text(0.5, 0.5, "+", ha="center", va="center", fontsize=24)
             continue
-        ax.imshow(picture.permute(1, 2, 0).clamp(0, 1))
+        ax.imshow(picture.permute(1, 2, 0).clamp(0, 1).numpy())
         ax.set_title(title)
     line[0].set_ylabel(name)
     line[3].set_axis_off()
