@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from afternoon import AfternoonCNN
 from imblearn.ensemble import BalancedRandomForestClassifier, EasyEnsembleClassifier
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 from imblearn.pipeline import make_pipeline
@@ -111,6 +112,12 @@ def virtual_features(s: Setting) -> Any:
     )
 
 
+def afternoon(s: Setting) -> Any:
+    """Its own number of epochs, or the suite's share of them."""
+    epochs = max(1, round(40 * s.step_share))
+    return AfternoonCNN(epochs, spatial_dims=s.spatial_dims, random_state=s.seed)
+
+
 def flat(X: np.ndarray) -> np.ndarray:
     return X.reshape(len(X), -1).astype(np.float32) / 255
 
@@ -152,6 +159,7 @@ METHODS: dict[str, Callable[[Setting], Any]] = {
     "SPMix": spmix,
     "AMIMV": amimv,
     "virtual features": virtual_features,
+    "afternoon CNN": afternoon,
     "balanced forest": classical(
         lambda seed, _: [
             BalancedRandomForestClassifier(

@@ -29,7 +29,8 @@ def load(name):
     return module
 
 
-contestants, compare, report = load("contestants"), load("compare"), load("report")
+afternoon, contestants = load("afternoon"), load("contestants")
+compare, report = load("compare"), load("report")
 QUICK = compare.Suite(
     10, 8, 80, 60, 0.1, (0, 1, 2), (None, 10), ("SMOTE + logistic", "balanced forest"), ("lesions",)
 )
@@ -241,6 +242,21 @@ def test_splits_keep_patients_whole_and_test_rows_uncut():
             counts = np.bincount(data.target[train])
             assert counts.max() / counts.min() == pytest.approx(cut, rel=0.35)
     assert not np.array_equal(natural, compare.split(data, suite, None, 1)[0])
+
+
+@pytest.mark.parametrize("shape", [(10, 10), (10, 10, 3), (6, 6, 6)])
+def test_the_afternoon_network_learns_rare_shades(shape):
+    """Gray images, colours and volumes; again the same from the same seed."""
+    rng = np.random.default_rng(0)
+    y = np.repeat(["common", "rare"], [40, 10])
+    X = rng.integers(0, 120, (50, *shape)).astype(np.uint8)
+    X[y == "rare"] += 60
+    setting = contestants.Setting(0, len(shape) if shape[-1] == 6 else 2, (40, 10), 0.4)
+    one, two = (compare.METHODS["afternoon CNN"](setting).fit(X, y) for _ in range(2))
+    assert one.max_epochs == 16
+    assert (one.predict(X) == y).mean() > 0.9
+    np.testing.assert_array_equal(one.predict_proba(X), two.predict_proba(X))
+    np.testing.assert_allclose(one.predict_proba(X).sum(axis=1), 1)
 
 
 def test_every_method_makes_a_classifier_of_its_own():
