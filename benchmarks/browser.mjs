@@ -63,13 +63,13 @@ function look() {
   };
 }
 
-const browser = await playwright.launch({
-  executablePath: await chromium.executablePath(),
-  args: chromium.args,
-});
 let good = true;
 if (values.out) fs.mkdirSync(values.out, { recursive: true });
 for (const page of positionals.map((name) => path.resolve(name))) {
+  const browser = await playwright.launch({
+    executablePath: await chromium.executablePath(),
+    args: chromium.args,
+  });
   for (const colorScheme of values.dark ? ["light", "dark"] : ["light"]) {
     for (const [name, width, height] of [["desktop", 1100, 900], ["phone", 390, 844]]) {
       const tab = await browser.newPage({ viewport: { width, height }, colorScheme });
@@ -78,6 +78,7 @@ for (const page of positionals.map((name) => path.resolve(name))) {
         if (!/^(file|data):/.test(request.url())) asked.push(request.url());
       });
       await tab.goto(`file://${page}`);
+      await tab.waitForTimeout(1000); // colours change slowly
       const seen = await tab.evaluate(look);
       const shade = colorScheme === "dark" ? "_dark" : "";
       const folder = values.out ?? path.dirname(page);
@@ -85,9 +86,8 @@ for (const page of positionals.map((name) => path.resolve(name))) {
       await tab.screenshot({ path: picture, fullPage: !values.dark });
       console.log(picture, { ...seen, asked });
       good &&= seen.width <= width && !seen.broken.length && !asked.length && !seen.faint.length;
-      await tab.close();
     }
   }
+  await browser.close();
 }
-await browser.close();
 process.exit(good ? 0 : 1);

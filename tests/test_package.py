@@ -60,7 +60,7 @@ PRINTED = {
     ],
     "plot_smote": ["SMOTE on pixels, before", "validation split"],
     "plot_spmix": ["share of the base: 0.5", "to 0.80"],
-    "plot_token_mixup": ["tail recall", "balanced batches", "SPMix + GPaCo"],
+    "plot_token_mixup": ["tail recall", "balanced batches", "SPMix, dark lesions"],
     "plot_virtual_features": ["tail recall", "virtual features", "own covariance", "P x K batch"],
 }  # fmt: skip
 GALLERY = [name for name in EXAMPLES if name.startswith("plot_")]

@@ -8,7 +8,7 @@ weights. Nothing is downloaded in ``fit``.
 """
 
 # %%
-# Two kinds of synthetic lesions, one in eight of the rare kind.
+# Round and oval synthetic lesions, one oval in nine.
 
 import time
 
@@ -22,8 +22,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn_medimb import PretrainedFeatures, SoftmaxClassifier
 from sklearn_medimb.datasets import make_lesions
 
-train = make_lesions((120, 15), image_size=64, difficulty=0.5, random_state=0)
-test = make_lesions((80, 80), image_size=64, difficulty=0.5, random_state=1)
+train = make_lesions((120, 15), image_size=64, difficulty=0.0, random_state=0)
+test = make_lesions((80, 80), image_size=64, difficulty=0.0, random_state=1)
 
 # %%
 # "frozen" encodes the images once, in four views each, and trains a head on that.
@@ -47,12 +47,12 @@ for name, clf in methods.items():
     print(f"{name:22} AUROC {scores[name]:.3f}, fitted in {seconds[name]:.1f} s")
 
 # %%
-# Drawn lesions are not what ImageNet shows, so that its features need not win here. On nine sets of
-# real images they did: see :doc:`/results`.
+# From scratch so few images of this size teach nothing in fifteen epochs; a head on features that
+# are there is trained in seconds. What it brought on nine sets of real images: :doc:`/results`.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 2.4), sharey=True, layout="constrained")
 left.barh(list(scores), list(scores.values()), color="#0072B2")
-left.set(xlim=(0.5, 1), xlabel="AUROC on new images", xticks=np.arange(0.5, 1.01, 0.1))
+left.set(xlim=(0.4, 1), xlabel="AUROC on new images", xticks=np.arange(0.4, 1.01, 0.1))
 right.barh(list(seconds), list(seconds.values()), color="#E69F00")
 right.set(xlabel="seconds to fit, on this machine")
 left.invert_yaxis()

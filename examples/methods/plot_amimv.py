@@ -16,7 +16,6 @@ import torch
 from sklearn_medimb import AMIMVEncoder
 from sklearn_medimb.augment import resolve_augmentation
 from sklearn_medimb.datasets import make_lesions
-from sklearn_medimb.inspection import TrainingCurveDisplay
 
 data = make_lesions((200, 60, 20, 8), image_size=48, difficulty=0.2, random_state=0)
 pictures = torch.from_numpy(data.images[[0, -1]]).permute(0, 3, 1, 2) / 255
@@ -58,5 +57,3 @@ plt.show()
 encoder = AMIMVEncoder(max_epochs=8, image_size=16, random_state=0)
 encoder.fit(data.images, data.target)
 print("features:", encoder.transform(data.images).shape)
-TrainingCurveDisplay.from_estimator(encoder)
-plt.show()

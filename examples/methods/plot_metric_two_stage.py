@@ -37,7 +37,7 @@ for ax, (name, weight) in zip(
         metric_weight=weight, max_epochs=12, augment="light", random_state=0
     ).fit(X, y)
     EmbeddingDisplay.from_estimator(clf, X_test, y_test, ax=ax)
-    ax.set_title(name)
+    ax.set_title(f"{name}: {ax.get_title(loc='left').lower()}", loc="left", fontsize=9)
     after = balanced_accuracy_score(y_test, clf.predict(X_test))
     clf.refit_head(X, y, rebalance="none")
     before = balanced_accuracy_score(y_test, clf.predict(X_test))
