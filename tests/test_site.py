@@ -7,6 +7,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from sklearn.base import BaseEstimator
 
@@ -117,3 +118,26 @@ def test_every_example_is_in_a_group_of_the_gallery():
         assert path.parent.name in folders
         assert re.match(r'"""\n.+\n=+\n', path.read_text()), path
         assert path.read_text().count("\n# %%\n") >= 2, path
+
+
+def test_the_page_to_start_with_runs(tmp_path, monkeypatch):
+    """Its code, with few small images and two methods instead of fourteen; files are made."""
+    monkeypatch.chdir(tmp_path)
+    code = re.findall(r"```python\n(.*?)```", (DOCS / "start.md").read_text(), re.S)
+    arrays, folder, classifier, validation, comparison = code
+    made = {}
+    exec(arrays.replace("[150, 70, 30, 14], image_size=32", "[12, 12], image_size=12"), made)
+    for row, (picture, label) in enumerate(zip(made["X"], made["y"], strict=True)):
+        place = tmp_path / "scans" / label
+        place.mkdir(parents=True, exist_ok=True)
+        np.save(place / f"p{made['patients'][row]}_{row}.npy", picture)
+    names = {}
+    exec(folder.replace("image_size=128", "image_size=12"), names)
+    assert sorted(names["y"]) == sorted(made["y"])
+    assert len(set(names["patients"])) == len(set(made["patients"]))
+    exec(classifier.replace("(random_state=0)", "(random_state=0, max_epochs=1)"), names)
+    exec(validation.replace("StratifiedGroupKFold(4", "StratifiedGroupKFold(2"), names)
+    two = "{k: m for k, m in common_methods(max_epochs=1).items() if k in ('LDAM', 'cRT')}"
+    exec(comparison.replace("common_methods(),", f"{two},"), names)
+    assert "cRT" in str(names["found"])
+    assert "<img" in (tmp_path / "report.html").read_text()
