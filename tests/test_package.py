@@ -41,7 +41,7 @@ PRINTED = {
     "plot_amimv": ["features: (288, 128)"],
     "plot_cssn": [],
     "plot_deployment": ["after load equal: True", "is refused", "classes as here: 100%"],
-    "plot_dicom_to_report": ["60 patients", "each tested once", "report.html"],
+    "plot_dicom_to_report": ["80 patients", "each tested once", "report.html"],
     "plot_heads": ["tail recall", "metric + cRT", "metric + virtual features", "LMD"],
     "plot_lmd": ["entries of its history"],
     "plot_metric_two_stage": ["after stage one", "after stage two"],
