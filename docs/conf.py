@@ -130,6 +130,7 @@ sphinx_gallery_conf = {
     "ignore_pattern": r"^(?!plot_)",  # what has no cells is a command
     "plot_gallery": True,
     "download_all_examples": False,
+    "write_computation_times": False,  # that page would fetch a script
     "show_memory": False,
     "show_signature": False,
     "remove_config_comments": True,

@@ -25,7 +25,7 @@ from sklearn_medimb import SoftmaxClassifier
 from sklearn_medimb.datasets import make_lesions
 from sklearn_medimb.tuning import OptunaPruning, search_space, suggest
 
-N_FOLDS, N_EPOCHS, N_TRIALS = 2, 16, 12
+N_FOLDS, N_EPOCHS, N_TRIALS = 2, 16, 10
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 data = make_lesions((240, 1, 1, 60), image_size=16, difficulty=0.0, random_state=0)
