@@ -6,10 +6,25 @@ Imports nothing of the package.
 from __future__ import annotations
 
 import sys
+from functools import cache
+from importlib.metadata import PackageNotFoundError, metadata
+
+
+@cache
+def site() -> str:
+    """Address of the published site: the documentation URL of the installed package, if any."""
+    try:
+        urls = metadata("sklearn_medimb").get_all("Project-URL") or []
+    except PackageNotFoundError:
+        return ""
+    found = [url.partition(", ")[2] for url in urls if url.startswith("Documentation, ")]
+    return found[0].rstrip("/") if found else ""
 
 
 class Documented:
     """Base of estimators: in notebooks their pictures link to their page, of their version.
+
+    They do where the site is published, of which ``[project.urls]`` then tells the address.
 
     A page has the shortest name that one imports, ``sklearn_medimb.CSSNClassifier`` or, of what the
     package itself does not list, ``sklearn_medimb.decisions.OperatingPoint``. Classes from outside
@@ -17,7 +32,10 @@ class Documented:
     """
 
     _doc_link_module = "sklearn_medimb"
-    _doc_link_template = "https://sklearn-medimb.readthedocs.io/en/{version}/api/{page}.html"
+
+    @property
+    def _doc_link_template(self) -> str:
+        return f"{site()}/{{version}}/api/{{page}}.html" if site() else ""
 
     def _doc_link_url_param_generator(self) -> dict[str, str]:
         name = type(self).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+from email.message import Message
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from sklearn.base import BaseEstimator
 
 import sklearn_medimb
+from sklearn_medimb import _pages
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -54,7 +56,23 @@ def test_the_api_has_every_public_name():
         assert found.get(name, set()) == expected, name
 
 
-def test_estimators_link_to_pages_of_the_site():
+@pytest.fixture
+def published(monkeypatch):
+    """The site has an address."""
+    monkeypatch.setattr(_pages, "site", lambda: "https://documentation.example/medimb")
+
+
+def test_the_address_of_the_site_is_that_of_the_package(monkeypatch):
+    urls = ["CSSN, https://doi.org/1", "Documentation, https://documentation.example/medimb/"]
+    for given, expected in ((urls, "https://documentation.example/medimb"), (urls[:1], "")):
+        message = Message()
+        for url in given:
+            message["Project-URL"] = url
+        monkeypatch.setattr(_pages, "metadata", lambda _, message=message: message)
+        assert _pages.site.__wrapped__() == expected
+
+
+def test_estimators_link_to_pages_of_the_site(published):
     pages = {f"{module}.{name}" for module, names in listed().items() for name in names}
     linked = set()
     for module in public_modules().values():
@@ -70,7 +88,7 @@ def test_estimators_link_to_pages_of_the_site():
     assert {f"sklearn_medimb.{name}" for name in ("CSSNClassifier", "datasets.Resize")} <= linked
 
 
-def test_pictures_of_estimators_link_to_their_page():
+def test_pictures_of_estimators_link_to_their_page(published):
     clf = sklearn_medimb.CSSNClassifier()
     assert clf._get_doc_link() in clf._repr_html_()
     mine = type("Mine", (sklearn_medimb.SoftmaxClassifier,), {"__module__": "elsewhere"})
