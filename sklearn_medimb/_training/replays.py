@@ -101,13 +101,13 @@ class ReplayedSteps(Steps):
                 return "memory ran out"
         return None
 
-    def _parts(self) -> Iterator[nn.Module]:
-        for whole in (self.net.module_, self.net.criterion_):
-            yield from whole.modules()
-
     def _weights(self) -> Iterator[torch.Tensor]:
         for whole in (self.net.module_, self.net.criterion_):
             yield from whole.parameters()
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """All weights and buffers."""
+        return [*self._weights(), *(b for part in self._parts() for b in part.buffers(False))]
 
     def _generators(self) -> list[torch.Generator]:
         """All that a step draws from."""
@@ -130,7 +130,7 @@ class ReplayedSteps(Steps):
     def _places(self) -> tuple[int, ...]:
         """Where the tensors of all modules lie: a step that puts another one there goes astray."""
         held = [value for part in self._parts() for value in vars(part).values()]
-        held += [*self._weights(), *(b for part in self._parts() for b in part.buffers(False))]
+        held += self._tensors()
         return tuple(value.data_ptr() for value in held if isinstance(value, torch.Tensor))
 
     def _plain_state(self) -> list[dict[str, Any]]:
@@ -172,27 +172,25 @@ class ReplayedSteps(Steps):
 
     def take(self, order: Any) -> int:
         """Take a step, or replay one."""
-        for group in self.net.optimizer_.param_groups:  # as a replay has it
-            group["lr"] = float(np.float32(group["lr"]))
         rates = next(self.rates, None)
         if self.recorder is None or rates is None:
-            return super().take(order)
+            return self._taken(order)
         leaves, form = tree_flatten(order)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         what = [(v.shape, v.dtype) if isinstance(v, torch.Tensor) else v for v in leaves]
         if odd := [v for v in leaves if not isinstance(v, (torch.Tensor, *_PLAIN))]:
             self.stop_recording(f"an order holds a {type(odd[0]).__name__}")
-            return super().take(order)
+            return self._taken(order)
         kind = self.state, str(form), tuple(what)
         count = self.counts[kind] = self.counts.get(kind, 0) + 1
         if kind not in self.known:
             if count < WARM_UP or len(self.known) == MOST_KINDS:
-                return super().take(order)
+                return self._taken(order)
             if count == WARM_UP:
                 return self._watched(order)
             own = [v.clone() if isinstance(v, torch.Tensor) else v for v in leaves]
             if not self._record(kind, tree_unflatten(own, form), rates.clone()):
-                return super().take(order)
+                return self._taken(order)
         recorded = self.known[kind]
         torch._foreach_copy_(recorded.places, [*tensors, rates])
         recorded.replay()
@@ -201,11 +199,17 @@ class ReplayedSteps(Steps):
         self.net.notify("on_batch_end", batch=None, training=True)
         return recorded.n_targets
 
+    def _taken(self, order: Any) -> int:
+        """Take a step as it comes, at the rates that a replay would have."""
+        for group in self.net.optimizer_.param_groups:
+            group["lr"] = float(np.float32(group["lr"]))
+        return super().take(order)
+
     def _watched(self, order: Any) -> int:
         """Take a step, and look whether a recording would do the same."""
         before, places = self._plain_state(), self._places()
         with Obstacles() as obstacles:
-            n = super().take(order)
+            n = self._taken(order)
         if self.recorder is None:  # memory ran out
             return n
         if obstacles.found is not None:
@@ -263,7 +267,7 @@ class ReplayedSteps(Steps):
         """
         net, average = self.net, self.net.average
         weights = [w for _, w in net.get_all_learnable_params() if w.requires_grad]
-        kept = [*self._weights(), *(b for part in self._parts() for b in part.buffers(False))]
+        kept = self._tensors()
         kept += [v for own in net.optimizer_.state.values() for v in own.values()]
         kept += [*self.totals.values(), *(() if average is None else average.tensors())]
         before, random = [v.clone() for v in kept], [g.get_state() for g in self._generators()]
@@ -327,11 +331,12 @@ class ReplayedSteps(Steps):
 
 def _hooks(part: Any) -> Iterator[Any]:
     """What is called along with a module, a weight or an optimiser."""
-    for name, hooks in vars(part).items() if isinstance(part, nn.Module) else ():
-        if name.endswith("_hooks") and isinstance(hooks, dict) and "state_dict" not in name:
-            yield from hooks.values()
-    for name in () if isinstance(part, nn.Module) else _HOOKS:
-        yield from (getattr(part, name, None) or {}).values()
+    names: Iterable[str] = _HOOKS
+    if isinstance(part, nn.Module):
+        names = [k for k in vars(part) if k.endswith("_hooks") and "state_dict" not in k]
+    for name in names:
+        hooks = getattr(part, name, None)
+        yield from hooks.values() if isinstance(hooks, dict) else ()
 
 
 def _is_of_torch(hook: Any) -> bool:

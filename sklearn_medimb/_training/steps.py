@@ -133,6 +133,11 @@ class Steps:
         """Let go of what was trained, and on what."""
         vars(self).clear()
 
+    def _parts(self) -> Iterator[nn.Module]:
+        """All modules of network and criterion."""
+        for whole in (self.net.module_, self.net.criterion_):
+            yield from whole.modules()
+
     # ---------------------------------------------------------------- memory
 
     def _within_memory(self, batch: Any) -> Any:
@@ -162,12 +167,7 @@ class Steps:
         It is not where the images of a batch mix inside the network, and not where several
         processes train together: the others would go on.
         """
-        trunks = [
-            module
-            for whole in (self.net.module_, self.net.criterion_)
-            for module in whole.modules()
-            if isinstance(module, Trunk)
-        ]
+        trunks = [part for part in self._parts() if isinstance(part, Trunk)]
         first = all(trunk.micro_batch is None for trunk in trunks)
         size = min((trunk.micro_batch or n_images for trunk in trunks), default=1) // 2
         if size < 1 or not all(t.divisible for t in trunks) or distributed.world_size() > 1:

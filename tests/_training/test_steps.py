@@ -334,7 +334,8 @@ def test_batches_that_are_no_orders_are_taken_as_they_are(monkeypatch):
 
 def test_a_module_may_keep_tensors_that_no_step_reads(both):
     ((reason, n_replayed, _),) = both(SoftmaxClassifier(**{**SMALL, "backbone": Remembers()}))
-    assert reason == "a module puts another tensor in the place of one" or n_replayed > 0
+    assert reason is None
+    assert n_replayed > 0
 
 
 class Anneal(Callback):
