@@ -10,6 +10,7 @@ pairs between them.
 from __future__ import annotations
 
 import atexit
+import importlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterable
@@ -47,6 +48,9 @@ def is_main() -> bool:
 def join(device: torch.device) -> None:
     """Meet the other processes of the launcher; nothing happens without one."""
     if launched() and not dist.is_initialized():
+        # Its functions' defaults are the group there is at its import, and would keep that group,
+        # with its threads, beyond `_leave`: threads which the end of Python then aborts.
+        importlib.import_module("torch.distributed.nn.functional")
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group()  # gloo for the CPU, and nccl where there are GPUs

@@ -73,7 +73,7 @@ def train(folder):
     return results
 
 
-def launch(code, folder, n_processes=2, *, again=True):
+def launch(code, folder, n_processes=2):
     script = folder / "script.py"
     script.write_text(code)
     launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
@@ -86,14 +86,21 @@ def launch(code, folder, n_processes=2, *, again=True):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # also what a launcher that hangs has started
-    # Rarely a process of torch's ends with threads of its own still running, after all is done.
-    if process.returncode and "terminate called without an active exception" in errors and again:
-        return launch(code, folder, n_processes, again=False)
     return process.returncode, errors
 
 
 TWO = """
-import json, os, pathlib, sys
+import atexit, json, os, pathlib, sys
+
+folder = pathlib.Path(__file__).parent
+
+
+@atexit.register  # before torch's and ours, so that it is called last
+def note_threads():
+    names = [path.read_text() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+    (folder / f"{os.environ['RANK']}-threads.json").write_text(json.dumps(names))
+
+
 import torch.distributed as dist
 import sklearn_medimb._machine.distributed
 from sklearn_medimb import SoftmaxClassifier
@@ -105,7 +112,6 @@ share_out = sklearn_medimb._machine.distributed.share_out
 sklearn_medimb._machine.distributed.share_out = lambda encode, images: share_out(
     lambda own: (sizes.append((len(own), len(images))), encode(own))[1], images
 )
-folder = pathlib.Path(__file__).parent
 results = train(folder)
 assert dist.get_world_size() == 2
 results["sizes"] = sorted(set(sizes))
@@ -159,6 +165,14 @@ def test_processes_with_different_data_are_told_and_may_train_apart(two):
         assert "pass the whole training set in each" in first
         assert "pass the whole training set in each" in second
         assert apart == n_apart
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads are listed by /proc")
+def test_no_thread_of_the_group_is_left_when_python_ends(two):
+    """One that is gets aborted at times, and the launcher then ends the others."""
+    for rank in (0, 1):
+        names = json.loads((two / f"{rank}-threads.json").read_text())
+        assert not [name for name in names if "gloo" in name]
 
 
 class Hungry(torch.nn.Module):
