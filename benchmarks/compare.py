@@ -1,23 +1,36 @@
 """Every method on every data set: a resumable list of jobs, and a tidy table.
 
-    python benchmarks/compare.py FOLDER --suite core --out results [--jobs 2 | --dask ADDRESS]
+    python benchmarks/compare.py FOLDER --regime scratch|frozen|pretrained --suite core
+        [--methods ...] [--data ...] [--seeds ...] [--inner] [--start NAME] [--out results]
+        [--jobs 2 | --dask ADDRESS]
 
-FOLDER holds MedMNIST-style ``.npz`` files; synthetic lesions come on top. A job is one method on
-one data set, cut, fold and seed. Its result is a file of its own, written whole or not at all, so
-that a run which was killed goes on where it was. At the end, or with ``--table``, ``results.csv``
-is written from these files; jobs that it holds already count as done. ``report.py`` turns it into
-a page.
+FOLDER holds ``.npz`` files. A job is one method on one data set, cut and seed. Its result is a file
+of its own, written whole or not at all, so that a run which was killed goes on where it was; it
+also says what was predicted for each image and patient tested. At the end, or with ``--table``,
+``results.csv`` is written from these files; jobs that it holds already count as done, if they ran
+on the same kind of hardware. ``report.py`` turns it into a page.
 
-Protocol: the official test images where there are some, else a stratified fold that keeps patients
-whole, drawn anew for each seed; training parts as they are, and cut to imbalance ratios of 10, 50
-and 100 where that leaves enough images. All networks have the same backbone, augmentation,
-optimiser and number of steps (in the core suite half of their default). Nothing is selected here:
-every method has its default or the setting that its literature advises.
+"scratch" takes all MedMNIST-style sets of the folder and synthetic lesions, at 28 pixels: the
+official test images where there are some, else a stratified fold that keeps patients whole, drawn
+anew for each seed; training parts as they are, and cut to imbalance ratios of 10, 50 and 100 where
+that leaves enough images. All networks have the same backbone, augmentation, optimiser and number
+of steps (in the core suite half of their default).
+
+"frozen" and "pretrained" take nine sets at 128 and 96 pixels, and networks that begin with the
+weights of `--start`: these stay as they are, or are tuned. Of sets with more than 900 images a part
+with the same shares of classes, patients whole; classes of six images or more; three folds that
+keep patients whole, which are the seeds. ``--data`` may name any file with ``images`` and
+``labels``.
+
+With ``--inner`` the test rows are left alone: three quarters of each training part are trained on,
+the last quarter is scored. Defaults are chosen on these. Nothing is selected here: every method has
+its default or the setting that its literature advises; baselines with a knob choose it in inner
+folds of what they are given.
 
 ``--method my_module:MyClassifier`` adds a classifier of one's own, from the current directory or an
-installed package, under the name of its class. Of `backbone`, `spatial_dims`, `max_epochs` and
-`random_state` it is given what it has; the rest is its default. What is finished stays: after a
-change of the class use another ``--out``.
+installed package, under the name of its class. Of `backbone`, `spatial_dims`, `max_epochs`,
+`random_state`, and with a start `image_size` and `fine_tune`, it is given what it has; the rest is
+its default. What is finished stays: after a change of the class use another ``--out``.
 """
 
 from __future__ import annotations
@@ -33,13 +46,15 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contestants import METHODS, Setting, made_from, outside
+from contestants import METHODS as SCRATCH
+from contestants import Setting, made_from, outside
+from contestants_pretrained import FROZEN, LEVERS, STARTS, TUNED
 from imblearn.metrics import geometric_mean_score
 from joblib import parallel_config
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
@@ -61,16 +76,31 @@ class Suite:
     volume_size: int
     max_train: int
     max_test: int
-    step_share: float  # of the networks' default number of steps
+    step_share: float  # of the default number of steps of networks from scratch
     seeds: tuple[int, ...]
     cuts: tuple[int | None, ...]
     methods: tuple[str, ...]
     data: tuple[str, ...] | None = None  # None takes every file of the folder
+    start: str = ""  # what networks begin with; "" is nothing
+    fine_tune: str = "auto"
+    max_epochs: int | None = None  # of networks with a start; None is their default
+    max_images: int = 900  # of a set, with a start
 
 
+SETS = (
+    "brain_tumor_mri", "ph2_dermoscopy", "wbc_two_sites", "dr_maculopathy", "busi",
+    "herlev_papsmear", "covid_cxr", "iq_othnccd_ct", "dementia_mri",
+)  # fmt: skip
+LABELS = {"dr_maculopathy": "grade"}  # instead of "labels"
+METHODS = {"scratch": SCRATCH, "frozen": FROZEN, "pretrained": TUNED | LEVERS}
+LITE0 = "efficientnet_lite0"
+FOLDS = (0, 1, 2)
+UNCUT = (None,)
 SUITES = {
-    "core": Suite(28, 8, 500, 1000, 0.5, (0, 1), (None, 10, 50, 100), tuple(METHODS)),
-    "smoke": Suite(
+    ("scratch", "core"): Suite(
+        28, 8, 500, 1000, 0.5, (0, 1), (None, 10, 50, 100), tuple(SCRATCH)
+    ),
+    ("scratch", "smoke"): Suite(
         12,
         8,
         90,
@@ -81,42 +111,74 @@ SUITES = {
         ("CE", "logit adjustment", "CSSN", "SMOTE + SVM", "boosting"),
         ("lesions",),
     ),
-}
+    ("frozen", "core"): Suite(
+        128, 0, 600, 900, 1, FOLDS, UNCUT, tuple(FROZEN), SETS, LITE0, "frozen"
+    ),
+    ("frozen", "smoke"): Suite(
+        24, 0, 80, 60, 1, (0,), (5,), tuple(FROZEN), ("lesions",), "untrained", "frozen", 2, 200
+    ),
+    ("pretrained", "core"): Suite(
+        96, 0, 300, 900, 1, FOLDS, UNCUT, tuple(TUNED), SETS, LITE0, "head_first", 8
+    ),
+    ("pretrained", "smoke"): Suite(
+        24, 0, 80, 60, 1, (0,), (5,), tuple(TUNED), ("lesions",), "untrained", "head_first", 1, 200
+    ),
+    ("pretrained", "levers"): Suite(
+        128, 0, 600, 900, 1, FOLDS, UNCUT, tuple(LEVERS), SETS, LITE0, "head_first"
+    ),
+}  # fmt: skip
 MIN_RAREST = 4  # training images that a cut must leave of the rarest class
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One method on one data set, cut and seed."""
+    """One method on one data set, cut and seed: what tells rows of the table from one another."""
 
+    regime: str
     suite: str
+    start: str
+    rows: str  # scored: of the "test" part, or of an "inner" part of the training images
     data: str
     cut: int | None
     seed: int
     method: str
+    hardware: str
 
     @property
     def slug(self) -> str:
-        words = f"{self.data} {self.cut or 'natural'} {self.seed} {self.method}"
+        words = " ".join(
+            str(value) for value in dataclasses.astuple(self) if value not in (None, "")
+        )
         return "".join(c if c.isalnum() else "-" for c in words)
 
 
+# What rows of older tables, which lack these columns, were made with.
+FORMERLY = {"regime": "scratch", "start": "", "rows": "test"}
+
+
 @cache
-def load(folder: str | None, name: str, image_size: int, volume_size: int) -> Bunch:
+def load(folder: str | None, name: str, suite: Suite) -> Bunch:
     """Images, classes, patients and official test rows of a data set."""
     if name == "lesions":
         data = make_lesions(
-            2000, image_size=image_size, difficulty=0.2, images_per_patient=2, random_state=0
+            2000,
+            image_size=suite.image_size,
+            difficulty=0.2,
+            images_per_patient=2,
+            random_state=0,
         )
-        return Bunch(**data, split=None, spatial_dims=2, parts={})
+        data = Bunch(**data, split=None, spatial_dims=2, parts={})
+        return capped(data, suite.max_images) if suite.start else data
     path = Path(folder or "") / f"{name}.npz"
+    if suite.start:
+        return capped(read_images(path), suite.max_images)
     with np.load(path, allow_pickle=False) as archive:
         keys = set(archive.files)
         key = "images" if "images" in keys else "train_images"
         shape = archive[key].shape
         volumes = len(shape) == 4 and shape[-1] not in (1, 3, 4)
         twins = archive["dup_groups"] if "dup_groups" in keys else None
-    size = volume_size if volumes else image_size
+    size = suite.volume_size if volumes else suite.image_size
     data = load_npz(path, image_size=size if min(shape[1:3]) > size else None)
     if data.groups is None:
         data.groups = twins  # identical files count as one patient
@@ -125,20 +187,58 @@ def load(folder: str | None, name: str, image_size: int, volume_size: int) -> Bu
     return data
 
 
-def parts(data: Bunch, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def read_images(path: Path) -> Bunch:
+    """Images of a file at their own size, with classes and patients: networks resize them."""
+    with np.load(path, allow_pickle=False) as archive:
+        images, y = archive["images"], archive[LABELS.get(path.stem, "labels")].ravel()
+        keys = [key for key in ("groups", "dup_groups") if key in archive.files]
+        groups = archive[keys[0]] if keys else None
+    return Bunch(images=images, target=y, groups=groups, split=None, spatial_dims=2, parts={})
+
+
+def capped(data: Bunch, n: int) -> Bunch:
+    """At most about `n` images, patients whole, of classes with six or more, in random order."""
+    y = np.unique(data.target, return_inverse=True)[1]
+    rows = np.flatnonzero(np.bincount(y)[y] >= 6)
+    y = np.unique(y[rows], return_inverse=True)[1]
+    groups = np.arange(len(data.target)) if data.groups is None else data.groups
+    groups, rng = np.unique(groups[rows], return_inverse=True)[1], np.random.default_rng(0)
+    if len(y) > n:
+        order, taken = rng.permutation(groups.max() + 1).argsort(), []
+        for k in np.unique(y):
+            own = np.flatnonzero(y == k)
+            own = own[order[groups[own]].argsort(kind="stable")]
+            taken.append(own[: max(12, round(n * len(own) / len(y)))])
+        kept = np.concatenate(taken)
+        rows, y, groups = rows[kept], y[kept], groups[kept]
+    order = rng.permutation(len(y))
+    rows, y, groups = rows[order], y[order], groups[order]
+    given = {"images": data.images[rows], "target": y, "groups": groups, "rows": rows}
+    return Bunch(**{**data, **given})
+
+
+def parts(data: Bunch, suite: Suite, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the training and of the test part, all of them."""
     y = data.target
     if data.split is not None:
         return np.flatnonzero(data.split == "train"), np.flatnonzero(data.split == "test")
+    if suite.start:
+        folds = StratifiedGroupKFold(len(FOLDS), shuffle=True, random_state=0)
+        return list(folds.split(y, y, data.groups))[seed]
     kind = StratifiedKFold if data.groups is None else StratifiedGroupKFold
     return next(kind(4, shuffle=True, random_state=seed).split(y, y, data.groups))
 
 
-def split(data: Bunch, suite: Suite, cut: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train and to test on; the test rows do not depend on the cut."""
+def split(
+    data: Bunch, suite: Suite, cut: int | None, seed: int, *, inner: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train and to test on; the test rows do not depend on the cut.
+
+    `inner` leaves the test rows alone: a quarter of the training rows is tested on.
+    """
     y = data.target
     if seed not in data.parts:
-        data.parts[seed] = parts(data, seed)
+        data.parts[seed] = parts(data, suite, seed)
     train, test = data.parts[seed]
     rng = np.random.default_rng(seed)
     test = np.sort(rng.permutation(test)[: suite.max_test])
@@ -152,7 +252,13 @@ def split(data: Bunch, suite: Suite, cut: int | None, seed: int) -> tuple[np.nda
         share = suite.max_train / len(train)
         own = [rng.permutation(train[y[train] == k]) for k in np.unique(y[train])]
         train = np.concatenate([rows[: max(4, round(share * len(rows)))] for rows in own])
-    return np.sort(train), test
+    train = np.sort(train)
+    if inner:
+        patients = train if data.groups is None else data.groups[train]
+        folds = StratifiedGroupKFold(4, shuffle=True, random_state=1)
+        fitted, scored = next(folds.split(train, y[train], patients))
+        train, test = train[fitted], train[scored]
+    return train, test
 
 
 def names(folder: Path | None, suite: Suite) -> list[str]:
@@ -167,41 +273,48 @@ def names(folder: Path | None, suite: Suite) -> list[str]:
     return [*found, "lesions"]
 
 
-def jobs(
-    folder: Path | None, suite_name: str, only: list[str] | None, more: tuple[str, ...] = ()
-) -> Iterator[Job]:
-    """All jobs, seed by seed, so that a run cut short has whole rounds; `more` are methods."""
-    suite = SUITES[suite_name]
-    for seed in suite.seeds:
-        for name in names(folder, suite):
-            if only and name not in only:
-                continue
-            data = load(str(folder), name, suite.image_size, suite.volume_size)
+def jobs(args: argparse.Namespace, folder: str | None) -> Iterator[Job]:
+    """All jobs, seed by seed, so that a run cut short has whole rounds."""
+    suite = SUITES[args.regime, args.suite]
+    start = args.start or suite.start
+    rows, inner = ("inner", True) if args.inner else ("test", False)
+    hardware = circumstances()["hardware"]
+    methods = *(args.methods or suite.methods), *(cls.__name__ for cls in args.method)
+    for seed in suite.seeds if args.seeds is None else args.seeds:
+        for name in args.data or names(args.folder, suite):
+            data = load(folder, name, suite)
             counts = np.bincount(data.target[split(data, suite, None, seed)[0]])
             counts = counts[counts > 0]
             for cut in suite.cuts:
                 if cut is not None and counts.max() / counts.min() >= cut:
                     continue  # it is as imbalanced already
                 try:
-                    train, _ = split(data, suite, cut, seed)
+                    train, _ = split(data, suite, cut, seed, inner=inner)
                 except ValueError:
                     continue  # too few images for this ratio
                 left = np.bincount(data.target[train])
                 if cut is not None and (left[left > 0].min() < MIN_RAREST or len(train) < 60):
                     continue
-                for method in (*suite.methods, *more):
-                    yield Job(suite_name, name, cut, seed, method)
+                for method in methods:
+                    yield Job(
+                        args.regime, args.suite, start, rows, name, cut, seed, method, hardware
+                    )
 
 
 # ---------------------------------------------------------------- one job
 
 
 def measures(
-    classifier: Any, X: np.ndarray, y: np.ndarray, y_train: np.ndarray
+    predicted: np.ndarray,
+    proba: np.ndarray,
+    classes: np.ndarray,
+    y: np.ndarray,
+    y_train: np.ndarray,
+    *,
+    calibrated: bool,
 ) -> dict[str, float]:
-    """All scores of a fitted classifier."""
-    predicted = classifier.predict(X)
-    classes, shots = classifier.classes_, shot_recall(y, predicted, y_train)
+    """All scores of predicted classes and probabilities, or scores that are none."""
+    shots = shot_recall(y, predicted, y_train)
     scores = {
         "balanced_accuracy": balanced_accuracy_score(y, predicted),
         "macro_f1": f1_score(y, predicted, average="macro"),
@@ -210,14 +323,11 @@ def measures(
         "few_recall": shots.few,
         "head_tail_gap": head_tail_gap(y, predicted, y_train),
     }
-    if hasattr(classifier, "predict_proba"):
-        proba = classifier.predict_proba(X)
+    if calibrated:
         scores["calibration_error"] = expected_calibration_error(y, proba, labels=classes)
         scores["class_wise_calibration_error"] = expected_calibration_error(
             y, proba, labels=classes, class_wise=True
         )
-    else:
-        proba = classifier.decision_function(X)
     if proba.ndim == 1:
         scores["macro_auroc"] = roc_auc_score(y, proba)
     else:  # one class against the rest, for each class that the test part holds
@@ -245,19 +355,33 @@ def run(job: Job, folder: str | None, cls: type | None = None) -> dict[str, Any]
     `cls` is that of a classifier from outside.
     """
     warnings.filterwarnings("ignore")
-    suite = SUITES[job.suite]
-    data = load(folder, job.data, suite.image_size, suite.volume_size)
-    train, test = split(data, suite, job.cut, job.seed)
+    suite = SUITES[job.regime, job.suite]
+    data = load(folder, job.data, suite)
+    train, test = split(data, suite, job.cut, job.seed, inner=job.rows == "inner")
     X, y, counts = data.images[train], data.target[train], np.bincount(data.target[train])
     counts = counts[counts > 0]
-    setting = Setting(job.seed, data.spatial_dims, tuple(counts.tolist()), suite.step_share)
-    classifier = METHODS[job.method](setting) if cls is None else made_from(cls, setting)
+    setting = Setting(
+        job.seed,
+        data.spatial_dims,
+        tuple(counts.tolist()),
+        suite.step_share,
+        STARTS.get(job.start, job.start or None),
+        suite.image_size,
+        suite.fine_tune,
+        suite.max_epochs,
+    )
+    make = METHODS[job.regime][job.method] if cls is None else partial(made_from, cls)
+    classifier = make(setting)
     peak_memory(reset=True)
     start = time.perf_counter()
     classifier.fit(X, y)
     fitted = time.perf_counter()
-    classifier.predict(data.images[test])
-    predicted = time.perf_counter()
+    predicted = classifier.predict(data.images[test])
+    done = time.perf_counter()
+    calibrated = hasattr(classifier, "predict_proba")
+    of_images = classifier.predict_proba if calibrated else classifier.decision_function
+    proba, classes = of_images(data.images[test]), classifier.classes_
+    scores = measures(predicted, proba, classes, data.target[test], y, calibrated=calibrated)
     return {
         **dataclasses.asdict(job),
         "cut": job.cut or "natural",
@@ -266,10 +390,21 @@ def run(job: Job, folder: str | None, cls: type | None = None) -> dict[str, Any]
         "n_classes": len(counts),
         "n_rarest": int(counts.min()),
         "imbalance_ratio": round(float(counts.max() / counts.min()), 2),
-        **measures(classifier, data.images[test], data.target[test], y),
+        "image_size": suite.image_size,
+        "n_epochs": getattr(classifier, "n_iter_", ""),
+        "fine_tune": getattr(classifier, "fine_tune_", ""),
+        **scores,
         "fit_seconds": round(fitted - start, 2),
-        "predict_seconds": round(predicted - fitted, 3),
+        "predict_seconds": round(done - fitted, 3),
         "peak_mb": round(peak_memory(), 1),
+        "tested": {
+            "rows": data.get("rows", np.arange(len(data.target)))[test].tolist(),
+            "patients": (test if data.groups is None else data.groups[test]).tolist(),
+            "true": data.target[test].tolist(),
+            "predicted": np.asarray(predicted).tolist(),
+            "classes": np.asarray(classes).tolist(),
+            "scores": np.round(proba, 4).tolist(),
+        },
     }
 
 
@@ -294,17 +429,21 @@ def _gpu() -> str:
     return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
-def read_table(folder: Path) -> dict[tuple[str, ...], dict[str, str]]:
+KEY = tuple(field.name for field in dataclasses.fields(Job))
+
+
+def read_table(folder: Path) -> dict[tuple[str, ...], dict[str, Any]]:
     """Rows of an earlier table, by job: they count as done too."""
     path = folder / "results.csv"
     if not path.exists():
         return {}
     with path.open() as file:
-        return {_key(row): row for row in csv.DictReader(file)}
+        rows = [{**FORMERLY, **row} for row in csv.DictReader(file)]
+    return {_key(row): row for row in rows}
 
 
 def _key(row: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row[name]) for name in ("suite", "data", "cut", "seed", "method"))
+    return tuple(str(row[name]) for name in KEY)
 
 
 def write_table(folder: Path) -> Path:
@@ -313,12 +452,14 @@ def write_table(folder: Path) -> Path:
     for path in sorted(folder.glob("jobs/*.json")):
         result = read_result(path)
         if result is not None:
+            result.pop("tested", None)
             rows[_key(result)] = result
-    ordered = sorted(
-        rows.values(),
-        key=lambda r: (r["suite"], r["data"], str(r["cut"]).zfill(8), int(r["seed"]), r["method"]),
-    )
-    columns = list(dict.fromkeys(name for row in ordered for name in row))
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(str(row[name]).zfill(8) if name == "cut" else str(row[name]) for name in KEY)
+
+    ordered = sorted(rows.values(), key=place)
+    columns = list(dict.fromkeys(name for row in ordered for name in (*KEY, *row)))
     table = folder / "results.csv"
     temporary = table.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
@@ -332,12 +473,13 @@ def write_table(folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, help="of .npz files; none: lesions only")
-    parser.add_argument("--suite", choices=list(SUITES), default="smoke")
+    parser.add_argument("--regime", choices=list(METHODS), default="scratch")
+    parser.add_argument("--suite", choices=sorted({name for _, name in SUITES}), default="smoke")
     parser.add_argument("--out", type=Path, default=Path("results"))
     parser.add_argument("--jobs", type=int, default=1, help="local processes")
     parser.add_argument("--dask", metavar="ADDRESS", help="scheduler of a Dask cluster")
     parser.add_argument("--data", nargs="+", help="only these sets")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="only these methods")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these methods")
     parser.add_argument(
         "--method",
         action="append",
@@ -347,10 +489,26 @@ def main() -> None:
         help="also a classifier of one's own; may be repeated, and Dask's workers must have it too",
     )
     parser.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    parser.add_argument("--start", metavar="NAME", help="backbone with weights of elsewhere")
+    parser.add_argument("--inner", action="store_true", help="leave the test rows alone")
     parser.add_argument("--table", action="store_true", help="only gather what is there")
     args = parser.parse_args()
-    if len({cls.__name__ for cls in args.method}) < len(args.method):
+    if (args.regime, args.suite) not in SUITES:
+        parser.error(f"argument --suite: {args.regime} has no {args.suite}")
+    known = METHODS[args.regime]
+    for name in args.methods or []:
+        if name not in known:
+            parser.error(f"argument --methods: {name!r} is none of {list(known)}")
+    own = [cls.__name__ for cls in args.method]
+    if len(set(own)) < len(own):
         parser.error("argument --method: two classes have the same name")
+    for name in own:
+        if name in known:
+            parser.error(f"argument --method: {name}: a method of the comparison is called so")
+    if args.regime == "scratch" and args.start:
+        parser.error("argument --start: scratch has none")
+    if args.regime != "scratch" and set(args.seeds or []) - set(FOLDS):
+        parser.error(f"argument --seeds: these are folds, {list(FOLDS)}")
 
     (args.out / "jobs").mkdir(parents=True, exist_ok=True)
     if not args.table:
@@ -364,12 +522,7 @@ def main() -> None:
 def run_all(args: argparse.Namespace, folder: str | None) -> list[tuple[Job, str]]:
     """Run what is not done yet; return what failed."""
     own = {cls.__name__: cls for cls in args.method}
-    path_of = {
-        job: args.out / "jobs" / f"{job.slug}.json"
-        for job in jobs(args.folder, args.suite, args.data, tuple(own))
-        if (not args.methods or job.method in (*args.methods, *own))
-        and (args.seeds is None or job.seed in args.seeds)
-    }
+    path_of = {job: args.out / "jobs" / f"{job.slug}.json" for job in jobs(args, folder)}
     known = read_table(args.out)
     missing = [
         job
@@ -383,8 +536,8 @@ def run_all(args: argparse.Namespace, folder: str | None) -> list[tuple[Job, str
         from dask.distributed import Client
 
         client = Client(args.dask)
-        for name in ("contestants.py", "compare.py"):
-            client.upload_file(str(Path(__file__).with_name(name)))
+        for name in ("afternoon", "contestants", "contestants_pretrained", "compare"):
+            client.upload_file(str(Path(__file__).with_name(f"{name}.py")))
         backend = {"backend": "dask", "n_jobs": sum(client.nthreads().values())}
     arguments = {job: (job, folder, own.get(job.method)) for job in missing}
     with parallel_config(**backend):

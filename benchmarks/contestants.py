@@ -1,4 +1,4 @@
-"""Contestants of compare.py: methods by name, and classifiers from outside."""
+"""Contestants of compare.py from scratch, by name, and classifiers from outside."""
 
 from __future__ import annotations
 
@@ -44,10 +44,18 @@ class Setting:
     spatial_dims: int
     counts: tuple[int, ...]  # training images of each class
     step_share: float
+    start: Any = None  # backbone that was trained elsewhere, at this size, tuned so, so long
+    image_size: int | None = None
+    fine_tune: str = "auto"
+    max_epochs: int | None = None
 
     @property
     def network(self) -> dict[str, Any]:
         """What all networks share; narrower for volumes, as 3-D kernels cost more."""
+        if self.start is not None:
+            params = {"backbone": self.start, "image_size": self.image_size}
+            params |= {"fine_tune": self.fine_tune, "random_state": self.seed}
+            return params if self.max_epochs is None else params | {"max_epochs": self.max_epochs}
         backbone = ConvNet((16, 32, 64, 64)) if self.spatial_dims == 3 else "auto"
         return {
             "backbone": backbone,
@@ -196,8 +204,6 @@ def outside(place: str) -> type:
         raise argparse.ArgumentTypeError(f"{module} cannot be imported: {error}") from error
     if not isinstance(cls, type) or not hasattr(cls, "fit") or not hasattr(cls, "predict"):
         raise argparse.ArgumentTypeError(f"{module} has no class {name} with fit and predict")
-    if cls.__name__ in METHODS:
-        raise argparse.ArgumentTypeError(f"{name}: a method of the comparison is called so")
     try:
         cls().get_params()
     except Exception as error:
@@ -208,6 +214,8 @@ def outside(place: str) -> type:
 def made_from(cls: Any, s: Setting) -> Any:
     """Make a classifier from outside like the networks, as far as it has their parameters."""
     known = cls().get_params()
-    epochs = s.epochs(math.ceil(sum(s.counts) / known.get("batch_size", 64)))
-    params = {**s.network, "max_epochs": epochs}
+    params = s.network
+    if s.start is None:
+        batch_size = known.get("batch_size", 64)
+        params["max_epochs"] = s.epochs(math.ceil(sum(s.counts) / batch_size))
     return cls(**{name: value for name, value in params.items() if name in known})

@@ -30,6 +30,7 @@ def load(name):
 
 
 afternoon, contestants = load("afternoon"), load("contestants")
+contestants_pretrained = load("contestants_pretrained")
 compare, report = load("compare"), load("report")
 QUICK = compare.Suite(
     10, 8, 80, 60, 0.1, (0, 1, 2), (None, 10), ("SMOTE + logistic", "balanced forest"), ("lesions",)
@@ -39,7 +40,7 @@ QUICK = compare.Suite(
 @pytest.fixture
 def quick(monkeypatch):
     """A suite of twelve jobs of some hundredths of a second."""
-    monkeypatch.setitem(compare.SUITES, "quick", QUICK)
+    monkeypatch.setitem(compare.SUITES, ("scratch", "quick"), QUICK)
     # A job spends most of its time on a fold that keeps patients whole: these are fewer.
     many = compare.make_lesions
     monkeypatch.setattr(compare, "make_lesions", lambda n, **params: many(min(n, 500), **params))
@@ -51,7 +52,7 @@ def quick(monkeypatch):
             )
         ],
     }.items():
-        monkeypatch.setitem(compare.METHODS, method, contestants.classical(steps))
+        monkeypatch.setitem(compare.SCRATCH, method, contestants.classical(steps))
 
 
 def start(out, *more):
@@ -139,7 +140,7 @@ def test_networks_have_the_same_number_of_steps():
     setting = contestants.Setting(0, 2, (90, 30, 6), 0.1)
     steps = {}
     for name in ("CE", "oversampling", "SPMix", "CSSN", "focal"):
-        clf = compare.METHODS[name](setting)
+        clf = compare.SCRATCH[name](setting)
         sampler = getattr(clf, "sampler", None)
         n = 270 if sampler is not None else 126
         clf.set_params(backbone=compare_backbone()).fit(X, y)
@@ -157,11 +158,12 @@ def test_job_that_fails_does_not_stop_the_others(tmp_path, quick, monkeypatch, c
     def broken(setting):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setitem(compare.METHODS, "balanced forest", broken)
+    monkeypatch.setitem(compare.SCRATCH, "balanced forest", broken)
     args = ["compare.py", "--suite", "quick", "--out", str(tmp_path), "--seeds", "0"]
     monkeypatch.setattr(sys, "argv", args)
     compare.main()
-    assert "FAILED lesions-natural-0-balanced-forest: RuntimeError" in capsys.readouterr().err
+    assert "-lesions-0-balanced-forest" in (said := capsys.readouterr().err)
+    assert "RuntimeError: out of luck" in said
     assert {row["method"] for row in table(tmp_path)} == {"SMOTE + logistic"}
 
 
@@ -230,8 +232,8 @@ def test_a_classifier_from_outside_is_a_contestant(tmp_path, quick, monkeypatch,
 
 
 def test_splits_keep_patients_whole_and_test_rows_uncut():
-    data = compare.load(None, "lesions", 10, 8)
-    suite = compare.SUITES["core"]
+    suite = dataclasses.replace(compare.SUITES["scratch", "core"], image_size=10)
+    data = compare.load(None, "lesions", suite)
     natural, test = compare.split(data, suite, None, 0)
     for cut in (None, 10, 50):
         train, same_test = compare.split(data, suite, cut, 0)
@@ -252,7 +254,7 @@ def test_the_afternoon_network_learns_rare_shades(shape):
     X = rng.integers(0, 120, (50, *shape)).astype(np.uint8)
     X[y == "rare"] += 60
     setting = contestants.Setting(0, len(shape) if shape[-1] == 6 else 2, (40, 10), 0.4)
-    one, two = (compare.METHODS["afternoon CNN"](setting).fit(X, y) for _ in range(2))
+    one, two = (compare.SCRATCH["afternoon CNN"](setting).fit(X, y) for _ in range(2))
     assert one.max_epochs == 16
     assert (one.predict(X) == y).mean() > 0.9
     np.testing.assert_array_equal(one.predict_proba(X), two.predict_proba(X))
@@ -260,8 +262,10 @@ def test_the_afternoon_network_learns_rare_shades(shape):
 
 
 def test_every_method_makes_a_classifier_of_its_own():
-    for make in compare.METHODS.values():
-        setting = contestants.Setting(0, 2, (30, 6), 0.5)
+    of_start = {"start": contestants_pretrained.STARTS["untrained"], "image_size": 24}
+    for regime, make in ((r, make) for r, of in compare.METHODS.items() for make in of.values()):
+        more = {} if regime == "scratch" else of_start
+        setting = contestants.Setting(0, 2, (30, 6), 0.5, **more)
         one, two = make(setting), make(setting)
         assert one is not two
         assert hasattr(one, "fit")
@@ -330,8 +334,8 @@ def test_page_of_methods_without_the_baselines(tmp_path, monkeypatch):
 
 
 def test_smoke_suite_runs_and_makes_a_page(tmp_path, monkeypatch):
-    suite = dataclasses.replace(compare.SUITES["smoke"], step_share=0.01)
-    monkeypatch.setitem(compare.SUITES, "smoke", suite)
+    suite = dataclasses.replace(compare.SUITES["scratch", "smoke"], step_share=0.01)
+    monkeypatch.setitem(compare.SUITES, ("scratch", "smoke"), suite)
     monkeypatch.setattr(sys, "argv", ["compare.py", "--suite", "smoke", "--out", str(tmp_path)])
     compare.main()
     rows = table(tmp_path)

@@ -1,0 +1,223 @@
+"""Contestants of compare.py that begin with a network trained elsewhere: frozen, and tuned.
+
+Each has its defaults but for what its row says. Baselines of scikit-learn encode the images
+themselves, so that seconds to fit are those of a user; their C is chosen in three inner folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from contestants import Setting
+from imblearn.ensemble import BalancedRandomForestClassifier
+from imblearn.over_sampling import RandomOverSampler
+from imblearn.pipeline import make_pipeline
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC
+
+from sklearn_medimb import (
+    AMIMVClassifier,
+    AMIMVEncoder,
+    BalancedVirtualFeatures,
+    CSSNClassifier,
+    LMDClassifier,
+    MetricTwoStageClassifier,
+    PretrainedFeatures,
+    SoftmaxClassifier,
+    SPMixClassifier,
+)
+from sklearn_medimb.backbones import ConvNet, Start
+
+Contestant = Callable[[Setting], Any]
+
+
+class Untrained(ConvNet):
+    """A tiny network that passes for one with weights of elsewhere: for tests of the bench."""
+
+    @property
+    def start(self) -> Start:
+        return Start(mean=(0.5,) * 3, std=(0.25,) * 3, image_size=24, digest="untrained")
+
+
+STARTS: dict[str, Any] = {"untrained": Untrained(widths=(4, 8))}  # others are names of backbones
+
+
+class FoldEnsemble(ClassifierMixin, BaseEstimator):
+    """Mean of the probabilities of five fits, each without one stratified fifth of the images."""
+
+    def __init__(self, estimator: Any, random_state: int | None = None) -> None:
+        self.estimator = estimator
+        self.random_state = random_state
+
+    def fit(self, X: np.ndarray, y: np.ndarray) -> FoldEnsemble:
+        folds = StratifiedKFold(5, shuffle=True, random_state=self.random_state)
+        self.classes_ = np.unique(y)
+        self.members_ = [clone(self.estimator).fit(X[a], y[a]) for a, _ in folds.split(X, y)]
+        return self
+
+    def predict_proba(self, X: np.ndarray) -> np.ndarray:
+        mean = np.zeros((len(X), len(self.classes_)))
+        for member in self.members_:  # one may have been shown no image of a rare class
+            columns = np.searchsorted(self.classes_, member.classes_)
+            mean[:, columns] += member.predict_proba(X) / len(self.members_)
+        return mean
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+
+
+# ---------------------------------------------------------------- networks
+
+
+def network(cls: Any, **params: Any) -> Contestant:
+    """Make one on the start; what `params` say comes before what all share."""
+    return lambda s: cls(**{**s.network, **params})
+
+
+softmax = partial(network, SoftmaxClassifier)
+adjusted = partial(softmax, loss="logit_adjusted")
+
+
+def from_scratch(s: Setting) -> Any:
+    """The same images, and a network of this package that has seen none before."""
+    more = {} if s.max_epochs is None else {"max_epochs": s.max_epochs}
+    return SoftmaxClassifier(
+        loss="logit_adjusted", image_size=s.image_size, random_state=s.seed, **more
+    )
+
+
+def ensemble(s: Setting) -> Any:
+    return FoldEnsemble(adjusted()(s), s.seed)
+
+
+def amimv(s: Setting) -> Any:
+    """As many epochs without labels as the labelled images then have; its head is on the frozen."""
+    encoder = AMIMVEncoder(max_epochs=s.max_epochs or 15, batch_size=32)
+    return AMIMVClassifier(**{**s.network, "fine_tune": "frozen"}, pretrain=encoder)
+
+
+def even(images: torch.Tensor, **_: Any) -> torch.Tensor:
+    """A map of saliency that knows no place from another: half of each image everywhere."""
+    return torch.full_like(images[:, 0], 0.5)
+
+
+NO_RELATIONS = {"batch_relation_weight": 0, "channel_relation_weight": 0, "consistency_weight": 0}
+# A method without its own idea. Of two classes CSSN has no auxiliary classifier by default.
+IDEAS: dict[str, Contestant] = {
+    "CSSN - auxiliary": network(CSSNClassifier, aux_weight=0),
+    "SPMix uniform": network(SPMixClassifier, saliency=even),
+    "SPMix unmixed": network(SPMixClassifier, mix_prob=0),
+}
+METHODS: dict[str, Contestant] = {
+    "logit adjustment": adjusted(),
+    "CE": softmax(),
+    "cRT": network(MetricTwoStageClassifier, metric_weight=0, rebalance="crt"),
+    "metric two-stage": network(MetricTwoStageClassifier),
+    "LMD": network(LMDClassifier),
+    "CSSN": network(CSSNClassifier),
+    "SPMix": network(SPMixClassifier),
+}
+
+
+# ---------------------------------------------------------------- classifiers of features
+
+
+def features(s: Setting, **params: Any) -> PretrainedFeatures:
+    given = {"backbone": s.start, "image_size": s.image_size, "random_state": s.seed}
+    return PretrainedFeatures(**given, **params)
+
+
+def chosen(*steps: Any, **grid: list[float]) -> GridSearchCV:
+    """Standardise, then the steps; of the grid, what has the best inner balanced accuracy."""
+    return GridSearchCV(
+        make_pipeline(StandardScaler(), *steps), grid, cv=3, scoring="balanced_accuracy"
+    )
+
+
+def logistic(**params: Any) -> Contestant:
+    """Balanced logistic regression."""
+
+    def make(s: Setting) -> Any:
+        head = LogisticRegression(class_weight="balanced", max_iter=300, tol=1e-3)
+        return make_pipeline(
+            features(s, **params), chosen(head, logisticregression__C=[3e-4, 3e-3, 3e-2])
+        )
+
+    return make
+
+
+def support_vectors(s: Setting) -> Any:
+    head = SVC(class_weight="balanced", random_state=s.seed)
+    return make_pipeline(features(s), chosen(head, svc__C=[0.1, 1, 10]))
+
+
+def forest(s: Setting) -> Any:
+    params = {"sampling_strategy": "all", "replacement": True, "bootstrap": False}
+    return make_pipeline(
+        features(s), BalancedRandomForestClassifier(300, **params, random_state=s.seed)
+    )
+
+
+def virtual_features(s: Setting) -> Any:
+    sampler = BalancedVirtualFeatures(replace=True, random_state=s.seed)
+    head = LogisticRegression(max_iter=300, tol=1e-3)
+    grid = {"logisticregression__C": [3e-4, 3e-3, 3e-2]}
+    return make_pipeline(features(s), chosen(sampler, head, **grid))
+
+
+# ---------------------------------------------------------------- by name
+
+# What is absent here does nothing on a network that stays as it is: the metric, LMD's relations
+# and its E-step all shape features.
+FROZEN: dict[str, Contestant] = {
+    "frozen LR": logistic(at_all_depths=False, n_views=1),
+    "frozen LR, views + depths": logistic(),
+    "frozen SVM": support_vectors,
+    "frozen forest": forest,
+    "frozen virtual features": virtual_features,
+    **METHODS,
+    "class weights": softmax(class_weight="balanced"),
+    **IDEAS,
+    "logit adjustment, one view": adjusted(n_views=1),
+    "logit adjustment, 5-fold ensemble": ensemble,
+    "from scratch": from_scratch,
+}
+# What `fine_tune="auto"` does here, the head first, is LP-FT: so "CE" and "logit adjustment" are.
+TUNED: dict[str, Contestant] = {
+    **METHODS,
+    "class-balanced batches": softmax(sampler=RandomOverSampler()),
+    "full": adjusted(fine_tune="full"),
+    "CE, full": softmax(fine_tune="full"),
+    "EMA off": adjusted(ema=None),
+    "one view": adjusted(n_views=1),
+    "frozen": adjusted(fine_tune="frozen"),
+    "frozen LR, views + depths": logistic(),
+    "AMIMV continued": amimv,
+    "AMIMV - continued": network(AMIMVClassifier, pretrain=None, fine_tune="frozen"),
+    "metric two-stage - metric": network(MetricTwoStageClassifier, metric_weight=0),
+    "LMD - relations": network(LMDClassifier, **NO_RELATIONS),
+    "LMD - E-step": network(LMDClassifier, n_rounds=1),
+    **IDEAS,
+}
+LEVERS: dict[str, Contestant] = {
+    "frozen": adjusted(fine_tune="frozen"),
+    "head first": adjusted(),
+    "all at once": adjusted(fine_tune="full"),
+    "last 3 stages": adjusted(fine_tune=3),
+    "10 epochs": adjusted(max_epochs=10),
+    "20 epochs": adjusted(max_epochs=20),
+    "backbone rate 0.1": adjusted(backbone_lr=0.1),
+    "backbone rate 1": adjusted(backbone_lr=1.0),
+    "last weights": adjusted(ema=None),
+    "augment light": adjusted(augment="light"),
+    "one view": adjusted(n_views=1),
+    "eight views": adjusted(n_views=8),
+    "224 px": adjusted(image_size=224),
+}
