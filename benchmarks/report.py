@@ -2,19 +2,26 @@
 
     python benchmarks/report.py benchmarks/results.csv [--out benchmarks]
 
-Writes ``RESULTS.md`` and ``figures/*.png`` beside it. The same table gives the same page.
+Writes ``RESULTS.md`` and ``figures/*.png`` beside it: a chapter for each regime, start and kind of
+hardware that the table has test rows of, since ranks and seconds of two kinds are not put together.
+Where the predictions of a run lie beside the table, in ``jobs``, differences by patients come from
+them and are kept in ``differences.csv``, from which they are read where there are none. The same
+table gives the same page.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import differences
 import matplotlib as mpl
 import numpy as np
+from differences import Effect
 from scipy import stats
 
 mpl.use("Agg")
@@ -29,6 +36,19 @@ MEASURES = {
 }
 BASELINE = "logit adjustment"
 PLAIN = "CE"
+FEATURES = "frozen LR, views + depths"
+# A method, and what is left of it without its own idea.
+ABLATIONS = {
+    "CSSN - auxiliary": "CSSN",
+    "SPMix uniform": "SPMix",
+    "SPMix unmixed": "SPMix",
+    "LMD - relations": "LMD",
+    "LMD - E-step": "LMD",
+    "metric two-stage - metric": "metric two-stage",
+    "AMIMV - continued": "AMIMV continued",
+}
+CONFIRMED = {"herlev_papsmear", "covid_cxr", "iq_othnccd_ct", "dementia_mri"}
+BELOW = 0.02  # what is said to be below the better baseline of a set
 # What each paper's method adds to, all else being equal.
 RELATIVES = {
     "CSSN": "oversampling",
@@ -38,7 +58,14 @@ RELATIVES = {
     "LMD": "cRT",
     "AMIMV": "cRT",
 }
-PAPERS = tuple(RELATIVES)
+PAPERS = (*RELATIVES, "AMIMV continued")
+REGIMES = {
+    "frozen": "On a frozen start",
+    "pretrained": "Tuning a start",
+    "scratch": "From scratch",
+}
+FORMERLY = {"regime": "scratch", "suite": "core", "start": "", "rows": "test"}
+TEXT = {*FORMERLY, "data", "method", "hardware", "versions", "commit", "fine_tune"}
 ROWS = (
     "Rows: all networks have one backbone, augmentation, optimiser and number of steps. cRT is "
     '`MetricTwoStageClassifier(metric_weight=0, rebalance="crt")`, metric two-stage and LMD the '
@@ -57,9 +84,11 @@ COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#0
 
 def read(path: Path) -> list[dict[str, Any]]:
     with path.open() as file:
-        rows = list(csv.DictReader(file))
+        rows = [FORMERLY | row for row in csv.DictReader(file)]
     for row in rows:
         for name, value in row.items():
+            if name in TEXT:
+                continue
             try:
                 row[name] = float(value)
             except (TypeError, ValueError):
@@ -75,12 +104,84 @@ def gather(rows: list[dict[str, Any]], measure: str) -> Table:
 
 
 def shared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the training sets and seeds that every method was run on: the same draws for all."""
+    """Rows of the training sets and seeds that every method was run on: the same draws for all.
+
+    Methods that have less than half of the cells of the fullest are left out.
+    """
     runs = defaultdict(set)
     for row in rows:
         runs[row["method"]].add((*_cell(row), row["seed"]))
-    common = set.intersection(*runs.values())
-    return [row for row in rows if (*_cell(row), row["seed"]) in common]
+    enough = max(map(len, runs.values()), default=0) / 2
+    full = {method: cells for method, cells in runs.items() if len(cells) >= enough}
+    common = set.intersection(*full.values()) if full else set()
+    return [row for row in rows if row["method"] in full and (*_cell(row), row["seed"]) in common]
+
+
+@dataclasses.dataclass
+class Chapter:
+    """Rows that may be ranked together: one regime, suite, start and kind of hardware."""
+
+    name: str  # of its figures and its rows in differences.csv
+    title: str
+    rows: list[dict[str, Any]]
+    left_out: list[str]
+    effects: dict[tuple[str, str, str], Effect] = dataclasses.field(default_factory=dict)
+
+    @property
+    def regime(self) -> str:
+        return self.rows[0]["regime"]
+
+    @property
+    def contestants(self) -> list[str]:
+        return sorted({row["method"] for row in self.rows})
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Who is compared with whom: with the baselines, and with what is left of a method."""
+        has = set(self.contestants)
+        of_baselines = [(one, other) for other in (BASELINE, FEATURES) for one in has - {other}]
+        of_ideas = [(whole, part) for part, whole in ABLATIONS.items()]
+        return sorted(pair for pair in of_baselines + of_ideas if has >= set(pair))
+
+    def parts(self) -> dict[str, set[str]]:
+        sets = {row["data"] for row in self.rows}
+        return {"all": sets, "confirmed": sets & CONFIRMED} if sets & CONFIRMED else {"all": sets}
+
+    def rows_of(self, part: str) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["data"] in self.parts()[part]]
+
+    def effect(self, one: str, other: str, part: str = "all") -> tuple[Effect | None, str]:
+        """Difference of two, and whether its interval is by patients, by sets or unknown."""
+        if (one, other, part) in self.effects:
+            return self.effects[one, other, part], "patients"
+        found = differences.by_sets(self.rows_of(part), one, other)
+        return found, "sets" if found else ""
+
+
+def chapters(rows: list[dict[str, Any]]) -> list[Chapter]:
+    """Test rows, by what may be ranked together; from scratch last."""
+    found = defaultdict(list)
+    for row in rows:
+        if row["rows"] == "test":
+            found[tuple(row[name] for name in ("regime", "suite", "start", "hardware"))].append(row)
+    made: list[Chapter] = []
+    places = list(REGIMES)
+    for key in sorted(found, key=lambda key: (places.index(key[0]), key[1:])):
+        regime, suite, start, hardware = key
+        alike = [other for other in found if other[0] == regime]
+        own = shared(found[key])
+        if not own:
+            continue
+        name, title = "-".join(word for word in (regime, suite, start) if word), REGIMES[regime]
+        if suite != "core":
+            title += f" ({suite})"
+        if len({other[2] for other in alike}) > 1:
+            title += f", {start}"
+        if len({other[3] for other in alike}) > 1:
+            title += f", {hardware}"
+            name += "-" + "".join(c if c.isalnum() else "-" for c in hardware)
+        here = {row["method"] for row in own}
+        made.append(Chapter(name, title, own, sorted({r["method"] for r in found[key]} - here)))
+    return made
 
 
 def means(table: Table, cells: list[tuple[str, str]]) -> dict[str, np.ndarray]:
@@ -151,7 +252,7 @@ def time_figure(scores: dict[str, np.ndarray], seconds: dict[str, np.ndarray], p
         ax.annotate(f"  {name}", points[name], fontsize=8, va="center")
     ax.set_xlim(min(x for x, _ in points.values()) / 2, slow * 12)
     ax.set_ylim(min(low, heights.min() - gap), max(high, heights.max() + gap))
-    ax.set_xlabel("median seconds to fit, one core")
+    ax.set_xlabel("median seconds to fit")
     ax.set_ylabel("mean balanced accuracy")
     fig.savefig(path, dpi=140, metadata={"Software": None})
     plt.close(fig)
@@ -200,7 +301,225 @@ def spread(values: list[float]) -> str:
     return f"{np.mean(values):.3f} ± {np.std(values):.3f}".replace("0.", ".")
 
 
-def page(rows: list[dict[str, Any]]) -> str:
+def page(found: list[Chapter]) -> str:
+    """All chapters, after what a user takes from them."""
+    lines = ["# Results", ""]
+    for chapter in found:
+        lines += [advice(chapter), ""]
+    for chapter in found:
+        make = from_scratch if chapter.regime == "scratch" else of_start
+        lines += [f"## {chapter.title}", "", *make(chapter), ""]
+    lines += [
+        "## Rerun",
+        "",
+        "`python benchmarks/compare.py FOLDER --regime frozen --suite core --out results --jobs 2` "
+        "(or `pretrained`, or `scratch`), then `python benchmarks/report.py results/results.csv`. "
+        "Rows of different kinds of hardware are never ranked together: each has its chapter.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def advice(chapter: Chapter) -> str:
+    """What to take, what it gains and costs, and where it does not help."""
+    rows, cells = chapter.rows, sorted({_cell(row) for row in chapter.rows})
+    table = gather(rows, "balanced_accuracy")
+    order = ranks(means(table, cells))
+    whole = [name for name in sorted(order, key=order.get) if name not in ABLATIONS]
+    best, seconds = whole[0], means(gather(rows, "fit_seconds"), cells)
+    baselines = [name for name in (BASELINE, FEATURES) if name in order]
+    others = [name for name in baselines if name != best]
+    cost = f"{np.median(seconds[best]):.0f} s to fit"
+    if others:
+        more = ", ".join(f"{name} {np.median(seconds[name]):.0f} s" for name in others)
+        cost += f" ({more})"
+    text = (
+        f"**{chapter.title}: take {best}.** Of {len(order)} contestants it is first by mean rank "
+        f"({order[best]:.1f}; mean balanced accuracy {_mean(table, cells, best):.3f}), {cost}."
+    )
+    gains = [f"over {name} {_worded(*chapter.effect(best, name))}" for name in others]
+    if gains:
+        text += f" It gains {'; '.join(gains)} (intervals of 95 %)."
+    if others:
+        of = {name: differences.of_sets(rows, name) for name in (best, *others)}
+        behind = [
+            f"{_plain(data)} ({_signed(of[best][data] - max(of[o][data] for o in others))})"
+            for data in of[best]
+            if of[best][data] < max(of[o][data] for o in others) - BELOW
+        ]
+        what = "the better of these" if len(others) > 1 else others[0]
+        text += (
+            f" It is more than {_short(BELOW)} below {what} on {', '.join(behind)}."
+            if behind
+            else f" On no set is it more than {_short(BELOW)} below {what}."
+        )
+    return text + _who_gains(chapter, others or baselines)
+
+
+def _who_gains(chapter: Chapter, others: list[str]) -> str:
+    """Which methods of the papers are shown to be ahead of a baseline; the rest are not."""
+    text = ""
+    papers = [name for name in PAPERS if name in chapter.contestants]
+    for other in others if chapter.regime != "scratch" else []:
+        adjusted = _adjusted(chapter, [(name, other) for name in papers])
+        shown = [name for name, _ in adjusted if _shown_to_gain(chapter, name, other, adjusted)]
+        rest = [name for name in papers if name not in shown]
+        if shown:
+            text += f" Shown to be ahead of {other}: {', '.join(shown)}"
+            text += f"; not shown: {', '.join(rest)}." if rest else "."
+        elif rest:
+            text += f" None of {', '.join(rest)} is shown to be ahead of {other}."
+    return text
+
+
+def _adjusted(chapter: Chapter, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], float]:
+    """Holm's p of a family of pairs, as far as they have one."""
+    found = {pair: chapter.effect(*pair)[0] for pair in pairs}
+    return differences.holm({pair: of.p for pair, of in found.items() if of is not None})
+
+
+def _shown_to_gain(
+    chapter: Chapter, one: str, other: str, adjusted: dict[tuple[str, str], float]
+) -> bool:
+    """As registered: adjusted p below 5 % on all sets, and the confirming ones alone say so."""
+    part = "confirmed" if "confirmed" in chapter.parts() else "all"
+    alone = chapter.effect(one, other, part)[0]
+    ahead = chapter.effect(one, other)[0]
+    return bool(
+        ahead and alone and ahead.mean > 0 and alone.low > 0 and adjusted[one, other] < 0.05
+    )
+
+
+def of_start(chapter: Chapter) -> list[str]:
+    """Chapter on networks that began with a known start."""
+    rows, cells = chapter.rows, sorted({_cell(row) for row in chapter.rows})
+    table = gather(rows, "balanced_accuracy")
+    order = ranks(means(table, cells))
+    names, row = sorted(order, key=order.get), rows[0]
+    n_train = sorted(int(r["n_train"]) for r in rows)
+    lines = [
+        f"{len(names)} contestants on {len({data for data, _ in cells})} sets, "
+        f"{len({r['seed'] for r in rows})} folds that keep patients whole, {n_train[0]} to "
+        f"{n_train[-1]} training images of {row['image_size']:.0f} pixels; the start is "
+        f"{row['start']}; {row['hardware']}. What was to be compared was written down "
+        "before the runs (`benchmarks/registration.md`).",
+        "",
+    ]
+    if chapter.left_out:
+        lines += [f"Not run on enough of them: {', '.join(chapter.left_out)}.", ""]
+    for kind, title in (("ranks", "Mean ranks"), ("time", "Accuracy and time")):
+        lines += [f"![{title}](figures/{kind}-{chapter.name}.png)", ""]
+    lines += [*_summary(rows, names, order, cells, chapter), ""]
+    lines += _compared(chapter, names)
+    lines += ["### Balanced accuracy, each set", "", SPREAD, "", *_by_set(table, cells, names)]
+    return [*lines, "", _footer(rows)]
+
+
+def _compared(chapter: Chapter, names: list[str]) -> list[str]:
+    """Tables of differences: to each baseline, and of each method to what is left of it."""
+    has, lines = set(chapter.contestants), []
+    head = ["", "difference", "interval", "by", "p (Holm)", "by sets", "confirming sets", "shown"]
+    families = {
+        f"Against {other}": [(name, other) for name in names if name != other]
+        for other in (BASELINE, FEATURES)
+        if other in has
+    }
+    ideas = [(whole, part) for part, whole in ABLATIONS.items() if {whole, part} <= has]
+    if ideas:
+        families["Each method against what is left of it without its idea"] = ideas
+    for title, pairs in families.items():
+        is_idea = pairs == ideas
+        family = pairs if is_idea else [pair for pair in pairs if pair[0] in PAPERS]
+        adjusted = _adjusted(chapter, family)
+        lines += [f"### {title}", "", _line(head), "|--" * len(head) + "|"]
+        for one, other in pairs:
+            (found, how), alone = chapter.effect(one, other), None
+            if "confirmed" in chapter.parts():
+                alone = chapter.effect(one, other, "confirmed")[0]
+            if found is None:
+                continue
+            p = adjusted.get((one, other))
+            shown = p is not None and _shown_to_gain(chapter, one, other, adjusted)
+            over_sets = differences.by_sets(chapter.rows, one, other)
+            values = [
+                f"{one} against {other}" if is_idea else one,
+                _signed(found.mean),
+                _interval(found),
+                how,
+                "" if p is None else f"{p:.3f}",
+                _interval(over_sets) if over_sets else "",
+                f"{_signed(alone.mean)} {_interval(alone)}" if alone else "",
+                "yes" if shown else "" if p is None else "no",
+            ]
+            lines.append(_line(values))
+        lines.append("")
+    lines += [
+        "Intervals of 95 %: by patients, about further patients of these sets; by sets, about "
+        "further sets. p is of the first, by Holm over the methods of the papers (of the last "
+        'table over all its rows); "shown" asks for p below .05 and for the interval of the '
+        "confirming sets alone.",
+        "",
+    ]
+    return lines
+
+
+def _by_set(table: Table, cells: list[tuple[str, str]], names: list[str]) -> list[str]:
+    """Contestants by sets."""
+    heads = [_plain(data) + ("" if cut == "natural" else f" {cut}") for data, cut in cells]
+    lines = [_line(["method", *heads]), "|--" * (len(heads) + 1) + "|"]
+    best = {cell: max(np.mean(table[name][cell]) for name in names) for cell in cells}
+    for name in names:
+        texts = [spread(table[name][cell]) for cell in cells]
+        top = [np.mean(table[name][cell]) == best[cell] for cell in cells]
+        texts = [f"**{text}**" if is_top else text for text, is_top in zip(texts, top, strict=True)]
+        lines.append(_line([name, *texts]))
+    return lines
+
+
+def _line(values: list[str]) -> str:
+    return "| " + " | ".join(values) + " |"
+
+
+def _mean(table: Table, cells: list[tuple[str, str]], name: str) -> float:
+    return float(np.mean([np.mean(table[name][cell]) for cell in cells]))
+
+
+def _plain(data: str) -> str:
+    return data.replace("_", " ")
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}".replace("0.", ".").rstrip("0")
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("0.", ".").replace("-", "\N{MINUS SIGN}")
+
+
+def _interval(of: Effect) -> str:
+    return f"[{_signed(of.low)}, {_signed(of.high)}]"
+
+
+def _worded(of: Effect | None, how: str) -> str:
+    return "an unknown amount" if of is None else f"{_signed(of.mean)} {_interval(of)}, by {how}"
+
+
+def _footer(rows: list[dict[str, Any]]) -> str:
+    hardware, versions, commits = (
+        ", ".join(sorted({str(row[name]) for row in rows}))
+        for name in ("hardware", "versions", "commit")
+    )
+    hours = sum(row["fit_seconds"] + row["predict_seconds"] for row in rows) / 3600
+    return f"{len(rows)} fits, {hours:.1f} hours; {hardware}; {versions}; {commits}."
+
+
+SPREAD = (
+    "Mean ± standard deviation over seeds, where there are several; the best of a column is bold."
+)
+
+
+def from_scratch(chapter: Chapter) -> list[str]:
+    """Chapter on networks that saw no image before."""
+    rows = chapter.rows
     table = gather(rows, "balanced_accuracy")
     cells = sorted({_cell(row) for row in rows})
     scores = means(table, cells)
@@ -214,8 +533,6 @@ def page(rows: list[dict[str, Any]]) -> str:
     small = [c for c in cells if 2 < _ratio(rows, c) < 12 and _classes(rows, c) == 2]
     plural = "s" if len(seeds) > 1 else ""
     lines = [
-        "# Results",
-        "",
         f"{len(names)} methods on {len(cells)} training sets ({len(sets)} collections, as they "
         f"are and cut to larger imbalance ratios), {len(seeds)} seed{plural}, images of 28 pixels "
         "(volumes: 8), at most 500 of them to train on.",
@@ -236,35 +553,15 @@ def page(rows: list[dict[str, Any]]) -> str:
             "of a seed: take the first that suits you.",
             "",
         ]
-    lines += [*_summary(rows, names, order, cells), "", ROWS]
-    lines += [
-        "",
-        "![Mean ranks](figures/ranks.png)",
-        "",
-        "![Accuracy and time](figures/time.png)",
-        "",
-        "![Gain and imbalance](figures/ratio.png)",
-        "",
-        "## Balanced accuracy, each training set",
-        "",
-        "Mean ± standard deviation over seeds, where there are several; the best of a column is "
-        "bold.",
-        "",
-    ]
-    lines += _details(table, cells, names)
-    hardware, versions, commits = (
-        ", ".join(sorted({str(row[name]) for row in rows}))
-        for name in ("hardware", "versions", "commit")
-    )
-    hours = sum(row["fit_seconds"] + row["predict_seconds"] for row in rows) / 3600
-    lines += [
-        "",
-        f"{len(rows)} fits, {hours:.1f} hours of one core; {hardware}; {versions}; {commits}.",
-        "",
-        "Rerun: `python benchmarks/compare.py FOLDER --suite core --out results --jobs 2`, "
-        "then `python benchmarks/report.py results/results.csv`.",
-    ]
-    return "\n".join(lines) + "\n"
+    lines += [*_summary(rows, names, order, cells, chapter), "", ROWS, ""]
+    for kind, title in (
+        ("ranks", "Mean ranks"),
+        ("time", "Accuracy and time"),
+        ("ratio", "Gain and imbalance"),
+    ):
+        lines += [f"![{title}](figures/{kind}-{chapter.name}.png)", ""]
+    lines += ["### Balanced accuracy, each training set", "", SPREAD, ""]
+    return [*lines, *_details(table, cells, names), "", _footer(rows)]
 
 
 def _losers(scores: dict[str, np.ndarray], names: list[str]) -> str:
@@ -312,16 +609,25 @@ def _summary(
     names: list[str],
     order: dict[str, float],
     cells: list[tuple[str, str]],
+    chapter: Chapter,
 ) -> list[str]:
     """All measures, mean over training sets."""
     columns = {title: means(gather(rows, name), cells) for name, title in MEASURES.items()}
     seconds = means(gather(rows, "fit_seconds"), cells)
-    head = ["method", "mean rank", *columns, "fit, median s"]
-    lines = ["| " + " | ".join(head) + " |", "|--" * len(head) + "|"]
+    predict = means(gather(rows, "predict_seconds"), cells)
+    known = {name: chapter.effects.get((name, "", "all")) for name in names}
+    intervals = ["interval"] if any(known.values()) else []
+    head = ["method", "mean rank", *columns, *intervals, "fit, median s", "predict"]
+    lines = [_line(head), "|--" * len(head) + "|"]
     for name in names:
         values = [_shown(of[name]) for of in columns.values()]
-        line = [name, f"{order[name]:.1f}", *values, f"{np.median(seconds[name]):.1f}"]
-        lines.append("| " + " | ".join(line) + " |")
+        if intervals:
+            of = known[name]
+            values.append(f"{_short(of.low)} to {_short(of.high)}" if of else "")
+        times = [f"{np.median(of[name]):.1f}" for of in (seconds, predict)]
+        lines.append(_line([name, f"{order[name]:.1f}", *values, *times]))
+    if intervals:
+        lines += ["", "The interval is of balanced accuracy, 95 %, by patients, folds pooled."]
     return lines
 
 
@@ -334,7 +640,7 @@ def _details(table: Table, cells: list[tuple[str, str]], names: list[str]) -> li
     lines = []
     for data in sorted({data for data, _ in cells}):
         cuts = sorted((cut for d, cut in cells if d == data), key=_places)
-        lines += [f"### {data.replace('_', ' ')}", "", "| method | " + " | ".join(cuts) + " |"]
+        lines += [f"#### {_plain(data)}", "", "| method | " + " | ".join(cuts) + " |"]
         lines.append("|--" * (len(cuts) + 1) + "|")
         best = {cut: max(np.mean(table[name][data, cut]) for name in names) for cut in cuts}
         for name in names:
@@ -358,18 +664,49 @@ def main() -> None:
     parser.add_argument("table", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
-    rows = shared(read(args.table))
+    found = chapters(read(args.table))
+    if not found:
+        parser.error(f"{args.table} has no rows of test parts that contestants share")
     (args.out / "figures").mkdir(parents=True, exist_ok=True)
-    (args.out / "RESULTS.md").write_text(page(rows))
-    table = gather(rows, "balanced_accuracy")
-    cells = sorted({_cell(row) for row in rows})
-    scores = means(table, cells)
-    order = ranks(scores)
-    figures = args.out / "figures"
-    rank_figure(order, critical_difference(len(order), len(cells)), figures / "ranks.png")
-    time_figure(scores, means(gather(rows, "fit_seconds"), cells), figures / "time.png")
-    ratio_figure(rows, order, figures / "ratio.png")
+    know_effects(found, args.table.parent, args.out)
+    (args.out / "RESULTS.md").write_text(page(found))
+    for chapter in found:
+        figures(chapter, args.out / "figures")
     print(f"page: {args.out / 'RESULTS.md'}")
+
+
+def know_effects(found: list[Chapter], folder: Path, out: Path) -> None:
+    """Differences by patients: of the predictions beside the table, else as they were kept."""
+    table = {
+        (chapter.name, method): float(
+            np.mean(list(differences.of_sets(chapter.rows, method).values()))
+        )
+        for chapter in found
+        for method in chapter.contestants
+    }
+    known = differences.read(folder / "differences.csv", table)
+    if (folder / "jobs").is_dir():
+        for chapter in found:
+            of = differences.by_patients(
+                chapter.rows, folder / "jobs", chapter.pairs(), chapter.parts()
+            )
+            known |= {(chapter.name, *key): effect for key, effect in of.items()}
+    if known:
+        differences.write(out / "differences.csv", known, table)
+    for chapter in found:
+        chapter.effects = {key[1:]: of for key, of in known.items() if key[0] == chapter.name}
+
+
+def figures(chapter: Chapter, folder: Path) -> None:
+    rows, cells = chapter.rows, sorted({_cell(row) for row in chapter.rows})
+    scores = means(gather(rows, "balanced_accuracy"), cells)
+    order = ranks(scores)
+    distance = critical_difference(len(order), len(cells))
+    rank_figure(order, distance, folder / f"ranks-{chapter.name}.png")
+    seconds = means(gather(rows, "fit_seconds"), cells)
+    time_figure(scores, seconds, folder / f"time-{chapter.name}.png")
+    if chapter.regime == "scratch":
+        ratio_figure(rows, order, folder / f"ratio-{chapter.name}.png")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.util
+import json
 import multiprocessing
 import os
 import signal
@@ -15,7 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.metrics import balanced_accuracy_score
 from tqdm import tqdm
+
+from sklearn_medimb.metrics import paired_difference
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MEASURED = {"fit_seconds", "predict_seconds", "peak_mb"}
@@ -31,7 +35,7 @@ def load(name):
 
 afternoon, contestants = load("afternoon"), load("contestants")
 contestants_pretrained = load("contestants_pretrained")
-compare, report = load("compare"), load("report")
+compare, differences, report = load("compare"), load("differences"), load("report")
 QUICK = compare.Suite(
     10, 8, 80, 60, 0.1, (0, 1, 2), (None, 10), ("SMOTE + logistic", "balanced forest"), ("lesions",)
 )
@@ -296,10 +300,14 @@ def test_page_follows_from_the_table_and_says_who_loses(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["report.py", str(path), "--out", str(out)])
         report.main()
         pages.append((out / "RESULTS.md").read_text())
-        assert {p.name for p in out.glob("figures/*")} == {"ranks.png", "time.png", "ratio.png"}
+        names = {p.name for p in out.glob("figures/*")}
+        assert names == {f"{kind}-scratch-core.png" for kind in ("ranks", "time", "ratio")}
         time.sleep(0.01)
     assert pages[0] == pages[1]
-    first = pages[0].split("\n\n")[2]
+    advice, first = (pages[0].split("\n\n")[k] for k in (1, 4))
+    assert advice.startswith(
+        "**From scratch: take logit adjustment.** Of 4 contestants it is first"
+    )
     assert first.startswith("**What does not beat its baseline.**")
     for name in ("CE (-0.2", "CSSN (-0.1", "focal (-0.2"):
         assert name in first
@@ -349,3 +357,289 @@ def test_smoke_suite_runs_and_makes_a_page(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", args)
     report.main()
     assert "| CSSN |" in (tmp_path / "RESULTS.md").read_text()
+
+
+# ---------------------------------------------------------------- with a start
+
+
+def run_regime(monkeypatch, out, regime, *more):
+    args = ["compare.py", *more, "--regime", regime, "--suite", "smoke", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", args)
+    compare.main()
+    return {row["method"]: row for row in table(out) if row["regime"] == regime}
+
+
+def answers(out, regime):
+    found = [compare.read_result(path) for path in out.glob("jobs/*.json")]
+    return {of["method"]: of["tested"] for of in found if of["regime"] == regime}
+
+
+def replaced(monkeypatch, regime, **params):
+    suite = dataclasses.replace(compare.SUITES[regime, "smoke"], **params)
+    monkeypatch.setitem(compare.SUITES, (regime, "smoke"), suite)
+    return suite
+
+
+@pytest.fixture
+def few_lesions(monkeypatch):
+    many = compare.make_lesions
+    monkeypatch.setattr(compare, "make_lesions", lambda n, **params: many(min(n, 300), **params))
+
+
+@pytest.mark.parametrize(("regime", "tuned"), [("frozen", "frozen"), ("pretrained", "full")])
+def test_regimes_with_a_start_run_and_make_a_page(
+    tmp_path, monkeypatch, few_lesions, regime, tuned
+):
+    suite = replaced(monkeypatch, regime, fine_tune=tuned)
+    rows = run_regime(monkeypatch, tmp_path, regime)
+    assert set(rows) == set(suite.methods)
+    for row in rows.values():
+        assert 0 <= float(row["balanced_accuracy"]) <= 1
+        assert (row["start"], row["rows"], row["n_classes"]) == ("untrained", "test", "5")
+        assert "tested" not in row
+    found = answers(tmp_path, regime)
+    for part, whole in report.ABLATIONS.items():  # a switch that switches nothing is none
+        if part in found:
+            assert found[part]["scores"] != found[whole]["scores"], part
+    assert all(of["rows"] == found["CE"]["rows"] for of in found.values())
+    args = ["report.py", str(tmp_path / "results.csv"), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", args)
+    report.main()
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert page.count("\n## ") == 2
+    assert "(smoke): take" in page
+    assert "### Against logit adjustment" in page
+    assert "From scratch" not in page
+
+
+def test_with_a_start_what_is_done_is_kept_by_kind_of_hardware(
+    tmp_path, monkeypatch, few_lesions, capsys
+):
+    methods = ["--methods", "CE", "frozen LR"]
+    run_regime(monkeypatch, tmp_path, "frozen", *methods)
+    path = next(tmp_path.glob("jobs/*-CE-*.json"))
+    path.unlink()
+    run_regime(monkeypatch, tmp_path, "frozen", *methods)
+    assert "2 jobs, 2 of them done" in capsys.readouterr().out
+    assert not path.exists()
+    here = compare.circumstances()
+    monkeypatch.setattr(compare, "circumstances", lambda: {**here, "hardware": "another"})
+    run_regime(monkeypatch, tmp_path, "frozen", *methods)
+    assert "2 jobs, 0 of them done" in capsys.readouterr().out
+    assert sorted(row["hardware"] == "another" for row in table(tmp_path)) == 2 * [False] + 2 * [
+        True
+    ]
+
+
+def test_the_default_of_tuning_runs(tmp_path, monkeypatch, few_lesions):
+    rows = run_regime(monkeypatch, tmp_path, "pretrained", "--methods", "one view", "10 epochs")
+    assert rows["one view"]["fine_tune"] == "head_first"
+    more = int(rows["10 epochs"]["n_epochs"]) - int(rows["one view"]["n_epochs"])
+    assert more == 10 - compare.SUITES["pretrained", "smoke"].max_epochs
+
+
+def test_inner_rows_never_touch_the_test_rows(tmp_path, monkeypatch):
+    """What the images of the test rows hold makes no difference."""
+    suite = replaced(monkeypatch, "frozen", cuts=(None,))
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1, 2], [60, 30, 20])
+    archive = {
+        "images": (rng.integers(0, 90, (110, 24, 24)) + 60 * y[:, None, None]).astype(np.uint8),
+        "labels": y,
+        "groups": np.arange(110) // 2,
+    }
+    outcome = {}
+    for what in ("as it is", "spoilt"):
+        folder = tmp_path / what
+        folder.mkdir()
+        if what == "spoilt":
+            data = compare.load(str(tmp_path / "as it is"), "own", suite)
+            test = data.rows[compare.split(data, suite, None, 1)[1]]
+            assert 20 < len(test) < 60
+            archive["images"][test] = rng.integers(0, 256, (len(test), 24, 24))
+        np.savez(folder / "own.npz", **archive)
+        given = (str(folder), "--data", "own", "--seeds", "1", "--methods", "CE")
+        for more in ((), ("--inner",)):
+            out = folder / f"out{len(more)}"
+            row = run_regime(monkeypatch, out, "frozen", *given, *more)["CE"]
+            outcome[what, row["rows"]] = answers(out, "frozen")["CE"]["scores"]
+            if more:
+                tested = set(answers(out, "frozen")["CE"]["rows"])
+                assert not tested & set(answers(folder / "out0", "frozen")["CE"]["rows"])
+    assert outcome["as it is", "inner"] == outcome["spoilt", "inner"]
+    assert outcome["as it is", "test"] != outcome["spoilt", "test"]
+
+
+def test_folds_with_a_start_keep_patients_whole_and_test_each_image_once(few_lesions):
+    suite = dataclasses.replace(compare.SUITES["frozen", "smoke"], max_test=900)
+    data = compare.load(None, "lesions", suite)
+    assert 180 < len(data.target) < 220
+    tested = []
+    for seed in compare.FOLDS:
+        train, test = compare.split(data, suite, None, seed)
+        fitted, scored = compare.split(data, suite, None, seed, inner=True)
+        assert set(fitted) | set(scored) == set(train)
+        for a, b in ((train, test), (fitted, scored)):
+            assert not set(data.groups[a]) & set(data.groups[b])
+        assert len(train) <= suite.max_train + 4
+        tested += test.tolist()
+    assert sorted(tested) == list(range(len(data.target)))
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    {
+        ("--regime", "frozen", "--methods", "focal"): "argument --methods: 'focal' is none of",
+        ("--regime", "frozen", "--suite", "levers"): "argument --suite: frozen has no levers",
+        ("--start", "resnet18"): "argument --start: scratch has none",
+        ("--regime", "pretrained", "--seeds", "3"): "argument --seeds: these are folds, [0, 1, 2]",
+    }.items(),
+)
+def test_what_a_regime_does_not_have_is_refused(monkeypatch, capsys, more, match):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *more])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert match in capsys.readouterr().err
+
+
+def test_five_fits_vote_also_where_one_saw_no_image_of_a_class():
+    X = np.array([[0.0], [0.1], [0.2], [0.9], [1.0], [1.1], [0.05], [0.95], [0.15], [5.0]])
+    y = np.array(["a", "a", "a", "b", "b", "b", "a", "b", "a", "rare"])
+    head = contestants.LogisticRegression(C=100)
+    with pytest.warns(UserWarning, match="least populated class"):
+        clf = contestants_pretrained.FoldEnsemble(head, random_state=0).fit(X, y)
+    assert sorted(len(member.classes_) for member in clf.members_) == [2, 3, 3, 3, 3]
+    np.testing.assert_allclose(clf.predict_proba(X).sum(axis=1), 1)
+    assert (clf.predict(X) == y).all()
+
+
+# ---------------------------------------------------------------- report of several regimes
+
+
+def made_rows(scores, *, regime="frozen", hardware="h", seeds=(0, 1, 2)):
+    """Rows of a table; scores by contestant, one for each set."""
+    sets = ("busi", "brain_tumor_mri", "herlev_papsmear", "covid_cxr")
+    return [
+        {
+            "regime": regime, "suite": "core", "start": "net", "rows": "test", "data": data,
+            "cut": "natural", "seed": seed, "method": method, "hardware": hardware,
+            "n_train": 100, "n_classes": 2, "imbalance_ratio": 6.0, "image_size": 128,
+            "balanced_accuracy": score, "macro_f1": score, "macro_auroc": score,
+            "few_recall": score, "calibration_error": 0.1, "fit_seconds": 3.0,
+            "predict_seconds": 0.1, "commit": "abc", "versions": "v",
+        }
+        for seed in seeds for method, of in scores.items()
+        for data, score in zip(sets, of, strict=False)
+    ]  # fmt: skip
+
+
+def page_of(rows, folder, out, monkeypatch):
+    folder.mkdir(exist_ok=True)
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    monkeypatch.setattr(report, "figures", lambda chapter, folder: None)
+    argv = ["report.py", str(folder / "results.csv"), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", argv)
+    report.main()
+    return (out / "RESULTS.md").read_text()
+
+
+def test_hardware_kinds_are_ranked_apart(tmp_path, monkeypatch):
+    cpu = made_rows({"logit adjustment": (0.5, 0.6), "CE": (0.4, 0.7), "LMD": (0.6, 0.8)})
+    gpu = made_rows({"logit adjustment": (0.9, 0.9), "CE": (0.8, 0.7)}, hardware="gpu")
+    inner = [{**row, "rows": "inner", "balanced_accuracy": 1.0} for row in cpu[:1]]
+    page = page_of(cpu + gpu + inner, tmp_path / "a", tmp_path, monkeypatch)
+    one, two = page.split("\n## On a frozen start, ")[1:]
+    assert one.startswith("gpu")
+    assert "| logit adjustment | 1.0 | 0.900" in one
+    assert "| CE | 2.0 | 0.750" in one
+    assert "LMD" not in one
+    assert "| LMD | 1.0 | 0.700" in two
+    assert "| logit adjustment | 2.5 | 0.550" in two
+    assert "| CE | 2.5 | 0.550" in two
+    assert "From scratch" not in page
+    assert "Tuning" not in page
+
+
+def test_a_contestant_with_few_runs_is_left_out_by_name(tmp_path, monkeypatch):
+    rows = made_rows({"logit adjustment": (0.5, 0.6), "CE": (0.4, 0.7)})
+    rows += made_rows({"full": (0.9,)}, seeds=(0,))
+    page = page_of(rows, tmp_path / "a", tmp_path, monkeypatch)
+    assert "Not run on enough of them: full." in page
+    assert "| full |" not in page
+
+
+def predictions(folder, rows, right):
+    """Files of jobs: 30 patients with two images each, of which a share `right` is found."""
+    (folder / "jobs").mkdir(parents=True)
+    for k, row in enumerate(rows):
+        true = np.tile([0, 0, 1], 20)
+        wrong = np.random.default_rng(int(row["seed"])).random(60) > right[row["method"]]
+        tested = {
+            "rows": list(range(60)), "patients": np.repeat(np.arange(30), 2).tolist(),
+            "true": true.tolist(), "predicted": np.where(wrong, 1 - true, true).tolist(),
+        }  # fmt: skip
+        result = {**row, "tested": tested}
+        (folder / "jobs" / f"{k}.json").write_text(json.dumps(result))
+
+
+def test_page_is_the_same_without_the_predictions_it_came_from(tmp_path, monkeypatch):
+    right = {"logit adjustment": 0.6, "LMD": 0.9, "CSSN": 0.61, "frozen LR, views + depths": 0.5}
+    rows = made_rows({name: 4 * (share,) for name, share in right.items()})
+    predictions(tmp_path / "a", rows, right)
+    page = page_of(rows, tmp_path / "a", tmp_path / "a", monkeypatch)
+    assert page == page_of(rows, tmp_path / "a", tmp_path / "a", monkeypatch)
+    assert "Shown to be ahead of logit adjustment: LMD; not shown: CSSN." in page
+    assert "by patients" in page.split("\n\n")[1]
+    other = tmp_path / "b"
+    other.mkdir()
+    kept = (tmp_path / "a" / "differences.csv").read_text()
+    (other / "differences.csv").write_text(kept)
+    assert page_of(rows, other, other, monkeypatch) == page
+    assert (other / "differences.csv").read_text() == kept
+    # Of another table they are not.
+    for row in rows:
+        row["balanced_accuracy"] += 0.01 * (row["method"] == "LMD")
+    (other / "differences.csv").write_text(kept)
+    advice = page_of(rows, other, other, monkeypatch).split("\n\n")[1]
+    assert "by sets" in advice
+    assert "by patients" not in advice
+
+
+def test_differences_by_patients_are_those_of_paired_difference(tmp_path):
+    right = {"logit adjustment": 0.6, "LMD": 0.9}
+    rows = [row for row in made_rows(dict.fromkeys(right, (0.5,))) if row["seed"] == 0]
+    predictions(tmp_path, rows, right)
+    pair = ("LMD", "logit adjustment")
+    found = differences.by_patients(
+        rows, tmp_path / "jobs", [pair, pair[:1] * 2], {"all": {"busi"}}
+    )
+    one, other = (compare.read_result(tmp_path / "jobs" / f"{k}.json")["tested"] for k in (1, 0))
+    assert found["LMD", "", "all"].mean == pytest.approx(
+        balanced_accuracy_score(one["true"], one["predicted"])
+    )
+    wanted = paired_difference(
+        balanced_accuracy_score, one["true"], one["predicted"], other["predicted"],
+        groups=one["patients"], random_state=0,
+    )  # fmt: skip
+    ahead = found["LMD", "logit adjustment", "all"]
+    assert ahead.mean == pytest.approx(wanted.score)
+    assert ahead.low == pytest.approx(wanted.low, abs=0.05)
+    assert ahead.high == pytest.approx(wanted.high, abs=0.05)
+    assert ahead.p < 0.01
+    assert found["LMD", "LMD", "all"] == (0, 0, 0, 1)
+
+
+def test_statistics_on_numbers_done_by_hand():
+    assert differences.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(
+        {"a": 0.03, "c": 0.06, "b": 0.06}
+    )
+    scores = {"a": np.array([0.9, 0.5, 0.7]), "b": np.array([0.8, 0.5, 0.9]), "c": np.zeros(3)}
+    assert report.ranks(scores) == pytest.approx({"a": 4.5 / 3, "b": 4.5 / 3, "c": 3.0})
+    rows = made_rows({"a": (0.5, 0.7, 0.9, 0.6), "b": (0.4, 0.6, 0.7, 0.6)})
+    found = differences.by_sets(rows, "a", "b")
+    gain = np.array([0.1, 0.1, 0.2, 0.0])
+    half = 3.1824 * gain.std(ddof=1) / 2
+    assert found[:3] == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=1e-4)
