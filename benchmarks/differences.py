@@ -9,6 +9,7 @@ contestants share.) By sets in any case: mean differences of the sets, and Stude
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable
@@ -161,17 +162,30 @@ VALUES = ("mean", "low", "high", "p")
 COLUMNS = ("chapter", "method", "baseline", "sets", "table", *VALUES)
 
 
-def write(path: Path, effects: dict[tuple[str, ...], Effect], means: dict[Any, float]) -> None:
+Digests = dict[tuple[str, str], str]  # by chapter and contestant
+
+
+def digest(rows: Rows, method: str) -> str:
+    """Tell a contestant's scores from those of another table."""
+    scores = sorted(
+        (row["data"], str(row["cut"]), row["seed"], row["balanced_accuracy"])
+        for row in rows
+        if row["method"] == method
+    )
+    return hashlib.sha256(repr(scores).encode()).hexdigest()[:12]
+
+
+def write(path: Path, effects: dict[tuple[str, ...], Effect], digests: Digests) -> None:
     """Keep them: a page can then be made without the predictions."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for key, of in effects.items():
-            writer.writerow([*key, _told(means, key), *of])
+            writer.writerow([*key, _table(digests, key), *of])
 
 
-def read(path: Path, means: dict[Any, float]) -> dict[tuple[str, ...], Effect]:
-    """Read what was kept, as far as it is of the table at hand: contestants' means say so."""
+def read(path: Path, digests: Digests) -> dict[tuple[str, ...], Effect]:
+    """Read what was kept, as far as it is of the table at hand."""
     if not path.exists():
         return {}
     with path.open(newline="") as file:
@@ -179,12 +193,12 @@ def read(path: Path, means: dict[Any, float]) -> dict[tuple[str, ...], Effect]:
     found = {}
     for row in rows:
         key = row["chapter"], row["method"], row["baseline"], row["sets"]
-        if row["table"] == _told(means, key):
+        if row["table"] == _table(digests, key):
             found[key] = Effect(*(float(row[name]) for name in VALUES))
     return found
 
 
-def _told(means: dict[Any, float], key: tuple[str, ...]) -> str:
-    """Mean balanced accuracy of the contestants in the table."""
+def _table(digests: Digests, key: tuple[str, ...]) -> str:
+    """Of the table that a difference is of, what tells it from others."""
     chapter, *names, _ = key
-    return " ".join(f"{means.get((chapter, name), np.nan):.6f}" for name in names if name)
+    return " ".join(digests.get((chapter, name), "") for name in names if name)

@@ -438,6 +438,21 @@ def test_the_default_of_tuning_runs(tmp_path, monkeypatch, few_lesions):
     assert more == 10 - compare.SUITES["pretrained", "smoke"].max_epochs
 
 
+def test_ideas_that_a_frozen_start_leaves_out_change_nothing_there():
+    """The metric, the relations and the E-step shape features, which stay."""
+    data = compare.make_lesions([20, 12, 8, 8, 8], image_size=24, random_state=0)
+    start = contestants_pretrained.STARTS["untrained"]
+    setting = contestants.Setting(0, 2, (20, 12, 8, 8, 8), 1, start, 24, "frozen", 1)
+    for part, whole in report.ABLATIONS.items():
+        if part in compare.FROZEN or part.startswith("AMIMV"):
+            continue
+        one, other = (
+            compare.TUNED[name](setting).fit(data.images, data.target).predict_proba(data.images)
+            for name in (part, whole)
+        )
+        np.testing.assert_array_equal(one, other, err_msg=part)
+
+
 def test_inner_rows_never_touch_the_test_rows(tmp_path, monkeypatch):
     """What the images of the test rows hold makes no difference."""
     suite = replaced(monkeypatch, "frozen", cuts=(None,))
@@ -593,6 +608,11 @@ def test_page_is_the_same_without_the_predictions_it_came_from(tmp_path, monkeyp
     assert page == page_of(rows, tmp_path / "a", tmp_path / "a", monkeypatch)
     assert "Shown to be ahead of logit adjustment: LMD; not shown: CSSN." in page
     assert "by patients" in page.split("\n\n")[1]
+    # What the sets say that defaults were chosen on is shown by the others, or not at all.
+    some = [row for row in rows if row["data"] in report.CHOSEN_ON]
+    said = page_of(some, tmp_path / "a", tmp_path / "c", monkeypatch)
+    assert "None of LMD, CSSN is shown" in said or "None of CSSN, LMD is shown" in said
+    assert page_of(rows, tmp_path / "a", tmp_path / "a", monkeypatch) == page
     other = tmp_path / "b"
     other.mkdir()
     kept = (tmp_path / "a" / "differences.csv").read_text()
