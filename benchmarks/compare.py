@@ -16,11 +16,13 @@ anew for each seed; training parts as they are, and cut to imbalance ratios of 1
 that leaves enough images. All networks have the same backbone, augmentation, optimiser and number
 of steps (in the core suite half of their default).
 
-"frozen" and "pretrained" take nine sets at 128 and 96 pixels, and networks that begin with the
-weights of `--start`: these stay as they are, or are tuned. Of sets with more than 900 images a part
-with the same shares of classes, patients whole; classes of six images or more; three folds that
-keep patients whole, which are the seeds. ``--data`` may name any file with ``images`` and
-``labels``.
+"frozen" and "pretrained" take nine sets, and networks that begin with the weights of `--start`:
+these stay as they are, at 128 pixels, or are tuned. Tuning's core suite has what two cores do in
+some hours (96 pixels, 200 images, 5 epochs, two folds), "large" is for a GPU (128 pixels, 600
+images, default epochs, three folds), and "levers" has the settings of one method. Of sets with more
+than 900 images a part with the same shares of classes, patients whole; classes of six images or
+more; three folds that keep patients whole, which are the seeds. ``--data`` may name any file with
+``images`` and ``labels``.
 
 With ``--inner`` the test rows are left alone: three quarters of each training part are trained on,
 the last quarter is scored. Defaults are chosen on these. Nothing is selected here: every method has
@@ -118,7 +120,10 @@ SUITES = {
         24, 0, 80, 60, 1, (0,), (5,), tuple(FROZEN), ("lesions",), "untrained", "frozen", 2, 200
     ),
     ("pretrained", "core"): Suite(
-        96, 0, 300, 900, 1, FOLDS, UNCUT, tuple(TUNED), SETS, LITE0, "head_first", 8
+        96, 0, 200, 900, 1, FOLDS[:2], UNCUT, tuple(TUNED), SETS, LITE0, "head_first", 5
+    ),
+    ("pretrained", "large"): Suite(
+        128, 0, 600, 900, 1, FOLDS, UNCUT, tuple(TUNED), SETS, LITE0, "head_first"
     ),
     ("pretrained", "smoke"): Suite(
         24, 0, 80, 60, 1, (0,), (5,), tuple(TUNED), ("lesions",), "untrained", "head_first", 1, 200
