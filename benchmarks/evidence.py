@@ -4,7 +4,8 @@
     python benchmarks/evidence.py [TABLE ...] --regret   prints regrets, and writes nothing
 
 A row of the package's table is a method that it can make on a training set (data, cut), mean over
-seeds. It counts where it has all the seeds that logit adjustment has there.
+seeds. It counts where it has all the seeds that logit adjustment has there. ``starts.csv`` has the
+regimes that `compare.py` has not run yet: rows of its suite "core" take their place.
 
 Regret: of each training set, the score of the best method less that of the chosen one, where the
 rule knows the other *sets* alone (all cuts of a set are left out). The best of many noisy means is
@@ -33,10 +34,15 @@ NAMES = {
 }  # fmt: skip
 NO_NETWORKS = {
     "balanced forest", "EasyEnsemble", "SMOTE + SVM", "SMOTE + logistic", "boosting",
-    "frozen LR, views + depths",
+    "frozen LR, views + depths", "frozen SVM",
 }  # fmt: skip
-SIDES = {"scratch": {2: 28, 3: 8}, "frozen": {2: 128}, "pretrained": {2: 128}}
-STEP_SHARE = {"scratch": 0.5}  # of the networks' default steps
+# Of a suite: pixels a side, in 2-D and 3-D, and the share of the networks' default steps. Of those
+# of a regime that have rows the first counts.
+SUITES = {
+    "scratch": {"core": ((28, 8), 0.5)},
+    "frozen": {"core": ((128,), 1.0), "defaults": ((128,), 1.0)},
+    "pretrained": {"core": ((96,), 8 / 15), "defaults": ((128,), 1.0)},
+}
 
 
 class Cell(NamedTuple):
@@ -48,33 +54,51 @@ class Cell(NamedTuple):
 
 def cells(paths: Sequence[Path]) -> list[Cell]:
     """Methods on training sets, each with all the seeds of logit adjustment."""
+    rows = [row for path in paths for row in _table(path)]
+    suites = {
+        regime: next((name for name in known if _has(rows, regime, name)), None)
+        for regime, known in SUITES.items()
+    }
     found: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
-    for path in paths:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                if row["suite"] in ("smoke", "levers"):
-                    continue
-                regime, method = row.get("regime") or "scratch", row["method"]
-                key = regime, row["data"], row["cut"], NAMES.get(method, method)
-                found.setdefault(key, {})[row["seed"]] = row
+    for row in rows:
+        if row["suite"] == suites[row["regime"]]:
+            key = row["regime"], row["data"], row["cut"], NAMES.get(row["method"], row["method"])
+            found.setdefault(key, {})[row["seed"]] = row
     made = []
-    for (regime, data, cut, method), rows in found.items():
+    for (regime, data, cut, method), of in found.items():
         seeds = set(found.get((regime, data, cut, REFERENCE), {}))
-        if seeds and seeds <= set(rows):
-            made.append(_cell(regime, data, cut, method, {seed: rows[seed] for seed in seeds}))
+        if seeds and seeds <= set(of):
+            how = SUITES[regime][suites[regime] or ""]
+            own = {seed: of[seed] for seed in sorted(seeds)}
+            made.append(_cell((regime, data, cut, method), own, *how))
     return sorted(made)
 
 
-def _cell(regime: str, data: str, cut: str, method: str, rows: dict[str, dict[str, str]]) -> Cell:
+def _table(path: Path) -> list[dict[str, str]]:
+    """Rows on test images."""
+    with path.open(newline="") as file:
+        rows = [{**row, "regime": row.get("regime") or "scratch"} for row in csv.DictReader(file)]
+    return [row for row in rows if row.get("rows", "test") in ("test", "")]
+
+
+def _has(rows: Sequence[dict[str, str]], regime: str, suite: str) -> bool:
+    return any(row["regime"] == regime and row["suite"] == suite for row in rows)
+
+
+def _cell(
+    key: tuple[str, str, str, str], rows: dict[str, dict[str, str]], sides: tuple[int, ...],
+    share: float,
+) -> Cell:  # fmt: skip
     def mean(name: str) -> float:
         return float(np.mean([float(row[name]) for row in rows.values()]))
 
-    dims = 3 if "3d" in data else 2
-    share = 1.0 if method in NO_NETWORKS else STEP_SHARE.get(regime, 1.0)
+    dims = 3 if "3d" in key[1] else 2
+    fastest = min(float(row["fit_seconds"]) for row in rows.values())
     about = Row(
-        regime, data, cut, method, round(mean("n_train")), round(mean("n_classes")),
-        round(max(mean("imbalance_ratio"), 1.0), 2), SIDES[regime][dims], dims,
-        round(mean("balanced_accuracy"), 4), round(mean("fit_seconds") / share, 2),
+        *key, round(mean("n_train")), round(mean("n_classes")),
+        round(max(mean("imbalance_ratio"), 1.0), 2), sides[dims - 2], dims,
+        round(mean("balanced_accuracy"), 4),
+        round(fastest / (1 if key[3] in NO_NETWORKS else share), 2),
     )  # fmt: skip
     return Cell(about, {seed: float(row["balanced_accuracy"]) for seed, row in rows.items()})
 
@@ -83,7 +107,7 @@ def write(made: Sequence[Cell], out: Path = OUT) -> None:
     """Write the table of the package."""
     with out.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
+        writer.writerow(list(Row.__annotations__))
         writer.writerows(cell.about for cell in made if cell.about.method in METHODS)
 
 
@@ -103,14 +127,16 @@ def nearest(others: list[Row], own: Row) -> str:
     return choose(scores, seconds)
 
 
-def best_mean(others: list[Row], own: Row) -> str:
+def best_mean(others: list[Row], _: Row) -> str:
     """One method for all: the best over the other sets."""
     means: dict[str, dict[str, list[float]]] = {}
     for row in others:
         means.setdefault(row.method, {}).setdefault(row.data, []).append(row.score)
     complete = max(len(of) for of in means.values())
     means = {name: of for name, of in means.items() if len(of) == complete}
-    return max(means, key=lambda name: np.mean([np.mean(own) for own in means[name].values()]))
+    return max(
+        means, key=lambda name: np.mean([np.mean(scores) for scores in means[name].values()])
+    )
 
 
 def regrets(made: Sequence[Cell], rule: Rule) -> np.ndarray:

@@ -117,9 +117,19 @@ def test_a_comparison_of_an_archive(tmp_path, capsys):
     assert (out / "comparison.png").stat().st_size > 1000
 
 
+def test_advice_from_one_line(scans, capsys):
+    assert run("recommend", scans, *PATIENTS, *SMALL, "--budget", "1 s") == 0
+    said = capsys.readouterr().out
+    assert "18 patients" in said
+    assert "Take " in said
+    assert run("recommend", scans, *PATIENTS, *SMALL, "--dry-run") == 0
+    assert "Take " not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("args", "match"),
     [
+        (["recommend", "{scans}", "--budget", "soon"], "budget='soon'"),
         (["train", "nowhere", "--out", "m"], "'nowhere' is no folder"),
         (["train", "{scans}", "--method", "magic", "--out", "m"], r"Unknown methods \['magic'\]"),
         (["train", "{scans}", "--param", "lr", "--out", "m"], "--param 'lr' is not of the form"),

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 from imblearn.ensemble import BalancedRandomForestClassifier
+from imblearn.pipeline import make_pipeline
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
+from sklearn.svm import SVC
 from sklearn.utils import _safe_indexing
 from torch import nn
 
@@ -33,7 +34,12 @@ from sklearn_medimb.base import BaseImageEstimator
 from sklearn_medimb.comparison._compare import compare_methods
 from sklearn_medimb.comparison._methods import common_methods
 from sklearn_medimb.comparison._result import Comparison
-from sklearn_medimb.methods import AMIMVClassifier, PretrainedFeatures, SoftmaxClassifier
+from sklearn_medimb.methods import (
+    AMIMVClassifier,
+    AMIMVEncoder,
+    PretrainedFeatures,
+    SoftmaxClassifier,
+)
 from sklearn_medimb.over_sampling import BalancedVirtualFeatures
 
 REFERENCE = "logit adjustment"  # whose scores the others' are told against
@@ -44,9 +50,9 @@ N_FOLDS = 3  # of a trial
 SHORT_LIST = 4  # methods of a trial at most
 CUDA = 10  # times as fast as a core: 14,600 images of 28 pixels a second (H100), beside 1,250
 LIKELY = "efficientnet_lite0"
-FOREST, FROZEN_LR = "balanced forest", "frozen LR, views + depths"
+FOREST, FROZEN_LR, FROZEN_SVM = "balanced forest", "frozen LR, views + depths", "frozen SVM"
 AMIMV, VIRTUAL = "AMIMV", "virtual features"
-METHODS = (*common_methods(), AMIMV, VIRTUAL, FOREST, FROZEN_LR)
+METHODS = (*common_methods(), AMIMV, VIRTUAL, FOREST, FROZEN_LR, FROZEN_SVM)
 HOW = {
     "scratch": "from scratch",
     "frozen": "a head on the frozen start",
@@ -56,7 +62,7 @@ UNITS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hou
 
 
 class Row(NamedTuple):
-    """A method on a training set of the bench: mean over seeds."""
+    """A method on a training set of the bench; its score is a mean over seeds."""
 
     regime: str
     data: str
@@ -68,7 +74,7 @@ class Row(NamedTuple):
     side: int
     spatial_dims: int
     score: float  # balanced accuracy
-    seconds: float  # of a fit with the default steps
+    seconds: float  # of the fastest seed, with the default steps
 
 
 @cache
@@ -152,6 +158,7 @@ def work(
     n_classes: int,
     spatial: Sequence[int],
     max_epochs: int | None = None,
+    batch_size: int = 64,
 ) -> float:
     """Seconds of a fit, on one core, up to a factor that the method has.
 
@@ -161,26 +168,30 @@ def work(
     """
     n_pixels = math.prod(spatial)
     if method == FOREST:
-        return n * math.sqrt(n_pixels)
-    per_epoch = -(-n // 64)
-    n_steps = 180 + 60 * min(n_classes, 17)
-    if len(spatial) == 1:
-        n_steps //= 3
-    n_steps = per_epoch * (max_epochs or max(10, -(-n_steps // per_epoch)))
+        return n * math.sqrt(n_pixels) + 8000  # even of few images there are 300 trees
+    per_epoch = -(-n // batch_size)
+    dims = len(spatial) if len(spatial) > 1 else 0
+    n_epochs = max_epochs or max(10, -(-_n_steps(n_classes, dims) // per_epoch))
+    n_steps = per_epoch * n_epochs
     if regime == "scratch":
-        if len(spatial) > 1 and min(spatial) >= 96:
-            n_pixels //= 2 ** len(spatial)
-        return 6e-7 * n_steps * min(n, 64) * (n_pixels + 300)
+        if dims and min(spatial) >= 96:
+            n_pixels //= 2**dims
+        return 6e-7 * n_steps * min(n, batch_size) * (n_pixels + 300)
     seconds = 8e-7 * n * n_pixels + 0.01 * n_steps
     if regime == "pretrained":
         seconds += 1.7e-6 * (max_epochs or 15) * n * n_pixels
     return seconds
 
 
+def _n_steps(n_classes: int, spatial_dims: int) -> int:
+    """Steps of a fit by default, of feature vectors a third; ten epochs at least."""
+    return (180 + 60 * min(n_classes, 17)) // (1 if spatial_dims else 3)
+
+
 def factor(rows: Iterable[Row], method: str) -> float:
     """What the fits of the bench took, over their work.
 
-    The lower quartile: other programs on its machine only made fits slower.
+    The lower quartile, since other programs on its machine only made fits slower.
     """
     ratios = [
         row.seconds
@@ -342,7 +353,13 @@ def _made(regime: str, shared: dict[str, Any], data: Data) -> dict[str, Any]:
     """Methods by name, not fitted."""
     made, seed = common_methods(**shared), shared["random_state"]
     if regime == "scratch":
-        made[AMIMV] = AMIMVClassifier(**shared)
+        # As in the bench: as many steps without labels as the networks have with labels.
+        n_steps = _n_steps(len(data.classes), len(data.shape) - 1)
+        per_epoch = -(-(len(data.rows) + data.n_without) // 32)
+        epochs = shared.get("max_epochs", "auto")
+        epochs = max(1, round(n_steps / per_epoch)) if epochs == "auto" else epochs
+        encoder = AMIMVEncoder(max_epochs=epochs, batch_size=32)
+        made[AMIMV] = AMIMVClassifier(**shared, pretrain=encoder)
         made[VIRTUAL] = make_pipeline(
             SoftmaxClassifier(**shared),
             StandardScaler(),
@@ -354,17 +371,20 @@ def _made(regime: str, shared: dict[str, Any], data: Data) -> dict[str, Any]:
                 300, sampling_strategy="all", replacement=True, bootstrap=False, random_state=seed
             )
             made[FOREST] = make_pipeline(FunctionTransformer(flattened), forest)
-    if regime == "frozen":
+    if regime == "frozen" and data.counts.min() >= 3:  # of each class one in every inner fold
         features = PretrainedFeatures()
         names = features.get_params(deep=False)
         features.set_params(**{name: value for name, value in shared.items() if name in names})
-        head = LogisticRegression(class_weight="balanced", max_iter=300, tol=1e-3)
-        grid = {"logisticregression__C": [3e-4, 3e-3, 3e-2]}
-        search = GridSearchCV(
-            make_pipeline(StandardScaler(), head), grid, cv=3, scoring="balanced_accuracy"
-        )
-        if data.counts.min() >= 3:
-            made[FROZEN_LR] = make_pipeline(features, search)
+        balanced = {"class_weight": "balanced"}
+        heads = {
+            FROZEN_LR: (LogisticRegression(**balanced, max_iter=300, tol=1e-3), [3e-4, 3e-3, 3e-2]),
+            FROZEN_SVM: (SVC(**balanced, random_state=seed), [0.1, 1, 10]),
+        }
+        for name, (head, values) in heads.items():
+            steps = make_pipeline(StandardScaler(), head)
+            grid = {f"{steps.steps[-1][0]}__C": values}
+            search = GridSearchCV(steps, grid, cv=3, scoring="balanced_accuracy")
+            made[name] = make_pipeline(features, search)
     return made
 
 
@@ -461,9 +481,9 @@ def recommend(
     mean score over these sets, those weighing most that are nearest in number of images, number of
     classes and imbalance. The time of a fit is that of the bench, scaled by images, pixels and
     steps. Among the methods whose fit takes no longer than `budget` the one with the highest score
-    is advised, or one within .005 of it that takes half its time or less. With a start its network is tuned for
-    up to 500 images or on a GPU, else frozen, as ``fine_tune="auto"`` has it; where no such fit is
-    within the budget the start is frozen, and after that left out.
+    is advised, or one within .005 of it that takes half its time or less. With a start its network
+    is tuned for up to 500 images or on a GPU, else frozen, as ``fine_tune="auto"`` has it; where no
+    such fit is within the budget the start is frozen, and after that left out.
 
     Parameters
     ----------
@@ -522,7 +542,8 @@ def recommend(
     seconds = as_seconds(budget)
     if taken := sorted({"backbone", "fine_tune"} & set(params)):
         raise ValueError(f"{taken[0]}: start= says with which network to begin, and how.")
-    data, notes = _read(X, y, groups, params), []
+    data = _read(X, y, groups, params)
+    notes: list[str] = []
     where = resolve_device(device)
     dims = len(data.shape) - 1
     begins = _start_of(start, dims, notes)
@@ -555,12 +576,13 @@ def recommend(
         found = expected(rows, *about)
         candidates = _made(regime, shared, data)
         spatial = _spatial(shared.get("image_size"), data.shape)
-        epochs = shared.get("max_epochs")
-        epochs = None if epochs == "auto" else epochs
+        steps = {
+            k: shared[k] for k in ("max_epochs", "batch_size") if shared.get(k, "auto") != "auto"
+        }
         for name, (score, of_sets) in found.items():
             if name not in candidates:
                 continue
-            cost = work(name, regime, *about[:2], spatial, epochs) * factor(rows, name)
+            cost = work(name, regime, *about[:2], spatial, **steps) * factor(rows, name)
             cost /= CUDA if where.type == "cuda" and name != FOREST else 1
             spread[regime], made[regime, name] = of_sets, candidates[name]
             table.append(

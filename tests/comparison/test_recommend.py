@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import pickle
 import time
 from pathlib import Path
@@ -26,11 +27,12 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def problem():
-    """Dark squares, and one in four bright."""
+    """Where it is bright, one in four on the right: a network that flips and averages is blind."""
     rng = np.random.default_rng(0)
-    y = np.repeat(["dark", "light"], [36, 12])
+    y = np.repeat(["left", "right"], [36, 12])
     X = rng.integers(0, 120, (48, 8, 8), dtype=np.uint8)
-    X[y == "light"] += 90
+    X[y == "left", :, :2] += 130
+    X[y == "right", :, -2:] += 130
     return X, y, np.arange(48) // 2
 
 
@@ -50,7 +52,9 @@ def rows(scores, *, regime="scratch", seconds=1.0, n_sets=3, **about):
 @pytest.fixture
 def bench(monkeypatch):
     """Put other evidence in the place of the package's."""
-    return lambda *tables: monkeypatch.setattr(module, "evidence", lambda: sum(tables, []))
+    return lambda *tables: monkeypatch.setattr(
+        module, "evidence", lambda: [*itertools.chain(*tables)]
+    )
 
 
 @pytest.fixture
@@ -162,7 +166,7 @@ def test_a_smaller_budget_changes_the_choice(problem):
         recommend(X, y, start=False, budget=1e-6)
 
 
-@pytest.mark.parametrize(("n", "epochs", "shape"), [(48, "auto", (64,)), (70, 3, (8, 8))])
+@pytest.mark.parametrize(("n", "epochs", "shape"), [(640, "auto", (64,)), (70, 3, (8, 8))])
 def test_steps_are_those_of_a_fit(problem, n, epochs, shape):
     X = np.resize(problem[0], (n, *shape)).astype(float) / 255
     clf = SoftmaxClassifier(backbone="mlp", max_epochs=epochs, random_state=0)
@@ -311,7 +315,7 @@ def test_a_trial_needs_images_and_patients_of_each_class(problem, groups, what):
     if groups is None:
         y = np.where(np.arange(48) < 2, "rare", y)
     else:
-        groups = np.where(y == "light", 40 + np.arange(48) % 2, np.arange(48))
+        groups = np.where(y == "right", 40 + np.arange(48) % 2, np.arange(48))
     with pytest.raises(ValueError, match=rf"try_out=True: class .* has 2 {what}"):
         recommend(X, y, groups, try_out=True, start=False, max_epochs=1)
     recommend(X, y, groups, start=False)
@@ -347,7 +351,7 @@ def test_a_trial_has_as_many_methods_as_the_budget_allows(problem, bench):
     names = ["logit adjustment", "cross-entropy", "focal loss", "LDAM", "class weights"]
     bench(rows(dict(zip(names, [0.5, 0.6, 0.7, 0.8, 0.9], strict=True))))
     cost = recommend(X, y, start=False, max_epochs=1).seconds
-    for budget, tried in ((5.5 * cost, 2), (7.5 * cost, 3), (100 * cost, 4)):
+    for budget, tried in ((5.5 * cost, 2), (100 * cost, 4)):
         advice = recommend(X, y, start=False, max_epochs=1, try_out=True, budget=budget)
         assert sorted(advice.comparison.names) == sorted(names[-tried:])
 
@@ -357,7 +361,7 @@ def test_a_trial_has_as_many_methods_as_the_budget_allows(problem, bench):
 
 def test_unlabelled_images_lead_to_amimv_only_by_evidence(problem, bench):
     X, y, _ = problem
-    y = np.where(np.arange(48) % 3 == 0, -1, (y == "light").astype(int))
+    y = np.where(np.arange(48) % 3 == 0, -1, (y == "right").astype(int))
     advice = recommend(X, y, start=False)
     assert advice.method != "AMIMV"
     assert "16 images without a label (-1) are left out" in str(advice)
@@ -372,7 +376,7 @@ def test_unlabelled_images_lead_to_amimv_only_by_evidence(problem, bench):
 
 def test_a_trial_leaves_unlabelled_images_out(problem):
     X, y, groups = problem
-    y = np.where(np.arange(48) % 3 == 0, -1, (y == "light").astype(int))
+    y = np.where(np.arange(48) % 3 == 0, -1, (y == "right").astype(int))
     advice = recommend(X, y, groups, start=False, try_out=True, max_epochs=1, budget="1 hour")
     assert advice.comparison.n_images == 32
     assert set(advice.comparison.classes) == {0, 1}
@@ -389,9 +393,25 @@ def test_the_estimator_is_not_fitted_and_behaves(problem):
         with pytest.raises(NotFittedError):
             check_is_fitted(made[-1] if hasattr(made, "steps") else made)
         assert repr(clone(made)) == repr(made)
-        assert set(make_pipeline(clone(made)).fit(X, y).predict(X)) <= {"dark", "light"}
+        assert set(make_pipeline(clone(made)).fit(X, y).predict(X)) <= {"left", "right"}
         seeds = [v for k, v in made.get_params().items() if k.split("__")[-1] == "random_state"]
         assert set(seeds) == {3}
+
+
+@pytest.mark.parametrize(
+    ("regime", "method"),
+    [("scratch", module.AMIMV), ("scratch", module.VIRTUAL), ("scratch", module.FOREST),
+     ("frozen", module.FROZEN_LR), ("frozen", module.FROZEN_SVM), ("frozen", "LMD"),
+     ("pretrained", "logit adjustment")],
+)  # fmt: skip
+def test_each_kind_of_candidate_trains(problem, bench, regime, method):
+    X, y, _ = problem
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU())
+    bench(rows({"logit adjustment": 0.5, method: 0.9}, regime=regime))  # and of no other
+    given = {"start": False} if regime == "scratch" else {"start": net, "image_size": 8}
+    advice = recommend(X, y, max_epochs=1, random_state=0, budget="1 hour", **given)
+    assert (advice.regime, advice.method) == (regime, method)
+    assert set(clone(advice.estimator).fit(X, y).predict(X)) <= {"left", "right"}
 
 
 def test_table_text_and_frame_agree(problem):
@@ -404,7 +424,7 @@ def test_table_text_and_frame_agree(problem):
     assert chosen["seconds"] == advice.seconds
     text = str(advice)
     assert text.startswith(f"Take {advice.method}, from scratch.")
-    assert "the rarest (light) with 12 (1 : 3)" in text
+    assert "the rarest (right) with 12 (1 : 3)" in text
     assert "24 patients" in text
     marked = [line for line in text.splitlines() if line.endswith("<- this one")]
     assert len(marked) == 1
@@ -418,7 +438,7 @@ def test_advice_pickles(problem):
     advice = recommend(*problem, start=False, budget=1)
     again = pickle.loads(pickle.dumps(advice))
     assert str(again) == str(advice)
-    assert set(again.estimator.fit(*problem[:2]).predict(problem[0])) == {"dark", "light"}
+    assert set(again.estimator.fit(*problem[:2]).predict(problem[0])) == {"left", "right"}
 
 
 def test_images_of_several_sizes_and_large_ones_come_to_one_size(problem):
@@ -454,14 +474,14 @@ def test_regret_of_a_hand_made_bench(monkeypatch):
     cells = [
         script.Cell(row, {"0": row.score + noise, "1": row.score - noise})
         for scores, n in (({"logit adjustment": 0.6, "LMD": 0.7, "CSSN": 0.5}, 100),
-                          ({"logit adjustment": 0.6, "LMD": 0.5, "CSSN": 0.62}, 10**6))
+                          ({"logit adjustment": 0.6, "LMD": 0.5, "CSSN": 0.64}, 10**6))
         for row in rows(scores, n_train=n)
         for noise in [0.1 if row.method == "CSSN" else 0.0]
     ]  # fmt: skip
     always = script.regrets(cells, lambda *_: "logit adjustment")
-    np.testing.assert_allclose(sorted(always[:, 0]), [0.02] * 3 + [0.1] * 3)
-    # Of the large sets CSSN seems best by seed 0, and loses .1 by seed 1.
-    np.testing.assert_allclose(sorted(always[:, 1]), [-0.04] * 3 + [0.1] * 3)
+    np.testing.assert_allclose(sorted(always[:, 0]), [0.04] * 3 + [0.1] * 3)
+    # Of the large sets CSSN seems best by seed 0, and is .06 behind by seed 1; by this none is.
+    np.testing.assert_allclose(sorted(always[:, 1]), [-0.03] * 3 + [0.1] * 3)
     near = script.regrets(cells, script.nearest)
     np.testing.assert_allclose(near[:, 0], 0, atol=1e-9)
     asked = []
