@@ -58,7 +58,7 @@ PRINTED = {
     "plot_pretraining": [
         "images have a label", "AMIMV + head", "SimCLR + head", "CSSN from AMIMV",
     ],
-    "plot_recommend": ["Take ", "of 10 min", "60 patients", "tried out on 3 folds"],
+    "plot_recommend": ["Take ", "of 10 min", "patients:", "tried out on 3 folds"],
     "plot_smote": ["SMOTE on pixels, before", "validation split"],
     "plot_spmix": ["share of the base: 0.5", "to 0.80"],
     "plot_token_mixup": ["tail recall", "balanced batches", "SPMix, dark lesions"],

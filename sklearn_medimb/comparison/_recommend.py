@@ -725,6 +725,8 @@ def _reason(
             f"tried out on {N_FOLDS} folds{whole}, it has a balanced accuracy of "
             f"{row['inner']:.2f} (evidence: {row['score']:.2f})."
         )
+        if row["inner"] < 1 / len(data.classes) + 0.05:
+            text.append("That is hardly better than guessing: no method of the trial is of use.")
     others = sorted((name for name in scores if name != method), key=lambda name: -scores[name])
     told = ", ".join(f"{name} ({scores[name] - scores[method]:+.3f})" for name in others[:3])
     text += [

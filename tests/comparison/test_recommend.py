@@ -346,6 +346,19 @@ def test_a_trial_finds_what_is_better_here(problem, bench):
         assert not set(groups[train]) & set(groups[test])
 
 
+def test_a_trial_that_guesses_says_so(problem, bench):
+    X, y, groups = problem
+    ask = {"start": False, "try_out": True, "max_epochs": 1, "lr": 1e-9, "random_state": 0}
+    bench(rows({"logit adjustment": 0.9, "cross-entropy": 0.8}))
+    blind = recommend(X, y, groups, **ask)
+    assert blind.score < 0.55
+    assert "hardly better than guessing" in blind.reason
+    bench(rows({"logit adjustment": 0.9, "balanced forest": 0.8}))
+    sees = recommend(X, y, groups, **ask)
+    assert sees.score > 0.9
+    assert "guessing" not in sees.reason
+
+
 def test_a_trial_has_as_many_methods_as_the_budget_allows(problem, bench):
     X, y, _ = problem
     names = ["logit adjustment", "cross-entropy", "focal loss", "LDAM", "class weights"]
