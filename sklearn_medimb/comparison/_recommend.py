@@ -639,9 +639,9 @@ def recommend(
 
 
 def _size(regime: str, data: Data) -> dict[str, Any]:
-    """To which size images come: those of a start to that of the evidence, large ones down."""
+    """To which size images come: for a start that of the evidence; else large ones down."""
     most = SIDE if len(data.shape) == 3 else SIDE // 4
-    if regime != "scratch":
+    if regime != "scratch" and len(data.shape) == 3:
         return {"image_size": SIDE}
     if data.in_one_array and max(data.shape[1:]) <= most:
         return {}
