@@ -1,6 +1,6 @@
 """Turn results.csv of compare.py into a page and figures.
 
-    python benchmarks/report.py benchmarks/results.csv [--out benchmarks]
+    python benchmarks/report.py benchmarks/results.csv [--out benchmarks] [--inner]
 
 Writes ``RESULTS.md`` and ``figures/*.png`` beside it: a chapter for each regime, start and kind of
 hardware that the table has test rows of, since ranks and seconds of two kinds are not put together.
@@ -159,11 +159,11 @@ class Chapter:
         return found, "sets" if found else ""
 
 
-def chapters(rows: list[dict[str, Any]]) -> list[Chapter]:
-    """Test rows, by what may be ranked together; from scratch last."""
+def chapters(rows: list[dict[str, Any]], part: str = "test") -> list[Chapter]:
+    """Rows of a part, by what may be ranked together; from scratch last."""
     found = defaultdict(list)
     for row in rows:
-        if row["rows"] == "test":
+        if row["rows"] == part:
             found[tuple(row[name] for name in ("regime", "suite", "start", "hardware"))].append(row)
     made: list[Chapter] = []
     places = list(REGIMES)
@@ -181,6 +181,8 @@ def chapters(rows: list[dict[str, Any]]) -> list[Chapter]:
         if len({other[3] for other in alike}) > 1:
             title += f", {hardware}"
             name += "-" + "".join(c if c.isalnum() else "-" for c in hardware)
+        if part == "inner":
+            title, name = title + ", inner rows", name + "-inner"
         here = {row["method"] for row in own}
         made.append(Chapter(name, title, own, sorted({r["method"] for r in found[key]} - here)))
     return made
@@ -398,7 +400,7 @@ def of_start(chapter: Chapter) -> list[str]:
     names, row = sorted(order, key=order.get), rows[0]
     n_train = sorted(int(r["n_train"]) for r in rows)
     lines = [
-        f"{len(names)} contestants on {_many({data for data, _ in cells}, 'set')}, "
+        f"{_many(set(names), 'contestant')} on {_many({data for data, _ in cells}, 'set')}, "
         f"{_many({r['seed'] for r in rows}, 'fold')} with patients whole, {n_train[0]} to "
         f"{n_train[-1]} training images of {row['image_size']:.0f} pixels; the start is "
         f"{row['start']}; {row['hardware']}. What was to be compared was written down "
@@ -667,10 +669,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--inner", action="store_true", help="a page of inner rows instead")
     args = parser.parse_args()
-    found = chapters(read(args.table))
+    found = chapters(read(args.table), "inner" if args.inner else "test")
     if not found:
-        parser.error(f"{args.table} has no rows of test parts that contestants share")
+        parser.error(f"{args.table} has no rows of this part that contestants share")
     (args.out / "figures").mkdir(parents=True, exist_ok=True)
     know_effects(found, args.table.parent, args.out)
     (args.out / "RESULTS.md").write_text(page(found))

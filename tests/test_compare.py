@@ -548,14 +548,14 @@ def made_rows(scores, *, regime="frozen", hardware="h", seeds=(0, 1, 2)):
     ]  # fmt: skip
 
 
-def page_of(rows, folder, out, monkeypatch):
+def page_of(rows, folder, out, monkeypatch, *more):
     folder.mkdir(exist_ok=True)
     with (folder / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
     monkeypatch.setattr(report, "figures", lambda chapter, folder: None)
-    argv = ["report.py", str(folder / "results.csv"), "--out", str(out)]
+    argv = ["report.py", str(folder / "results.csv"), "--out", str(out), *more]
     monkeypatch.setattr(sys, "argv", argv)
     report.main()
     return (out / "RESULTS.md").read_text()
@@ -576,6 +576,8 @@ def test_hardware_kinds_are_ranked_apart(tmp_path, monkeypatch):
     assert "| CE | 2.5 | 0.550" in two
     assert "From scratch" not in page
     assert "Tuning" not in page
+    page = page_of(cpu + inner, tmp_path / "a", tmp_path / "b", monkeypatch, "--inner")
+    assert "## On a frozen start, inner rows\n\n1 contestant on 1 set, 1 fold" in page
 
 
 def test_a_contestant_with_few_runs_is_left_out_by_name(tmp_path, monkeypatch):
