@@ -342,7 +342,8 @@ def advice(chapter: Chapter) -> str:
     )
     gains = [f"over {name} {_worded(*chapter.effect(best, name))}" for name in others]
     if gains:
-        text += f" It gains {'; '.join(gains)} (intervals of 95 %)."
+        text += f" It gains {'; '.join(gains)}"
+        text += " (intervals of 95 %; of the first of many a gain is flattered)."
     if others:
         of = {name: differences.of_sets(rows, name) for name in (best, *others)}
         behind = [
