@@ -20,7 +20,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
-from sklearn.utils import _safe_indexing
+from sklearn.utils import _safe_indexing, check_random_state
 from torch import nn
 
 from sklearn_medimb._data.containers import ImageList
@@ -274,6 +274,7 @@ def _read(X: Any, y: Any, groups: Any, params: Mapping[str, Any]) -> Data:
     X = as_array(wrap_dataset(X), of_any_size=True)
     several = isinstance(X, ImageList)
     reader = SoftmaxClassifier(**{"image_size": SIDE if several else None, **params})
+    reader._validate_params()
     names = "image_shape", "data_format", "spatial_dims", "image_size"
     images = read_images(reader, X, reset=True, **{name: getattr(reader, name) for name in names})
     if len(images) != len(y):
@@ -519,7 +520,7 @@ def recommend(
         If the input is wrong or ambiguous, no method is within the budget, or a class has too few
         images, or patients, for the trial.
     TypeError
-        If `budget` or `start` is none of these things.
+        If `budget`, `start` or `try_out` is none of these things.
     ImportError
         If the weights of a named start are not installed.
 
@@ -542,6 +543,9 @@ def recommend(
     seconds = as_seconds(budget)
     if taken := sorted({"backbone", "fine_tune"} & set(params)):
         raise ValueError(f"{taken[0]}: start= says with which network to begin, and how.")
+    if not isinstance(try_out, (bool, np.bool_)):
+        raise TypeError(f"try_out={try_out!r} must be True or False.")
+    check_random_state(random_state)
     data = _read(X, y, groups, params)
     notes: list[str] = []
     where = resolve_device(device)

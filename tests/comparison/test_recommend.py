@@ -305,6 +305,13 @@ def test_wrong_input_is_refused(problem):
         recommend(X, y, backbone="resnet18")
     with pytest.raises(TypeError, match="no_such"):
         recommend(X, y, no_such=1, **ask)
+    for name, value in (("max_epochs", 0), ("batch_size", -1), ("lr", "fast")):
+        with pytest.raises(ValueError, match=f"'{name}' parameter"):
+            recommend(X, y, **{name: value}, **ask)
+    with pytest.raises(TypeError, match="try_out='yes'"):
+        recommend(X, y, try_out="yes", **ask)
+    with pytest.raises(ValueError, match="seed"):
+        recommend(X, y, random_state="a", **ask)
     with pytest.raises(ValueError, match="device="):
         recommend(X, y, device="no such device", **ask)
 
