@@ -50,6 +50,9 @@ _UNIFORMS = {
     "cutout": 7,
 }
 
+# Those of warps, which follow the flips.
+_OF_WARPS = slice(3, 3 + sum(_UNIFORMS[k] for k in ("angles", "shear", "scale", "translate", "crop")))
+
 _SHARE = within(0.0, 1.0)
 
 
@@ -88,6 +91,10 @@ class Augmentation(Declaring, BaseEstimator):
     crop
         Smallest fraction of each side kept by a random crop, which is resized to the full
         image. 1.0 keeps everything.
+    warp_probability
+        Probability that an image is warped: rotated, tilted, sheared, zoomed, shifted, cropped. The
+        others are flipped at most, and stay as sharp as images are at predict: to sample between
+        pixels blurs, small images most.
     blur
         Largest standard deviation of a Gaussian blur, in pixels.
     blur_probability
@@ -143,6 +150,7 @@ class Augmentation(Declaring, BaseEstimator):
     scale: float = parameter(_SHARE, default=0.0, search=(0.0, 0.3))
     translate: float = parameter(_SHARE, default=0.0, search=(0.0, 0.2))
     crop: float = parameter(within(0.05, 1.0), default=1.0, search=(0.4, 1.0))
+    warp_probability: float = parameter(_SHARE, default=1.0, search=(0.0, 1.0))
     blur: float = parameter(within(0.0, 32.0), default=0.0, search=(0.0, 2.0))
     blur_probability: float = parameter(_SHARE, default=0.5)
     saturation: float = parameter(_SHARE, default=0.0, search=(0.0, 0.4))
@@ -208,8 +216,11 @@ class Augmentation(Declaring, BaseEstimator):
             field = torch.randn((n, 1, *spatial), generator=generator, device=generator.device)
         if "colour" in ranges:
             table = torch.cat([table, uniform(len(_COLOURS))], dim=1)
+        some = uniform(1) < self.warp_probability if self.warp_probability < 1 else None
         constants = _on_device(self._constants(spatial, ranges), generator.device)
         table = torch.addcmul(constants["low"], table, constants["width"])
+        if some is not None:  # at 0 each of them changes nothing
+            table[:, _OF_WARPS] *= some
 
         def by_name(table: Tensor) -> dict[str, Tensor]:
             parts = table.split([len(columns) for columns in ranges.values()], dim=1)
@@ -320,7 +331,11 @@ class Augmentation(Declaring, BaseEstimator):
         return self.apply(images, self.draw(images.shape[0], images.shape[1:], generator))
 
     def _is_on(self, name: str) -> bool:
-        probability = getattr(self, f"{name}_probability") if name in _SOMETIMES else 1.0
+        probability = 1.0
+        if name in _WARPS:
+            probability = self.warp_probability
+        elif name in _SOMETIMES:
+            probability = getattr(self, f"{name}_probability")
         return getattr(self, name) != self._declared[name].default and probability != 0
 
     def _check(self) -> None:

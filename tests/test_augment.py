@@ -510,6 +510,32 @@ def test_crop_shows_an_enlarged_window():
     torch.testing.assert_close(out[inner], expected[inner], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(1, 12, 9), (3, 6, 8, 7)])
+def test_warps_leave_some_images_alone(shape):
+    """The others are flipped at most, and all that is drawn besides stays as it was."""
+    always, seldom = (
+        Augmentation(**EVERYTHING, warp_probability=share).draw(400, shape, seeded(3))
+        for share in (1.0, 0.25)
+    )
+    dims = len(shape) - 1
+    size = seldom["affine"][:, :, :dims].diagonal(dim1=1, dim2=2).abs()
+    unmoved = (size == 1).all(1) & (seldom["affine"][:, :, -1] == 0).all(1)
+    assert 0.68 < unmoved.float().mean() < 0.82
+    torch.testing.assert_close(seldom["affine"][~unmoved], always["affine"][~unmoved])
+    for name in always.keys() - {"affine"}:
+        torch.testing.assert_close(seldom[name], always[name])
+
+
+def test_what_is_not_warped_keeps_its_pixels():
+    options = {"rotation": 15.0, "scale": 0.2, "translate": 0.1}
+    images, _, out = drawn((2, 20, 17), n=200, warp_probability=0.5, **options)
+    same = (out - images).abs().flatten(1).amax(1) < 1e-3  # of 200
+    assert 70 < same.sum() < 130
+    images, params, out = drawn((2, 20, 17), horizontal_flip=1.0, warp_probability=0.0, **options)
+    assert set(params) == {"horizontal_flip"}
+    assert torch.equal(out, images.flip(-1))
+
+
 def test_rotation_stays_within_its_bound():
     matrix = Augmentation(rotation=30).draw(1000, (1, 8, 8), seeded())["affine"]
     angle = torch.rad2deg(torch.atan2(matrix[:, 1, 0], matrix[:, 0, 0]))
