@@ -51,7 +51,10 @@ _UNIFORMS = {
 }
 
 # Those of warps, which follow the flips.
-_OF_WARPS = slice(3, 3 + sum(_UNIFORMS[k] for k in ("angles", "shear", "scale", "translate", "crop")))
+_OF_WARPS = slice(
+    3, 3 + sum(_UNIFORMS[k] for k in ("angles", "shear", "scale", "translate", "crop"))
+)
+
 
 _SHARE = within(0.0, 1.0)
 

@@ -13,6 +13,7 @@ import sklearn
 import torch
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import check_scoring, get_scorer_names
 from sklearn.utils import _safe_indexing, check_consistent_length
 from sklearn.utils._param_validation import HasMethods, StrOptions
@@ -25,6 +26,7 @@ from sklearn_medimb._data.cached import CachedImages
 from sklearn_medimb._data.files import wrap_dataset
 from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.labels import read_labels, warn_of_marks
+from sklearn_medimb._data.layout import Layout
 from sklearn_medimb._data.plans import Plan, shuffled
 from sklearn_medimb._data.rows import (
     carries_groups,
@@ -33,13 +35,14 @@ from sklearn_medimb._data.rows import (
     takes_groups,
     validation_split,
 )
+from sklearn_medimb._machine import distributed
 from sklearn_medimb._parameters import integers, learned, parameter, within
 from sklearn_medimb._training.callbacks import BestEpoch
 from sklearn_medimb._training.criterion import Criterion
 from sklearn_medimb._training.network import SoftmaxNetwork, Trunk
 from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb.base._encoder import BaseImageEncoder, resolve_encoder
-from sklearn_medimb.base._image_estimator import BaseImageEstimator
+from sklearn_medimb.base._image_estimator import BaseImageEstimator, Fit
 from sklearn_medimb.metrics import scorer_name, with_labels
 
 if TYPE_CHECKING:
@@ -62,6 +65,12 @@ class _Guess(ClassifierMixin, BaseEstimator):
     def decision_function(self, X: np.ndarray) -> np.ndarray:
         scores = self.predict_proba(X)
         return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
+
+
+# Training images that are looked at once the fit has ended, and how far from chance (0) to all of
+# them (1) it should have come.
+_N_LOOKED_AT = 256
+_LEAST_FIT = 0.6
 
 
 def mean_scores(scores: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -231,6 +240,35 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
 
     def _answer(self, images: Images) -> tuple[np.ndarray, int]:
         return self._scores(images), len(self.classes_)
+
+    # ---------------------------------------------------------------- training
+
+    def _run(self, fit: Fit, train: TrainingSet, *args: Any) -> None:
+        super()._run(fit, train, *args)
+        # A number of epochs that was asked for is not ours to judge.
+        judged = self.max_epochs == "auto" and not fit.partial and self.fine_tune_ != "frozen"
+        if judged and self.net_.complete and distributed.world_size() == 1:
+            self._warn_of_underfitting(train)
+
+    def _warn_of_underfitting(self, train: TrainingSet) -> None:
+        """Say so where even training images, a few of each class, are not recognised."""
+        classes, counts = np.unique(train.y, return_counts=True)
+        each = max(1, _N_LOOKED_AT // len(classes))
+        rows = np.concatenate([train.rows[train.y == k][:each] for k in classes])
+        y = np.repeat(classes, np.minimum(counts, each))
+        pixels, images = train.images.rows(rows).numpy(), train.images
+        looked_at = Images(pixels, Layout(images.image_shape), images.dtype, peak=images.peak)
+        right = self._scores(looked_at).argmax(axis=1) == y
+        recall, chance = np.mean([right[y == k].mean() for k in classes]), 1 / len(classes)
+        if recall - chance < _LEAST_FIT * (1 - chance):
+            warnings.warn(
+                f"{type(self).__name__} has not fitted its own training images (balanced accuracy "
+                f"{recall:.2f} on {len(y)} of them; chance is {chance:.2f}). Where classes can be "
+                f"told apart, more epochs (max_epochs={2 * self.n_iter_}), weaker augmentation "
+                '(augment="light") or a backbone that was trained elsewhere go further.',
+                ConvergenceWarning,
+                stacklevel=6,
+            )
 
     # ---------------------------------------------------------------- training data
 
@@ -502,10 +540,12 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         if self._has_known_start and not on_encoded and not self._holds_backbone:
             return 15
         n_steps = 180 + 60 * min(len(self.classes_), 17)
-        if self._holds_backbone:
-            n_steps *= self._patience_when_held
         if len(self.image_shape_) == 1:  # an MLP on vectors settles sooner
             n_steps //= 3
+        elif not self._holds_backbone:  # 40 passes in batches of 64
+            n_steps = max(n_steps, 5 * min(n_samples, 5000) // 8)
+        if self._holds_backbone:
+            n_steps *= self._patience_when_held
         return max(10, -(-n_steps // self._steps_per_epoch(n_samples)))
 
     # ---------------------------------------------------------------- inference

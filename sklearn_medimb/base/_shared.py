@@ -108,7 +108,8 @@ class SharedParameters(
         with weights of elsewhere, else 1.
     max_epochs
         Passes over the training images. "auto" aims at 180 steps and 60 more per class, up to 17
-        classes (a third of that for vectors), and at least 10 epochs; it is 15 through a backbone
+        classes (a third of that for vectors), or at 5 steps for each 8 of up to 5,000 images where
+        these are more, and at least 10 epochs; it is 15 through a backbone
         that begins with weights of elsewhere, and four times as many steps on what such a frozen
         one encoded.
     batch_size

@@ -7,12 +7,14 @@ import io
 import os
 import pickle
 import re
+import warnings
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from joblib import Parallel, delayed
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import balanced_accuracy_score, log_loss, make_scorer, roc_auc_score
 from skorch.callbacks import Callback, EarlyStopping, Freezer
 
@@ -701,3 +703,33 @@ class TestLoop:
         X, y = np.random.default_rng(0).normal(size=(300, 5)), np.arange(300) % 2
         clf = SoftmaxClassifier(max_epochs=2, random_state=0).fit(X, y)
         assert np.array_equal(clf.predict_proba(X)[:7], clf.predict_proba(X[:7]))
+
+
+class TestEnoughSteps:
+    """Passes where nobody said how many, and a word where they were not enough."""
+
+    @pytest.mark.parametrize(
+        ("n", "epochs"),
+        [(64, 300), (640, 40), (1500, 40), (5000, 40), (10_000, 20), (100_000, 10)],
+    )
+    def test_epochs_of_two_classes(self, n, epochs):
+        """300 steps of 64, else 40 passes of up to 5,000 images, else 10."""
+        clf = SoftmaxClassifier().set_params(batch_size=64)
+        clf.classes_, clf.image_shape_, clf.fine_tune_ = np.arange(2), (1, 8, 8), "full"
+        assert clf._n_epochs(n) == epochs
+
+    def test_a_fit_that_does_not_fit_says_so_once(self):
+        X = np.random.default_rng(0).integers(0, 255, (30, 12, 12), dtype=np.uint8)
+        y = np.repeat(["a", "b", "c"], 10)
+        blind = {"backbone": ConvNet((1,)), "augment": "strong", "random_state": 0}
+        with pytest.warns(
+            ConvergenceWarning, match=r"not fitted.* 30 of them.*max_epochs="
+        ) as told:
+            SoftmaxClassifier(**blind).fit(X, y)
+        assert len(told) == 1
+        assert told[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            SoftmaxClassifier(**blind, max_epochs=1).fit(X, y)  # as was asked for
+            X[y == "b"], X[y == "c"] = 100, 200
+            SoftmaxClassifier(**blind | {"augment": "none", "backbone": ConvNet((8,))}).fit(X, y)
