@@ -59,8 +59,8 @@ COLOURS = {"saturation": 0.8, "hue": 0.4, "grayscale": 0.3}
 # Most kernels that drawing and applying a preset may take, of images and of volumes.
 KERNELS = {
     "light": (22, 28),
-    "medical": (27, 33),
-    "chest": (27, 33),
+    "medical": (29, 35),
+    "chest": (29, 35),
     "strong": (54, 62),
     "contrastive": (40, 42),
     "mimv": (40, 42),
@@ -349,7 +349,7 @@ def test_colours_leave_all_other_draws_as_they_are(colours):
 def test_draws_without_colours_take_the_same_numbers_as_ever():
     generator, expected = seeded(), seeded()
     Augmentation(gamma=0.1, noise=0.1).draw(3, (3, 4, 5), generator)
-    tone = torch.rand((3, 29), generator=expected)[:, 15]
+    tone = torch.rand((3, 30), generator=expected)[:, 15]
     torch.randn((3, 1, 4, 5), generator=expected)
     assert torch.equal(generator.get_state(), expected.get_state())
     gamma = Augmentation(gamma=0.1, hue=0.1).draw(3, (3, 4, 5), seeded())["gamma"]
@@ -552,7 +552,7 @@ def test_affine_maps_are_the_products_of_their_steps(spatial, off):
     flips = {"horizontal_flip": 0.4, "vertical_flip": 0.5, "depth_flip": 0.6}
     params = Augmentation(**options, **flips).draw(9, (1, *spatial), seeded())
     full = {"rotation": 0, "tilt": 0, "shear": 0, "scale": 0, "translate": 0, "crop": 1} | options
-    dims, table = len(spatial), torch.rand((9, 29), generator=seeded()).double().numpy()
+    dims, table = len(spatial), torch.rand((9, 30), generator=seeded()).double().numpy()
     half = np.diag(spatial[::-1]) / 2
     for u, matrix in zip(table, params["affine"], strict=True):
         either = 2 * u - 1
@@ -676,7 +676,7 @@ def test_colours_follow_their_formulas(shape, off):
     images = random_images(12, shape, dtype=torch.float64)
     out = augment.apply(images, augment.draw(12, shape, seeded()))
     generator = seeded()
-    torch.rand((12, 29), generator=generator)
+    torch.rand((12, 30), generator=generator)
     u = torch.rand((12, 3), generator=generator).tolist()
     for image, result, (saturation, turn, drop) in zip(images, out, u, strict=True):
         expected = slow_colour(
