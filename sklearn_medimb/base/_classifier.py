@@ -67,6 +67,15 @@ class _Guess(ClassifierMixin, BaseEstimator):
         return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
 
+def usual_steps(n_images: int, n_classes: int, n_axes: int) -> int:
+    """Steps where nobody said how many epochs: by classes, or 40 passes in batches of 64.
+
+    Without axes images are vectors, of which an MLP settles sooner.
+    """
+    n_steps = 180 + 60 * min(n_classes, 17)
+    return max(n_steps, 5 * min(n_images, 5000) // 8) if n_axes else n_steps // 3
+
+
 # Training images that are looked at once the fit has ended, and how far from chance (0) to all of
 # them (1) it should have come.
 _N_LOOKED_AT = 256
@@ -539,13 +548,10 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
             return self.max_epochs
         if self._has_known_start and not on_encoded and not self._holds_backbone:
             return 15
-        n_steps = 180 + 60 * min(len(self.classes_), 17)
-        if len(self.image_shape_) == 1:  # an MLP on vectors settles sooner
-            n_steps //= 3
-        elif not self._holds_backbone:  # 40 passes in batches of 64
-            n_steps = max(n_steps, 5 * min(n_samples, 5000) // 8)
-        if self._holds_backbone:
-            n_steps *= self._patience_when_held
+        held = self._holds_backbone
+        n_axes, n_classes = len(self.image_shape_) - 1, len(self.classes_)
+        n_steps = usual_steps(0 if held else n_samples, n_classes, n_axes)
+        n_steps *= self._patience_when_held if held else 1
         return max(10, -(-n_steps // self._steps_per_epoch(n_samples)))
 
     # ---------------------------------------------------------------- inference

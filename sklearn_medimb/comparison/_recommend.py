@@ -31,6 +31,7 @@ from sklearn_medimb._data.rows import group_codes
 from sklearn_medimb._machine.runtime import resolve_device
 from sklearn_medimb.backbones import Backbone, ConvNet, EfficientNetLite, recipe_of
 from sklearn_medimb.base import BaseImageEstimator
+from sklearn_medimb.base._classifier import usual_steps
 from sklearn_medimb.comparison._compare import compare_methods
 from sklearn_medimb.comparison._methods import common_methods
 from sklearn_medimb.comparison._result import Comparison
@@ -171,7 +172,8 @@ def work(
         return n * math.sqrt(n_pixels) + 8000  # even of few images there are 300 trees
     per_epoch = -(-n // batch_size)
     dims = len(spatial) if len(spatial) > 1 else 0
-    n_epochs = max_epochs or max(10, -(-_n_steps(n_classes, dims) // per_epoch))
+    usual = usual_steps(n if regime == "scratch" else 0, n_classes, dims)
+    n_epochs = max_epochs or max(10, -(-usual // per_epoch))
     n_steps = per_epoch * n_epochs
     if regime == "scratch":
         if dims and min(spatial) >= 96:
@@ -181,11 +183,6 @@ def work(
     if regime == "pretrained":
         seconds += 1.7e-6 * (max_epochs or 15) * n * n_pixels
     return seconds
-
-
-def _n_steps(n_classes: int, spatial_dims: int) -> int:
-    """Steps of a fit by default, of feature vectors a third; ten epochs at least."""
-    return (180 + 60 * min(n_classes, 17)) // (1 if spatial_dims else 3)
 
 
 def factor(rows: Iterable[Row], method: str) -> float:
@@ -355,7 +352,7 @@ def _made(regime: str, shared: dict[str, Any], data: Data) -> dict[str, Any]:
     made, seed = common_methods(**shared), shared["random_state"]
     if regime == "scratch":
         # As in the bench: as many steps without labels as the networks have with labels.
-        n_steps = _n_steps(len(data.classes), len(data.shape) - 1)
+        n_steps = usual_steps(0, len(data.classes), len(data.shape) - 1)
         per_epoch = -(-(len(data.rows) + data.n_without) // 32)
         epochs = shared.get("max_epochs", "auto")
         epochs = max(1, round(n_steps / per_epoch)) if epochs == "auto" else epochs
