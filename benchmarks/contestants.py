@@ -43,7 +43,7 @@ class Setting:
     seed: int
     spatial_dims: int
     counts: tuple[int, ...]  # training images of each class
-    step_share: float
+    step_share: float | None  # of the default; None has each network train as long as it likes
     start: Any = None  # backbone that was trained elsewhere, at this size, tuned so, so long
     image_size: int | None = None
     fine_tune: str = "auto"
@@ -63,8 +63,10 @@ class Setting:
             "random_state": self.seed,
         }
 
-    def epochs(self, steps_per_epoch: int) -> int:
+    def epochs(self, steps_per_epoch: int) -> Any:
         """Passes that make the same number of steps for all: a share of the networks' default."""
+        if self.step_share is None:
+            return "auto"
         n_steps = self.step_share * (180 + 60 * min(len(self.counts), 17))
         return max(1, round(n_steps / max(1, steps_per_epoch)))
 
@@ -107,6 +109,8 @@ def amimv(s: Setting) -> Any:
 def lmd(s: Setting) -> Any:
     """Stage two's epochs count."""
     classifier = LMDClassifier(**s.network)
+    if s.step_share is None:
+        return classifier
     epochs = s.epochs(math.ceil(sum(s.counts) / 64)) - classifier.n_rounds + 1
     return classifier.set_params(max_epochs=max(1, epochs))
 
@@ -122,7 +126,7 @@ def virtual_features(s: Setting) -> Any:
 
 def afternoon(s: Setting) -> Any:
     """Its own number of epochs, or the suite's share of them."""
-    epochs = max(1, round(40 * s.step_share))
+    epochs = 40 if s.step_share is None else max(1, round(40 * s.step_share))
     return AfternoonCNN(epochs, spatial_dims=s.spatial_dims, random_state=s.seed)
 
 

@@ -665,3 +665,17 @@ def test_statistics_on_numbers_done_by_hand():
     gain = np.array([0.1, 0.1, 0.2, 0.0])
     half = 3.1824 * gain.std(ddof=1) / 2
     assert found[:3] == pytest.approx((0.1, 0.1 - half, 0.1 + half), abs=1e-4)
+
+
+def test_defaults_are_those_of_the_package():
+    """Beside them the afternoon CNN, with its 40 epochs."""
+    suite = compare.SUITES["scratch", "defaults"]
+    setting = contestants.Setting(0, 2, (20, 12, 8), suite.step_share)
+    for name in suite.methods:
+        made = contestants.METHODS[name](setting)
+        if name == "afternoon CNN":
+            assert made.max_epochs == 40
+            continue
+        usual = type(made)().get_params()
+        changed = {k for k, v in made.get_params().items() if v != usual.get(k)}
+        assert changed <= {"random_state", "spatial_dims", "loss"}
