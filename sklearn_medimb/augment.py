@@ -35,8 +35,8 @@ _COLOURS = ("saturation", "hue", "grayscale")
 _FLIPS = {"horizontal_flip": -1, "vertical_flip": -2, "depth_flip": -3}
 
 # Uniform numbers drawn for each image, whatever is switched on: an operation that is turned on
-# or tuned leaves the draws of the others as they were, and so does a larger batch. Colours came
-# later: they have a table of their own, drawn last, so that this one keeps its width.
+# or tuned leaves the draws of the others as they were, and so does a larger batch. Colours, which
+# gray images have none of, have a table of their own, drawn last.
 _UNIFORMS = {
     "flip": 3,
     "angles": 3,

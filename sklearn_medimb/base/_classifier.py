@@ -13,7 +13,6 @@ import sklearn
 import torch
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, _fit_context
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import check_scoring, get_scorer_names
 from sklearn.utils import _safe_indexing, check_consistent_length
 from sklearn.utils._param_validation import HasMethods, StrOptions
@@ -26,7 +25,6 @@ from sklearn_medimb._data.cached import CachedImages
 from sklearn_medimb._data.files import wrap_dataset
 from sklearn_medimb._data.images import Images
 from sklearn_medimb._data.labels import read_labels, warn_of_marks
-from sklearn_medimb._data.layout import Layout
 from sklearn_medimb._data.plans import Plan, shuffled
 from sklearn_medimb._data.rows import (
     carries_groups,
@@ -42,7 +40,7 @@ from sklearn_medimb._training.criterion import Criterion
 from sklearn_medimb._training.network import SoftmaxNetwork, Trunk
 from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb.base._encoder import BaseImageEncoder, resolve_encoder
-from sklearn_medimb.base._image_estimator import BaseImageEstimator, Fit
+from sklearn_medimb.base._image_estimator import BaseImageEstimator
 from sklearn_medimb.metrics import scorer_name, with_labels
 
 if TYPE_CHECKING:
@@ -224,9 +222,9 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         module = self.net_.module_
         return lambda batch: module.head(module.features(batch))
 
-    def _scores(self, images: Images) -> np.ndarray:
-        """Class scores of images, shape (n, n_classes)."""
-        scores = self._map_views(images, self._score_function())
+    def _scores(self, images: Images, rows: np.ndarray | None = None) -> np.ndarray:
+        """Class scores of images, or of some rows of them, shape (n, n_classes)."""
+        scores = self._map_views(images, self._score_function(), rows)
         return mean_scores(scores.unbind(dim=1)).cpu().numpy().astype(np.float64)
 
     _validation: tuple[Any, CachedImages] | None = None  # while these images are scored
@@ -250,34 +248,32 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
     def _answer(self, images: Images) -> tuple[np.ndarray, int]:
         return self._scores(images), len(self.classes_)
 
-    # ---------------------------------------------------------------- training
-
-    def _run(self, fit: Fit, train: TrainingSet, *args: Any) -> None:
-        super()._run(fit, train, *args)
-        # A number of epochs that was asked for is not ours to judge.
-        judged = self.max_epochs == "auto" and not fit.partial and self.fine_tune_ != "frozen"
-        if judged and self.net_.complete and distributed.world_size() == 1:
-            self._warn_of_underfitting(train)
-
-    def _warn_of_underfitting(self, train: TrainingSet) -> None:
-        """Say so where even training images, a few of each class, are not recognised."""
-        classes, counts = np.unique(train.y, return_counts=True)
-        each = max(1, _N_LOOKED_AT // len(classes))
-        rows = np.concatenate([train.rows[train.y == k][:each] for k in classes])
-        y = np.repeat(classes, np.minimum(counts, each))
-        pixels, images = train.images.rows(rows).numpy(), train.images
-        looked_at = Images(pixels, Layout(images.image_shape), images.dtype, peak=images.peak)
-        right = self._scores(looked_at).argmax(axis=1) == y
+    def _doubts(self, train: TrainingSet) -> str | None:
+        """Whether training images, a few of each class, are recognised: a sentence if not."""
+        net, frozen = self.net_, self.fine_tune_ == "frozen"
+        # How long to train is ours to judge only where it was left to us.
+        ours = self.max_epochs == "auto" and net.complete and not net.stopped_by_callback
+        classes = np.unique(train.y)
+        if not ours or frozen or len(classes) < 2 or distributed.world_size() > 1:
+            return None
+        some = [
+            np.unique(train.rows[train.y == k])[: _N_LOOKED_AT // len(classes)] for k in classes
+        ]
+        y = np.repeat(classes, [len(rows) for rows in some])
+        right = self._scores(train.images, np.concatenate(some)).argmax(axis=1) == y
         recall, chance = np.mean([right[y == k].mean() for k in classes]), 1 / len(classes)
-        if recall - chance < _LEAST_FIT * (1 - chance):
-            warnings.warn(
-                f"{type(self).__name__} has not fitted its own training images (balanced accuracy "
-                f"{recall:.2f} on {len(y)} of them; chance is {chance:.2f}). Where classes can be "
-                f"told apart, more epochs (max_epochs={2 * self.n_iter_}), weaker augmentation "
-                '(augment="light") or a backbone that was trained elsewhere go further.',
-                ConvergenceWarning,
-                stacklevel=6,
-            )
+        if recall - chance >= _LEAST_FIT * (1 - chance):
+            return None
+        ways = [f"more epochs (max_epochs={2 * self._n_epochs(len(train.rows))})"]
+        if self.augment not in (None, "none", "light"):
+            ways.append('weaker augmentation (augment="light")')
+        if not self._has_known_start:
+            ways.append("a backbone that was trained elsewhere")
+        return (
+            f"{type(self).__name__} has not fitted its own training images (balanced accuracy "
+            f"{recall:.2f} on {len(y)} of them; chance is {chance:.2f}). Where classes can be told "
+            f"apart, what goes further is {', or '.join(ways)}."
+        )
 
     # ---------------------------------------------------------------- training data
 

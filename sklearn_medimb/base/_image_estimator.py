@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
@@ -129,6 +130,10 @@ class BaseImageEstimator(Trains):
     def _n_epochs(self, n_samples: int, *, on_encoded: bool = False) -> int:
         raise NotImplementedError
 
+    def _doubts(self, train: TrainingSet) -> str | None:
+        """What a caller should know of how well training ended."""
+        return None
+
     # ---------------------------------------------------------------- one fit
 
     def _fit(self, X: Any, y: Any = None, *, partial: bool = False, **given: Any) -> Any:
@@ -139,6 +144,9 @@ class BaseImageEstimator(Trains):
                 with redirected():  # initial weights, of networks from outside too
                     train, stages, best = self._build(fit, memory)
                 self._run(fit, train, stages, best)
+                doubts = None if partial else self._doubts(train)
+        if doubts is not None:  # said when nothing can be lost
+            warnings.warn(doubts, ConvergenceWarning, stacklevel=4)
         return self
 
     def _prepare(self, X: Any, y: Any, partial: bool, given: dict[str, Any]) -> Fit:

@@ -200,8 +200,8 @@ class TwoStageClassifier(BaseImageClassifier):
         head = {name: getattr(self.head_, f"{name}_", None) for name in ("loss", "n_iter")}
         return [*epochs, {name: value for name, value in head.items() if np.isscalar(value)}]
 
-    def _scores(self, images: Images) -> np.ndarray:
-        features = self._features_in_views(images)
+    def _scores(self, images: Images, rows: np.ndarray | None = None) -> np.ndarray:
+        features = self._features_in_views(images, rows)
         n, n_views, _ = features.shape
         scores = head_logits(self.head_, features.reshape(n * n_views, -1))
         parts = torch.from_numpy(scores).unflatten(0, (n, n_views)).unbind(dim=1)

@@ -705,6 +705,11 @@ class TestLoop:
         assert np.array_equal(clf.predict_proba(X)[:7], clf.predict_proba(X[:7]))
 
 
+BLIND = {"backbone": ConvNet((1,)), "augment": "strong", "random_state": 0}
+NOISE = np.random.default_rng(0).integers(0, 255, (30, 12, 12), dtype=np.uint8)
+NAMES = np.repeat(["a", "b", "c"], 10)
+
+
 class TestEnoughSteps:
     """Passes where nobody said how many, and a word where they were not enough."""
 
@@ -719,17 +724,28 @@ class TestEnoughSteps:
         assert clf._n_epochs(n) == epochs
 
     def test_a_fit_that_does_not_fit_says_so_once(self):
-        X = np.random.default_rng(0).integers(0, 255, (30, 12, 12), dtype=np.uint8)
-        y = np.repeat(["a", "b", "c"], 10)
-        blind = {"backbone": ConvNet((1,)), "augment": "strong", "random_state": 0}
-        with pytest.warns(
-            ConvergenceWarning, match=r"not fitted.* 30 of them.*max_epochs="
-        ) as told:
-            SoftmaxClassifier(**blind).fit(X, y)
+        match = r"not fitted.* 30 of them.*max_epochs=720.*augment=.*trained elsewhere"
+        with pytest.warns(ConvergenceWarning, match=match) as told:
+            SoftmaxClassifier(**BLIND).fit(NOISE, NAMES)
         assert len(told) == 1
         assert told[0].filename == __file__
+
+    def test_and_others_say_nothing(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            SoftmaxClassifier(**blind, max_epochs=1).fit(X, y)  # as was asked for
-            X[y == "b"], X[y == "c"] = 100, 200
-            SoftmaxClassifier(**blind | {"augment": "none", "backbone": ConvNet((8,))}).fit(X, y)
+            SoftmaxClassifier(**BLIND, max_epochs=1).fit(NOISE, NAMES)  # as was asked for
+            stopped = SoftmaxClassifier(**BLIND, early_stopping=True, n_iter_no_change=2)
+            assert stopped.fit(NOISE, NAMES).n_iter_ < 300
+            X = NOISE.copy()
+            X[NAMES == "b"], X[NAMES == "c"] = 100, 200
+            seeing = BLIND | {"augment": "none", "backbone": ConvNet((8,))}
+            SoftmaxClassifier(**seeing).fit(X, NAMES)
+
+    def test_said_as_an_error_it_leaves_the_fit(self, monkeypatch):
+        monkeypatch.setattr(SoftmaxClassifier, "_n_epochs", lambda *args, **kwargs: 1)
+        clf = SoftmaxClassifier(**BLIND)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(ConvergenceWarning, match="max_epochs=2"):
+                clf.fit(NOISE, NAMES)
+        assert clf.predict(NOISE).shape == (30,)

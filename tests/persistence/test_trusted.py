@@ -401,8 +401,8 @@ def test_what_a_class_sets_beside_its_parameters_is_not_lost(fitted, own, tmp_pa
 class Scaled(SoftmaxClassifier):
     """Changes the scores of the network."""
 
-    def _scores(self, images):
-        return 2 * super()._scores(images)
+    def _scores(self, images, rows=None):
+        return 2 * super()._scores(images, rows)
 
 
 class Certain(SoftmaxClassifier):
