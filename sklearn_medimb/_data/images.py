@@ -160,6 +160,17 @@ class Images:
         if isinstance(self.data, ImageFiles):
             self.data.expect(rows)
 
+    def sizes(self, n_most: int) -> set[tuple[int, ...]]:
+        """Sides of the images as they are; of so many at most where they are read for it."""
+        if self.in_blocks:
+            return {self.layout.shape[1:]}
+        if isinstance(self.data, ImageFiles) and self.data.options["spacing"] is None:
+            return {sides[1 - len(self.layout.shape) :] for sides in self.data.sizes}  # of headers
+        rows = np.arange(len(self))
+        if not isinstance(self.data, ImageList):
+            rows = np.unique(np.linspace(0, len(self) - 1, n_most).astype(int))
+        return {self.layout.of(image.shape).shape[1:] for image in self._one_by_one(rows)}
+
     def in_memory(self) -> Images:
         """Resize what is in memory once, for all epochs; what is read on demand stays there."""
         if self.resize is None or (self.lazy and not isinstance(self.data, ImageList)):

@@ -1,7 +1,7 @@
 """Several methods on the same images, folds and patients, and advice which to take.
 
-Imports `_data`, `_machine`, `_training`, `backbones`, `base`, `decisions`, `inspection`, `methods`,
-`metrics`, `over_sampling`.
+Imports `_data`, `_machine`, `_training`, `augment`, `backbones`, `base`, `decisions`, `inspection`,
+`methods`, `metrics`, `over_sampling`.
 """
 
 from sklearn_medimb.comparison._compare import compare_methods

@@ -21,14 +21,17 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
 from sklearn.utils import _safe_indexing, check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
-from sklearn_medimb._data.containers import ImageList
+from sklearn_medimb._data.containers import is_lazy
 from sklearn_medimb._data.files import wrap_dataset
 from sklearn_medimb._data.images import as_array, read_images
 from sklearn_medimb._data.labels import is_mark, read_labels
 from sklearn_medimb._data.rows import group_codes
 from sklearn_medimb._machine.runtime import resolve_device
+from sklearn_medimb.augment import resolve_augmentation
 from sklearn_medimb.backbones import Backbone, ConvNet, EfficientNetLite, recipe_of
 from sklearn_medimb.base import BaseImageEstimator
 from sklearn_medimb.base._classifier import usual_steps
@@ -47,6 +50,7 @@ REFERENCE = "logit adjustment"  # whose scores the others' are told against
 MARGIN = 0.005  # what is nearer than this is level
 MIN_SETS = 3  # sets of the bench without which a method has no evidence
 SIDE = 128  # pixels a side: that of the evidence of starts; larger images come to it
+N_LOOKED_AT = 64  # images that are read for their size, where nothing else says it
 N_FOLDS = 3  # of a trial
 SHORT_LIST = 4  # methods of a trial at most
 CUDA = 10  # times as fast as a core: 14,600 images of 28 pixels a second (H100), beside 1,250
@@ -59,7 +63,11 @@ HOW = {
     "frozen": "a head on the frozen start",
     "pretrained": "fine-tuned from the start",
 }
-UNITS = {"s": 1, "sec": 1, "second": 1, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
+UNITS = {
+    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1),
+    **dict.fromkeys(("m", "min", "mins", "minute", "minutes"), 60),
+    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), 3600),
+}
 
 
 class Row(NamedTuple):
@@ -206,8 +214,7 @@ def as_seconds(budget: Any) -> float:
         '"2 minutes" or "1 hour".'
     )
     if isinstance(budget, str):
-        found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]+?)s?\s*", budget.lower())
-        # Of "s" alone the pattern leaves the unit to the first group of letters.
+        found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([a-z]+)\s*", budget.lower())
         if found is None or found[2] not in UNITS:
             raise ValueError(wrong)
         seconds = float(found[1]) * UNITS[found[2]]
@@ -221,10 +228,13 @@ def as_seconds(budget: Any) -> float:
 
 
 def in_words(seconds: float) -> str:
-    """As 0.4 s, 12 s, 3 min, 1.5 h."""
+    """As 0.4 s, 12 s, 3 min, 1.5 h, 30 h."""
     if seconds < 90:
         return f"{seconds:.1g} s" if seconds < 1 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.2g} h"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"{hours:.2g} h" if hours < 10 else f"{hours:.0f} h"
 
 
 # ---------------------------------------------------------------- what there is to choose from
@@ -239,19 +249,25 @@ class Data(NamedTuple):
     n_without: int
     classes: np.ndarray
     counts: np.ndarray
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # channels, and the largest sides that were seen
+    several_sizes: bool
+    surely_of_one: bool  # size, every image of them
     in_one_array: bool
 
     @property
     def ratio(self) -> float:
         return float(self.counts.max() / self.counts.min())
 
-    def __str__(self) -> str:
+    def told(self, spatial: Sequence[int]) -> str:
+        """In words, with the sides that images come to."""
         what = "feature vectors" if len(self.shape) == 1 else "images"
+        size = "any size" if self.several_sizes else " x ".join(map(str, self.shape))
+        if self.several_sizes or (len(self.shape) > 1 and tuple(spatial) != self.shape[1:]):
+            size += f", brought to {' x '.join(map(str, spatial))}"
         rarest = self.classes[self.counts.argmin()]
         ratio = float(f"{self.ratio:.2g}")
         text = (
-            f"{len(self.rows)} labelled {what} of {' x '.join(map(str, self.shape))}, "
+            f"{len(self.rows)} labelled {what} of {size}, "
             f"{len(self.classes)} classes, the rarest ({rarest}) with {self.counts.min()} "
             f"(1 : {ratio:g})"
         )
@@ -263,31 +279,40 @@ class Data(NamedTuple):
 
 
 def _read(X: Any, y: Any, groups: Any, params: Mapping[str, Any]) -> Data:
-    y = read_labels(y)
+    reader = SoftmaxClassifier(**params)
+    reader._validate_params()
+    reader._check_parameters()
+    resolve_augmentation(reader.augment)
+    y = read_labels(y, mixed=True)
     patients = None if groups is None else group_codes(groups, y)
     known = ~is_mark(y)
-    if len(np.unique(y[known])) < 2:  # then -1 is a class
+    if len(set(y[known].tolist())) < 2:  # then -1 is a class
         known[:] = True
+    labels = read_labels(y[known], name="y" if known.all() else "y without -1")
+    if labels.dtype == object and not known.all():  # mixed with the number -1 so far
+        labels = np.asarray(labels.tolist())
+    check_classification_targets(labels)
     X = as_array(wrap_dataset(X), of_any_size=True)
-    several = isinstance(X, ImageList)
-    reader = SoftmaxClassifier(**{"image_size": SIDE if several else None, **params})
-    reader._validate_params()
+    if is_lazy(X) and reader.image_size is None:
+        reader.image_size = SIDE  # whatever their size
     names = "image_shape", "data_format", "spatial_dims", "image_size"
     images = read_images(reader, X, reset=True, **{name: getattr(reader, name) for name in names})
     if len(images) != len(y):
         raise ValueError(f"X holds {len(images)} images, y {len(y)} labels.")
-    classes, counts = np.unique(y[known], return_counts=True)
+    classes, counts = np.unique(labels, return_counts=True)
     if len(classes) < 2:
         raise ValueError(f"y holds one class only, {classes.tolist()}.")
-    shape = images.image_shape if reader.image_size else images.layout.shape
+    sizes = images.sizes(N_LOOKED_AT)
     return Data(
         rows=np.flatnonzero(known),
-        labels=y[known],
+        labels=labels,
         patients=None if patients is None else patients[known],
         n_without=int((~known).sum()),
         classes=classes,
         counts=counts,
-        shape=tuple(shape),
+        shape=(images.layout.shape[0], *map(max, zip(*sizes, strict=True))),
+        several_sizes=len(sizes) > 1,
+        surely_of_one=images.in_blocks,
         in_one_array=not images.lazy,
     )
 
@@ -333,6 +358,8 @@ def _start_of(start: Any, dims: int, notes: list[str]) -> Any:
         raise TypeError(
             f"start={start!r} must be a name, a Backbone, a torch.nn.Module or a fitted encoder."
         )
+    elif isinstance(recipe, BaseImageEstimator):
+        check_is_fitted(recipe, msg="start=%(name)s(...) is not fitted: fit it first.")
     return start
 
 
@@ -352,7 +379,7 @@ def _made(regime: str, shared: dict[str, Any], data: Data) -> dict[str, Any]:
     made, seed = common_methods(**shared), shared["random_state"]
     if regime == "scratch":
         # As in the bench: as many steps without labels as the networks have with labels.
-        n_steps = usual_steps(0, len(data.classes), len(data.shape) - 1)
+        n_steps = usual_steps(len(data.rows), len(data.classes), len(data.shape) - 1)
         per_epoch = -(-(len(data.rows) + data.n_without) // 32)
         epochs = shared.get("max_epochs", "auto")
         epochs = max(1, round(n_steps / per_epoch)) if epochs == "auto" else epochs
@@ -483,12 +510,15 @@ def recommend(
     is tuned for up to 500 images or on a GPU, else frozen, as ``fine_tune="auto"`` has it; where no
     such fit is within the budget the start is frozen, and after that left out.
 
+    Large images come to 128 pixels along their longest side, volumes to 32; with a start all images
+    come to 128 x 128. Of images that are read on demand up to 64 are looked at for their size.
+
     Parameters
     ----------
     X : array-like or lazy sequence of n images
         Images, in any form that the classifiers take, or feature vectors.
     y : array-like of shape (n,)
-        Classes. Beside two classes or more, -1 says that an image has no label.
+        Classes. Beside two classes or more, the number -1 says that an image has no label.
     groups : array-like of shape (n,), default=None
         Patient of each image: the trial keeps patients whole.
     budget : str or float, default="2 minutes"
@@ -500,11 +530,13 @@ def recommend(
         Where it will be trained.
     try_out : bool, default=False
         Whether the best by evidence are compared on three folds of these images first, as far as
-        the budget goes; then the better one there is advised.
+        the budget goes; then the better one there is advised. Where no two trials with the start
+        are within the budget, those of the next cheaper way are made.
     random_state : int, RandomState instance or None, default=None
         Of the estimator, and of the trial.
     **params
-        What all networks share, such as ``spatial_dims=3``.
+        What all networks share, such as ``spatial_dims=3``; not `pretrain` and `sampler`, in which
+        methods differ.
 
     Returns
     -------
@@ -517,7 +549,8 @@ def recommend(
         If the input is wrong or ambiguous, no method is within the budget, or a class has too few
         images, or patients, for the trial.
     TypeError
-        If `budget`, `start` or `try_out` is none of these things.
+        If `budget`, `start` or `try_out` is none of these things, or networks do not share one of
+        `params`.
     ImportError
         If the weights of a named start are not installed.
 
@@ -525,7 +558,9 @@ def recommend(
     -----
     Sets differ by more than methods do, and first places by little more than chance: what the rule
     loses against the best, on sets that it has not seen, is in :doc:`/guide/choosing`.
-    Scores are of at most 600 training images, from scratch of 28 pixels and half the steps.
+    Scores are of at most 600 training images, from scratch of 28 pixels. The rows from scratch were
+    made with earlier defaults, every image warped and half of the steps: those of today differ.
+    The score of a trial is that of its winner, and so flattered.
 
     Examples
     --------
@@ -540,6 +575,13 @@ def recommend(
     seconds = as_seconds(budget)
     if taken := sorted({"backbone", "fine_tune"} & set(params)):
         raise ValueError(f"{taken[0]}: start= says with which network to begin, and how.")
+    of_each = [set(one.get_params(deep=False)) for one in common_methods().values()]
+    shared_by_all = set.intersection(*of_each) - {"pretrain", "sampler"}  # by which some differ
+    if odd := sorted(set(params) - shared_by_all):
+        raise TypeError(
+            f"{odd[0]}= is nothing that all methods share: set it on the advised estimator, if it "
+            "has it."
+        )
     if not isinstance(try_out, (bool, np.bool_)):
         raise TypeError(f"try_out={try_out!r} must be True or False.")
     check_random_state(random_state)
@@ -561,6 +603,7 @@ def recommend(
     table: list[dict[str, Any]] = []
     made: dict[tuple[str, str], Any] = {}
     spread: dict[str, float] = {}
+    spatial: dict[str, tuple[int, ...]] = {}
     for regime in regimes:
         shared = {"random_state": random_state, **({} if device == "auto" else {"device": device})}
         shared |= _size(regime, data) if dims else {}
@@ -568,7 +611,8 @@ def recommend(
             how = "frozen" if regime == "frozen" else "head_first"
             shared |= {"backbone": begins, "fine_tune": how}
             if isinstance(begins, BaseImageEstimator):  # it knows images of its own size
-                shared["image_size"] = begins.image_size
+                alone = begins.image_size is None and not data.surely_of_one
+                shared["image_size"] = begins.image_shape_[1:] if alone else begins.image_size
         elif dims == 3:  # as in the bench
             shared["backbone"] = ConvNet((16, 32, 64, 64))
         shared |= params
@@ -576,14 +620,14 @@ def recommend(
         about = len(data.rows), len(data.classes), data.ratio
         found = expected(rows, *about)
         candidates = _made(regime, shared, data)
-        spatial = _spatial(shared.get("image_size"), data.shape)
+        spatial[regime] = _spatial(shared.get("image_size"), data.shape)
         steps = {
             k: shared[k] for k in ("max_epochs", "batch_size") if shared.get(k, "auto") != "auto"
         }
         for name, (score, of_sets) in found.items():
             if name not in candidates:
                 continue
-            cost = work(name, regime, *about[:2], spatial, **steps) * factor(rows, name)
+            cost = work(name, regime, *about[:2], spatial[regime], **steps) * factor(rows, name)
             cost /= CUDA if where.type == "cuda" and name != FOREST else 1
             spread[regime], made[regime, name] = of_sets, candidates[name]
             table.append(
@@ -601,17 +645,36 @@ def recommend(
             f"budget={budget!r}: no fit is that fast; {cheapest['method']} needs about "
             f"{in_words(cheapest['seconds'])}."
         )
-    regime = next(row["regime"] for row in table if row["fits"])
-    listed = {row["method"]: row for row in table if row["regime"] == regime and row["fits"]}
+    if try_out:
+        _check_folds(data)
+    ways: dict[str, dict[str, dict[str, Any]]] = {regime: {} for regime in regimes}
+    for row in table:
+        if row["fits"]:
+            ways[row["regime"]][row["method"]] = row
+    names = {way: _short_list(ways[way], seconds) if try_out else [*ways[way]] for way in regimes}
+    if not any(names.values()):
+        of_all = ([row for row in table if row["regime"] == way] for way in regimes)
+        pairs = [sorted(row["seconds"] for row in of)[:2] for of in of_all if len(of) > 1]
+        raise ValueError(
+            f"budget={budget!r} is too little to try two methods out: about "
+            f"{in_words(min(map(_trial_seconds, pairs)))} and more; raise it, or try_out=False."
+        )
+    regime = next(way for way in regimes if names[way])
+    listed = ways[regime]
     if len(regimes) > 1:
         notes.append("Each way rests on sets of its own: compare evidence within a way only.")
     if regime != regimes[0]:
-        first = "Tuning" if regimes[0] == "pretrained" else "Encoding by the start"
-        notes.append(f"{first} takes longer than {in_words(seconds)}.")
+        first = "tuning" if regimes[0] == "pretrained" else "encoding by the start"
+        first = f"trying out {first}" if try_out else first
+        notes.append(f"{first.capitalize()} takes longer than {in_words(seconds)}.")
 
     comparison = None
     if try_out:
-        comparison = _trial(listed, made, X, data, regime, seconds, budget, random_state)
+        images = _safe_indexing(wrap_dataset(X), data.rows) if data.n_without else X
+        comparison = compare_methods(
+            {name: made[regime, name] for name in names[regime]}, images, data.labels,
+            groups=data.patients, cv=N_FOLDS, baseline=names[regime][0], random_state=random_state,
+        )  # fmt: skip
         for name, why in comparison.failures.items():
             listed[name]["note"] = f"failed {why}"
         for name in comparison.names:
@@ -624,6 +687,12 @@ def recommend(
     method = choose(scores, {name: row["seconds"] for name, row in listed.items()})
     if data.n_without:
         notes.append(_about_unlabelled(method, data.n_without))
+    if data.patients is not None and method in (FROZEN_LR, FROZEN_SVM):
+        notes.append(
+            "Its inner search, of C, does not keep patients whole: with "
+            "set_params(gridsearchcv__cv=StratifiedGroupKFold(3)) and "
+            "fit(X, y, gridsearchcv__groups=patients) it does."
+        )
     row = listed[method]
     return Advice(
         estimator=made[regime, method],
@@ -632,7 +701,9 @@ def recommend(
         seconds=row["seconds"],
         score=scores[method],
         spread=spread[regime],
-        reason=_reason(row, scores, table, data, spread[regime], comparison, seconds, begins),
+        reason=_reason(
+            row, scores, table, data, spatial[regime], spread[regime], comparison, seconds, begins
+        ),
         notes=notes,
         table=table,
         comparison=comparison,
@@ -641,12 +712,16 @@ def recommend(
 
 def _size(regime: str, data: Data) -> dict[str, Any]:
     """To which size images come: for a start that of the evidence; else large ones down."""
-    most = SIDE if len(data.shape) == 3 else SIDE // 4
-    if regime != "scratch" and len(data.shape) == 3:
+    sides = data.shape[1:]
+    if regime != "scratch" and len(sides) == 2:
         return {"image_size": SIDE}
-    if data.in_one_array and max(data.shape[1:]) <= most:
+    most = SIDE if len(sides) == 2 else SIDE // 4
+    if data.several_sizes:
+        return {"image_size": min(most, max(sides))}
+    if data.surely_of_one and max(sides) <= most:
         return {}
-    return {"image_size": min(most, max(data.shape[1:]))}
+    share = min(1, most / max(sides))
+    return {"image_size": tuple(max(1, round(side * share)) for side in sides)}
 
 
 def _spatial(image_size: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -657,46 +732,35 @@ def _spatial(image_size: Any, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(size) if isinstance(size, (tuple, list)) else (size,) * (len(shape) - 1)
 
 
-def _trial(
-    listed: Mapping[str, dict[str, Any]],
-    made: Mapping[tuple[str, str], Any],
-    X: Any,
-    data: Data,
-    regime: str,
-    seconds: float,
-    budget: Any,
-    random_state: Any,
-) -> Comparison:
-    """Compare as many of the first as the budget allows, on folds that keep patients whole."""
+def _check_folds(data: Data) -> None:
+    """Refuse a trial where a class cannot be in all folds."""
     who = np.arange(len(data.rows)) if data.patients is None else data.patients
-    for label in data.classes:
+    for label in data.classes.tolist():
         n = len(np.unique(who[data.labels == label]))
         if n < N_FOLDS:
-            what = "images" if data.patients is None else "patients"
+            what = "image" if data.patients is None else "patient"
             raise ValueError(
-                f"try_out=True: class {label!r} of y has {n} {what}, and {N_FOLDS} folds need as "
-                "many: leave the class out, or try_out=False."
+                f"try_out=True: class {label!r} of y has {n} {what}{'s' if n > 1 else ''}, and "
+                f"{N_FOLDS} folds need as many: leave the class out, or try_out=False."
             )
+
+
+def _trial_seconds(fits: Sequence[float]) -> float:
+    """What a trial of methods takes, and a fit: each of N_FOLDS is to all rows but one fold."""
+    return (N_FOLDS - 1) * sum(fits) + max(fits)
+
+
+def _short_list(listed: Mapping[str, Mapping[str, Any]], seconds: float) -> list[str]:
+    """The first by evidence whose trial is within the budget: two or more, or none."""
     names: list[str] = []
-    total = longest = needed = 0.0
-    for name, row in sorted(listed.items(), key=lambda pair: -pair[1]["score"]):
-        costs = (N_FOLDS - 1) * row["seconds"]  # N_FOLDS fits to all rows but one fold
-        needed_now = total + costs + max(longest, row["seconds"])
-        if needed_now <= seconds and len(names) < SHORT_LIST:
+    for name in sorted(listed, key=lambda name: -listed[name]["score"]):
+        others = sorted(row["seconds"] for other, row in listed.items() if other != name)
+        # The first leaves room for a second.
+        beside = [listed[other]["seconds"] for other in names] or others[:1]
+        fits = beside and _trial_seconds([*beside, listed[name]["seconds"]]) <= seconds
+        if fits and len(names) < SHORT_LIST:
             names.append(name)
-            total, longest = total + costs, max(longest, row["seconds"])
-        elif len(names) < 2 and not needed:
-            needed = needed_now
-    if len(names) < 2:
-        raise ValueError(
-            f"budget={budget!r} is too little to try two methods out: about "
-            f"{in_words(max(needed, total))} and more; raise it, or try_out=False."
-        )
-    images = _safe_indexing(wrap_dataset(X), data.rows) if data.n_without else X
-    return compare_methods(
-        {name: made[regime, name] for name in names}, images, data.labels, groups=data.patients,
-        cv=N_FOLDS, baseline=names[0], random_state=random_state,
-    )  # fmt: skip
+    return names
 
 
 def _reason(
@@ -704,6 +768,7 @@ def _reason(
     scores: Mapping[str, float],
     table: Sequence[Mapping[str, Any]],
     data: Data,
+    spatial: Sequence[int],
     spread: float,
     comparison: Comparison | None,
     budget: float,
@@ -713,7 +778,7 @@ def _reason(
     method, how = row["method"], HOW[row["regime"]]
     if row["regime"] != "scratch":
         how += f", {start if isinstance(start, str) else type(start).__name__}"
-    text = [f"Take {method}, {how}.", f"For {data}:"]
+    text = [f"Take {method}, {how}.", f"For {data.told(spatial)}:"]
     if comparison is None:
         low, high = max(row["score"] - spread, 0), min(row["score"] + spread, 1)
         text.append(
@@ -724,9 +789,13 @@ def _reason(
         whole = "" if data.patients is None else " of whole patients"
         text.append(
             f"tried out on {N_FOLDS} folds{whole}, it has a balanced accuracy of "
-            f"{row['inner']:.2f} (evidence: {row['score']:.2f})."
+            f"{row['inner']:.2f} (evidence: {row['score']:.2f})"
+            + (f", flattered as the best of {len(scores)} on them." if len(scores) > 1 else ".")
         )
-        if row["inner"] < 1 / len(data.classes) + 0.05:
+        n_classes = len(data.classes)
+        guess = 1 / n_classes
+        error = math.sqrt((guess * (1 - guess) / data.counts).sum()) / n_classes
+        if row["inner"] < guess + 2 * error:
             text.append("That is hardly better than guessing: no method of the trial is of use.")
     others = sorted((name for name in scores if name != method), key=lambda name: -scores[name])
     told = ", ".join(f"{name} ({scores[name] - scores[method]:+.3f})" for name in others[:3])

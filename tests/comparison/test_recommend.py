@@ -13,6 +13,7 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.validation import check_is_fitted
 
@@ -124,7 +125,8 @@ def test_evidence_names_what_can_be_made():
 @pytest.mark.parametrize(
     ("budget", "seconds"),
     [("2 minutes", 120), ("30 s", 30), ("1 hour", 3600), (" 1.5h", 5400), ("45 seconds", 45),
-     ("1 min", 60), (".5 Minutes", 30), (7, 7), (np.float32(2.5), 2.5), ("10 secs", 10)],
+     ("1 min", 60), (".5 Minutes", 30), (7, 7), (np.float32(2.5), 2.5), ("10 secs", 10),
+     ("2 hr", 7200), ("3 hrs", 10800), ("5 m", 300)],
 )  # fmt: skip
 def test_budgets_in_words(budget, seconds):
     assert module.as_seconds(budget) == seconds
@@ -144,6 +146,7 @@ def test_budgets_in_words(budget, seconds):
         np.nan,
         np.inf,
         "0 s",
+        "500 ms",
         True,
         None,
     ],
@@ -152,6 +155,18 @@ def test_wrong_budgets_are_refused(budget, problem):
     X, y, _ = problem
     with pytest.raises((ValueError, TypeError), match="budget="):
         recommend(X, y, budget=budget, start=False)
+
+
+def test_times_in_words():
+    found = [module.in_words(seconds) for seconds in (0.42, 12, 200, 5400, 36_000, 720_000)]
+    assert found == ["0.4 s", "12 s", "3 min", "1.5 h", "10 h", "200 h"]
+
+
+def test_amimv_has_as_many_steps_without_labels_as_with(bench):
+    X = np.zeros((640, 8, 8), dtype=np.uint8)
+    bench(rows({"logit adjustment": 0.5, "AMIMV": 0.9}))
+    encoder = recommend(X, np.arange(640) % 2, start=False, budget="9 hours").estimator.pretrain
+    assert encoder.max_epochs * 640 // 32 == module.usual_steps(640, 2, 2) == 400
 
 
 def test_a_smaller_budget_changes_the_choice(problem):
@@ -266,6 +281,10 @@ def test_starts_of_other_kinds(problem, tmp_path):
         size = None if start is encoder else 128
         assert advice.estimator.get_params(deep=False)["image_size"] == size
 
+    several = [np.resize(image, (8 + k % 3, 9)) for k, image in enumerate(X)]
+    advice = recommend(several, y, start=encoder, budget="1 hour")
+    assert advice.estimator.get_params(deep=False)["image_size"] == (8, 8)  # which it knows
+
     class BestFrozen(ResNet):
         gains_from_tuning = False
 
@@ -283,7 +302,33 @@ def test_wrong_starts_are_refused(problem, start, message):
         recommend(*problem[:2], start=start)
 
 
+@pytest.mark.parametrize("start", [AMIMVEncoder(), SoftmaxClassifier()])
+def test_starts_that_are_not_fitted_are_refused(problem, start):
+    with pytest.raises(NotFittedError, match=rf"start={type(start).__name__}\(...\) is not fitted"):
+        recommend(*problem[:2], start=start)
+
+
 # ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [({"augment": "xx"}, "augment must be"), ({"fine_tune": True}, "fine_tune"),
+     ({"image_size": (0, 8)}, "image_size="), ({"callbacks": 3}, "callbacks"),
+     ({"pretrain": "simclr"}, "pretrain= is nothing that all"), ({"sampler": None}, "sampler= is"),
+     ({"loss": "focal"}, "loss= is"), ({"class_weight": "balanced"}, "class_weight= is")],
+)  # fmt: skip
+def test_wrong_parameters_are_refused_before_anything_is_read(problem, params, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        recommend([], problem[1], start=False, **params)
+
+
+def test_labels_that_no_classifier_takes_are_refused(problem):
+    X, y, _ = problem
+    with pytest.raises(ValueError, match="continuous"):
+        recommend(X, np.linspace(0, 1, 48), start=False)
+    with pytest.raises(ValueError, match=r"y without -1 must hold labels of one kind"):
+        recommend(X, np.array([-1, 1, *y[2:]], dtype=object), start=False)
 
 
 def test_wrong_input_is_refused(problem):
@@ -326,6 +371,8 @@ def test_a_trial_needs_images_and_patients_of_each_class(problem, groups, what):
     with pytest.raises(ValueError, match=rf"try_out=True: class .* has 2 {what}"):
         recommend(X, y, groups, try_out=True, start=False, max_epochs=1)
     recommend(X, y, groups, start=False)
+    with pytest.raises(ValueError, match="class 1 of y has 1 image, and"):
+        recommend(X, np.eye(48, dtype=int)[0], start=False, try_out=True)
 
 
 def test_a_trial_beyond_the_budget_is_refused(problem):
@@ -376,6 +423,64 @@ def test_a_trial_has_as_many_methods_as_the_budget_allows(problem, bench):
         assert sorted(advice.comparison.names) == sorted(names[-tried:])
 
 
+def test_a_trial_falls_back_to_a_cheaper_way(problem, bench):
+    """Two trials and a fit take as long as five fits."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU())
+    scores = {"logit adjustment": 0.5, "cross-entropy": 0.6}
+    bench(rows(scores, regime="pretrained", seconds=1e9), rows(scores, regime="frozen"))
+    ask = {"start": net, "image_size": 8, "max_epochs": 1, "random_state": 0}
+    table = recommend(*problem[:2], **ask, budget="1000000 h").table
+    tuning = table[0]["seconds"]
+    advice = recommend(*problem[:2], **ask, budget=1.1 * tuning, try_out=True)
+    assert advice.regime == "frozen"
+    assert len(advice.comparison.names) == 2
+    assert f"Trying out tuning takes longer than {module.in_words(1.1 * tuning)}" in str(advice)
+    assert recommend(*problem[:2], **ask, budget=1.1 * tuning).regime == "pretrained"
+
+
+def test_a_dear_first_method_leaves_room_for_a_second():
+    listed = {
+        name: {"score": score, "seconds": seconds}
+        for name, score, seconds in [("a", 0.9, 30), ("b", 0.8, 12), ("c", 0.7, 10)]
+    }
+    names = [module._short_list(listed, budget) for budget in (110, 109, 56, 55, 10**6)]
+    assert names == [["a", "c"], ["b", "c"], ["b", "c"], [], ["a", "b", "c"]]
+
+
+@pytest.mark.parametrize(("score", "guesses"), [(0.66, True), (0.67, False)])
+def test_the_score_of_a_trial_is_flattered_and_noise_is_guessing(problem, score, guesses):
+    """Of 36 and 12 images, guessing has an error of .083."""
+    data = module._read(*problem[:2], None, {})
+    row = {"method": "LMD", "regime": "scratch", "score": 0.9, "inner": score, "seconds": 1.0}
+    told = [
+        module._reason(row, dict.fromkeys(names, score), [], data, (8, 8), 0.1, object(), 9, None)
+        for names in (("LMD", "CSSN", "SPMix"), ("LMD",))
+    ]
+    assert "flattered as the best of 3" in told[0]
+    assert "flattered" not in told[1]
+    assert all(("hardly better than guessing" in text) == guesses for text in told)
+
+
+def test_the_inner_search_of_a_frozen_start_says_that_it_splits_patients(problem, bench):
+    X, y, groups = problem
+    net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU())
+    bench(rows({"logit adjustment": 0.5, module.FROZEN_SVM: 0.9}, regime="frozen"))
+    ask = {"start": net, "image_size": 8, "random_state": 0}
+    assert "patients whole" not in str(recommend(X, y, **ask))
+    advice = recommend(X, y, groups, **ask)
+    assert "Its inner search, of C, does not keep patients whole" in str(advice)
+    splits = []
+
+    class Watched(StratifiedGroupKFold):
+        def split(self, X, y=None, groups=None):
+            splits.append(groups)
+            return super().split(X, y, groups)
+
+    clf = advice.estimator.set_params(gridsearchcv__cv=Watched(3))  # what it says works
+    clf.fit(X, y, gridsearchcv__groups=groups)
+    np.testing.assert_array_equal(splits[0], groups)
+
+
 # ---------------------------------------------------------------- unlabelled images
 
 
@@ -392,6 +497,19 @@ def test_unlabelled_images_lead_to_amimv_only_by_evidence(problem, bench):
     assert "serve its pre-training" in str(advice)
     two = recommend(X, np.where(y == 0, -1, 1), start=False)  # then -1 is a class
     assert "48 labelled images" in two.reason
+
+
+def test_strings_beside_the_number_minus_one(problem, bench):
+    X, y, _ = problem
+    y = np.array([-1] * 6 + [*y[6:]], dtype=object)
+    bench(rows({"logit adjustment": 0.5, "AMIMV": 0.8}))
+    for labels in (y, y.tolist()):
+        advice = recommend(X, labels, start=False, max_epochs=1)
+        assert "42 labelled images" in advice.reason
+        assert "6 images without a label" in str(advice)
+    assert list(advice.estimator.fit(X, y).classes_) == ["left", "right"]
+    tried = recommend(X, y, start=False, max_epochs=1, try_out=True, budget="1 hour")
+    assert list(tried.comparison.classes) == ["left", "right"]
 
 
 def test_a_trial_leaves_unlabelled_images_out(problem):
@@ -461,16 +579,78 @@ def test_advice_pickles(problem):
     assert set(again.estimator.fit(*problem[:2]).predict(problem[0])) == {"left", "right"}
 
 
-def test_images_of_several_sizes_and_large_ones_come_to_one_size(problem):
-    X, y, _ = problem
-    several = [np.resize(image, (8 + k % 3, 9)) for k, image in enumerate(X)]
-    advice = recommend(several, y, start=False, budget="10 hours")
-    assert advice.estimator.get_params()["image_size"] == 128
+class Lazy:
+    """Images on demand, which announce the size of the first."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, images):
+        self.images, self.n_reads = images, 0
+        self.shape = (len(images), *images[0].shape)
+        self.ndim = len(self.shape)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, row):
+        self.n_reads += 1
+        return self.images[row]
+
+
+class Items(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, row):
+        return self.images[row], 0
+
+
+def as_files(images, folder):
+    for k, image in enumerate(images):
+        np.save(folder / f"{k:03}", image)
+    return sorted(folder.glob("*.npy"))
+
+
+@pytest.mark.parametrize("kind", ["list", "files", "lazy", "data set"])
+@pytest.mark.parametrize(
+    ("shapes", "size", "text"),
+    [([(12, 12), (300, 200)], 128, "images of any size, brought to 128 x 128"),
+     ([(300, 200), (12, 12)], 128, "images of any size, brought to 128 x 128"),
+     ([(20, 30), (22, 30), (24, 30)], 30, "images of any size, brought to 30 x 30")],
+)  # fmt: skip
+def test_all_containers_are_looked_at_alike(problem, tmp_path, kind, shapes, size, text):
+    images = [np.resize(image, shapes[k % len(shapes)]) for k, image in enumerate(problem[0][:12])]
+    make = {"list": list, "lazy": Lazy, "data set": Items, "files": lambda x: as_files(x, tmp_path)}
+    advice = recommend(make[kind](images), np.arange(12) % 2, start=False, budget="10 hours")
+    assert advice.estimator.get_params()["image_size"] == size
+    assert text in advice.reason
     assert "balanced forest" not in {row["method"] for row in advice.table}
-    large = recommend(np.resize(X, (48, 150, 140)), y, start=False, budget="10 hours")
-    assert large.estimator.get_params()["image_size"] == 128
-    own = recommend(X, y, start=False, budget="10 hours")
-    assert own.estimator.get_params()["image_size"] is None
+
+
+def test_of_many_images_a_sample_is_read():
+    X = Lazy(np.zeros((500, 8, 8), dtype=np.uint8))
+    advice = recommend(X, np.arange(500) % 2, start=False)
+    assert X.n_reads <= 64
+    assert advice.estimator.get_params()["image_size"] == (8, 8)  # the others may be larger
+
+
+@pytest.mark.parametrize(
+    ("shape", "params", "size"),
+    [((8, 8), {}, None), ((128, 20), {}, None), ((150, 140), {}, (128, 119)),
+     ((1, 20, 300), {}, (9, 128)), ((1, 64, 64, 10), {}, (32, 32, 5)),
+     ((300, 2), {}, (128, 1)), ((32, 32, 8), {"spatial_dims": 3}, None)],
+)  # fmt: skip
+def test_large_images_keep_the_ratio_of_their_sides(shape, params, size):
+    X = np.zeros((8, *shape), dtype=np.uint8)
+    advice = recommend(X, np.arange(8) % 2, start=False, budget="10 hours", **params)
+    assert advice.estimator.get_params()["image_size"] == size
+    if size is not None:
+        assert f"brought to {' x '.join(map(str, size))}" in advice.reason
+    else:
+        assert "brought" not in advice.reason
 
 
 # ---------------------------------------------------------------- its tables
