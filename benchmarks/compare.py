@@ -21,14 +21,14 @@ as they are without an argument beside the afternoon CNN, which takes about as l
 these stay as they are, at 128 pixels, or are tuned. Tuning's core suite has what two cores do in
 some hours (96 pixels, 200 images, 5 epochs, two folds), "large" is for a GPU (128 pixels, 600
 images, default epochs, three folds), and "levers" has the settings of one method. Of sets with more
-than 900 images a part with the same shares of classes, patients whole; classes of six images or
-more; three folds that keep patients whole, which are the seeds. ``--data`` may name any file with
+than 900 images a part with the same shares of classes; classes of six images or more; three folds
+that keep patients whole, which are the seeds. ``--data`` may name any file with
 ``images`` and ``labels``.
 
 With ``--inner`` the test rows are left alone: three quarters of each training part are trained on,
 the last quarter is scored. Defaults are chosen on these. Nothing is selected here: every method has
 its default or the setting that its literature advises; baselines with a knob choose it in inner
-folds of what they are given.
+folds of what they are given, patients whole.
 
 ``--method my_module:MyClassifier`` adds a classifier of one's own, from the current directory or an
 installed package, under the name of its class. Of `backbone`, `spatial_dims`, `max_epochs`,
@@ -207,7 +207,10 @@ def read_images(path: Path) -> Bunch:
 
 
 def capped(data: Bunch, n: int) -> Bunch:
-    """At most about `n` images, patients whole, of classes with six or more, in random order."""
+    """At most about `n` images of classes with six or more, in random order.
+
+    Of each class they are those of some patients, the last of whom may lose a part.
+    """
     y = np.unique(data.target, return_inverse=True)[1]
     rows = np.flatnonzero(np.bincount(y)[y] >= 6)
     y = np.unique(y[rows], return_inverse=True)[1]
@@ -359,6 +362,14 @@ def peak_memory(reset: bool = False) -> float:
         return math.nan
 
 
+def inner_folds(y: np.ndarray, patients: np.ndarray | None) -> Any:
+    """Folds for a search among the training rows: patients whole, where they have several."""
+    n_folds = Setting.inner_folds
+    if patients is None or len(np.unique(patients)) == len(y):
+        return n_folds
+    return list(StratifiedGroupKFold(n_folds).split(y, y, patients))
+
+
 def run(job: Job, folder: str | None, cls: type | None = None) -> dict[str, Any]:
     """Train and test one method; what came out, with all that a reader may ask.
 
@@ -379,6 +390,7 @@ def run(job: Job, folder: str | None, cls: type | None = None) -> dict[str, Any]
         suite.image_size,
         suite.fine_tune,
         suite.max_epochs,
+        inner_folds(y, None if data.groups is None else data.groups[train]),
     )
     make = METHODS[job.regime][job.method] if cls is None else partial(made_from, cls)
     classifier = make(setting)

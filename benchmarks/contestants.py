@@ -34,6 +34,7 @@ from sklearn_medimb import (
     SPMixSampler,
 )
 from sklearn_medimb.backbones import ConvNet
+from sklearn_medimb.base._classifier import usual_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Setting:
     image_size: int | None = None
     fine_tune: str = "auto"
     max_epochs: int | None = None
+    inner_folds: Any = 3  # what a search within the training rows takes for `cv`
 
     @property
     def network(self) -> dict[str, Any]:
@@ -67,7 +69,7 @@ class Setting:
         """Passes that make the same number of steps for all: a share of the networks' default."""
         if self.step_share is None:
             return "auto"
-        n_steps = self.step_share * (180 + 60 * min(len(self.counts), 17))
+        n_steps = self.step_share * usual_steps(0, len(self.counts), self.spatial_dims)
         return max(1, round(n_steps / max(1, steps_per_epoch)))
 
 

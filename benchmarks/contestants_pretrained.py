@@ -1,7 +1,8 @@
 """Contestants of compare.py that begin with a network trained elsewhere: frozen, and tuned.
 
 Each has its defaults but for what its row says. Baselines of scikit-learn encode the images
-themselves, so that seconds to fit are those of a user; their C is chosen in three inner folds.
+themselves, so that seconds to fit are those of a user; their C is chosen in three inner folds,
+patients whole.
 """
 
 from __future__ import annotations
@@ -134,11 +135,10 @@ def features(s: Setting, **params: Any) -> PretrainedFeatures:
     return PretrainedFeatures(**given, **params)
 
 
-def chosen(*steps: Any, **grid: list[float]) -> GridSearchCV:
+def chosen(s: Setting, *steps: Any, **grid: list[float]) -> GridSearchCV:
     """Standardise, then the steps; of the grid, what has the best inner balanced accuracy."""
-    return GridSearchCV(
-        make_pipeline(StandardScaler(), *steps), grid, cv=3, scoring="balanced_accuracy"
-    )
+    pipeline = make_pipeline(StandardScaler(), *steps)
+    return GridSearchCV(pipeline, grid, cv=s.inner_folds, scoring="balanced_accuracy")
 
 
 def logistic(**params: Any) -> Contestant:
@@ -147,7 +147,7 @@ def logistic(**params: Any) -> Contestant:
     def make(s: Setting) -> Any:
         head = LogisticRegression(class_weight="balanced", max_iter=300, tol=1e-3)
         return make_pipeline(
-            features(s, **params), chosen(head, logisticregression__C=[3e-4, 3e-3, 3e-2])
+            features(s, **params), chosen(s, head, logisticregression__C=[3e-4, 3e-3, 3e-2])
         )
 
     return make
@@ -155,7 +155,7 @@ def logistic(**params: Any) -> Contestant:
 
 def support_vectors(s: Setting) -> Any:
     head = SVC(class_weight="balanced", random_state=s.seed)
-    return make_pipeline(features(s), chosen(head, svc__C=[0.1, 1, 10]))
+    return make_pipeline(features(s), chosen(s, head, svc__C=[0.1, 1, 10]))
 
 
 def forest(s: Setting) -> Any:
@@ -169,7 +169,7 @@ def virtual_features(s: Setting) -> Any:
     sampler = BalancedVirtualFeatures(replace=True, random_state=s.seed)
     head = LogisticRegression(max_iter=300, tol=1e-3)
     grid = {"logisticregression__C": [3e-4, 3e-3, 3e-2]}
-    return make_pipeline(features(s), chosen(sampler, head, **grid))
+    return make_pipeline(features(s), chosen(s, sampler, head, **grid))
 
 
 # ---------------------------------------------------------------- by name

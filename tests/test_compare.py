@@ -12,11 +12,13 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score
+from sklearn.model_selection import check_cv
 from tqdm import tqdm
 
 from sklearn_medimb.metrics import paired_difference
@@ -318,6 +320,120 @@ def test_page_follows_from_the_table_and_says_who_loses(tmp_path, monkeypatch):
     assert report.critical_difference(10, 20) == pytest.approx(3.164 * np.sqrt(110 / 120), abs=0.01)
 
 
+def scratch_rows(scores, *, suite="core", seeds=(0, 1), **more):
+    """Rows from scratch; scores by contestant, of each (set, cut)."""
+    return [
+        {
+            "regime": "scratch", "suite": suite, "start": "", "rows": "test", "data": data,
+            "cut": cut, "seed": seed, "method": method, "hardware": "h", "n_train": 100,
+            "n_classes": 2, "imbalance_ratio": 20.0, "image_size": 32, "balanced_accuracy": score,
+            "fit_seconds": 9.0, "predict_seconds": 0.1, "commit": "abc", "versions": "v", **more,
+        }
+        for seed in seeds for method, of in scores.items() for (data, cut), score in of.items()
+    ]  # fmt: skip
+
+
+def test_cuts_of_a_collection_count_as_one_set(tmp_path, monkeypatch):
+    """They share images: four cuts of one that is easy are no four sets."""
+    cells = [*(("one", cut) for cut in ("natural", 10, 50, 100)), ("two", "natural"), ("3", 10)]
+    rows = scratch_rows(
+        {
+            "CSSN": dict(zip(cells, (0.9, 0.9, 0.9, 0.9, 0.5, 0.6), strict=True)),
+            "oversampling": dict(zip(cells, (0.6, 0.8, 0.6, 0.8, 0.6, 0.8), strict=True)),
+        }
+    )
+    drawn = {}
+    monkeypatch.setattr(
+        report, "rank_figure", lambda order, distance, _: drawn.update(order, distance=distance)
+    )
+    monkeypatch.setattr(report, "time_figure", lambda *_: None)
+    monkeypatch.setattr(report, "ratio_figure", lambda *_: None)
+    report.figures(report.chapters(rows)[0], tmp_path)
+    assert drawn["distance"] == report.critical_difference(2, 3)
+    assert drawn["CSSN"] == pytest.approx(5 / 3)
+    page = page_of(rows, tmp_path / "a", tmp_path, monkeypatch)
+    assert "| oversampling | 1.3 | 0.700 |" in page
+    gain = np.array([0.2, -0.1, -0.2])
+    half = 4.3027 * gain.std(ddof=1) / 3**0.5
+    low, high = (report._signed(gain.mean() + side) for side in (-half, half))
+    assert f"each by itself): CSSN \N{MINUS SIGN}.033 [{low}, {high}] (oversampling)." in page
+
+
+def test_page_says_that_contestants_were_run_at_different_states(tmp_path, monkeypatch):
+    cells = dict.fromkeys([("one", "natural"), ("two", "natural")], 0.5)
+    rows = scratch_rows(dict.fromkeys(("CE", "focal", "LMD"), cells))
+    for row in rows:  # as long as all of a draw are of one state they may be compared
+        row["commit"] = f"abc{row['seed']}"
+    assert "states of the code" not in page_of(rows, tmp_path / "a", tmp_path, monkeypatch)
+    for row in rows:
+        row["commit"] = "def-dirty" if row["method"] == "LMD" else "abc"
+    said = page_of(rows, tmp_path / "a", tmp_path, monkeypatch).split("\n\n")[4]
+    wanted = "Contestants were run at 2 states of the code: LMD at def-dirty; CE, focal at abc. "
+    assert said.startswith(wanted)
+    rows[0]["commit"] = "new"
+    many = [{**row, "method": f"{row['method']} {k}"} for row in rows for k in range(4)]
+    said = page_of(many, tmp_path / "a", tmp_path, monkeypatch).split("\n\n")[4]
+    assert "3 states of the code: CE 0, CE 1, CE 2, CE 3 at abc, new; " in said
+    assert "; the others at " in said
+
+
+def test_seconds_are_of_the_processor_where_all_rows_have_them(tmp_path, monkeypatch):
+    cells = dict.fromkeys([("one", "natural"), ("two", "natural")], 0.5)
+    rows = scratch_rows(dict.fromkeys(("CE", "focal"), cells), fit_cpu_seconds=4.0)
+    page = page_of(rows, tmp_path / "a", tmp_path, monkeypatch)
+    assert "4 s of a core to fit" in page
+    assert "| fit, median s of a core | predict |" in page
+    assert "8 fits, 0.0 hours of a core; h; v; abc." in page
+    for what, value in (("fit_cpu_seconds", ""), ("hardware", "2 cores x86_64, some GPU")):
+        row = rows[0] if what == "fit_cpu_seconds" else None
+        other = [{**r, what: value} if row in (r, None) else r for r in rows]
+        page = page_of(other, tmp_path / "a", tmp_path, monkeypatch)
+        assert "9 s to fit" in page
+        assert "| fit, median s | predict |" in page
+        assert "of a core" not in page
+
+
+def test_defaults_stand_beside_the_network_of_an_afternoon(tmp_path, monkeypatch):
+    cells = [(data, "natural") for data in ("busi", "lesions", "covid_cxr")]
+    scores = {
+        "CSSN": (0.8, 0.7, 0.66), "CE": (0.5, 0.6, 0.6), "afternoon CNN": (0.7, 0.65, 0.6),
+        "logit adjustment": (0.7, 0.64, 0.59),
+    }  # fmt: skip
+    of = {name: dict(zip(cells, values, strict=True)) for name, values in scores.items()}
+    rows = scratch_rows(of, suite="defaults", fit_cpu_seconds=4.0)
+    for row in rows:
+        row["fit_cpu_seconds"] *= 1.5 if row["method"] == "CSSN" else 1
+    page = page_of(rows, tmp_path / "a", tmp_path, monkeypatch)
+    title = "From scratch, as they are, beside an afternoon's CNN"
+    assert f"## {title}\n" in page
+    advice = page.split("\n\n")[1]
+    assert advice.startswith(f"**{title}: take CSSN.** Of 4 contestants")
+    assert "6 s of a core to fit (afternoon CNN 4 s). It gains over afternoon CNN +.070" in advice
+    found = {line.split(" | ")[0][2:]: line.split(" | ") for line in page.splitlines()[8:20]}
+    ahead = found["CSSN"]
+    by_sets, alone = (
+        differences.by_sets([r for r in rows if r["data"] in kept], "CSSN", "afternoon CNN")
+        for kept in ({"busi", "lesions", "covid_cxr"}, {"lesions", "covid_cxr"})
+    )
+    assert ahead[1:4] == ["0.720", "+.070", ""]
+    assert ahead[4] == report._interval(by_sets)
+    assert ahead[5] == f"+.055 {report._interval(alone)}"
+    assert ahead[6:] == ["1.50", "yes |"]
+    assert found["CE"][-1] == "no |"
+    assert found["logit adjustment"][-1] == "yes |"
+    assert "Sets not chosen on: covid cxr, lesions." in page
+    assert "CSSN is the best, +.070; asked was +.02." in page
+    monkeypatch.undo()
+    drawn = []
+    for kind in ("rank", "time", "ratio"):
+        monkeypatch.setattr(report, f"{kind}_figure", lambda *args: drawn.append(args[-1].name))
+    chapter = report.chapters(rows)[0]
+    report.figures(chapter, tmp_path)
+    assert drawn == ["ranks-scratch-defaults.png", "time-scratch-defaults.png"]
+    assert all(f"figures/{name}" in page for name in drawn)
+    assert ("CE", "afternoon CNN") in chapter.pairs()
+
+
 def test_page_of_methods_without_the_baselines(tmp_path, monkeypatch):
     facts = {"commit": "abc", "versions": "v", "hardware": "h", "fit_seconds": 3.0}
     rows = [
@@ -499,6 +615,26 @@ def test_folds_with_a_start_keep_patients_whole_and_test_each_image_once(few_les
         assert len(train) <= suite.max_train + 4
         tested += test.tolist()
     assert sorted(tested) == list(range(len(data.target)))
+
+
+@pytest.mark.parametrize("method", ["frozen LR", "frozen SVM", "frozen virtual features"])
+def test_searches_of_a_baseline_keep_patients_whole(few_lesions, monkeypatch, method):
+    made, make = [], compare.FROZEN[method]
+    monkeypatch.setitem(compare.FROZEN, method, lambda s: made.append(make(s)) or made[-1])
+    suite = replaced(monkeypatch, "frozen", cuts=(None,))
+    job = compare.Job("frozen", "smoke", "untrained", "test", "lesions", None, 0, method, "h")
+    with warnings.catch_warnings():
+        compare.run(job, None)
+    data = compare.load(None, "lesions", suite)
+    train, _ = compare.split(data, suite, None, 0)
+    y, patients = data.target[train], data.groups[train]
+    assert len(np.unique(patients)) < len(train)
+    folds = list(check_cv(made[0][-1].cv, y, classifier=True).split(y, y))
+    assert sorted(np.concatenate([scored for _, scored in folds])) == list(range(len(train)))
+    for fitted, scored in folds:
+        assert not set(patients[fitted]) & set(patients[scored])
+    # Images of as many patients are split as ever.
+    assert compare.inner_folds(y, None) == compare.inner_folds(y, np.arange(len(y))) == 3
 
 
 @pytest.mark.parametrize(
