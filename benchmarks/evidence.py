@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sklearn_medimb.comparison._recommend import METHODS, REFERENCE, Row, choose, expected
+from sklearn_medimb.comparison._recommend import METHODS
+from sklearn_medimb.comparison._rule import REFERENCE, Row, choose, expected
 
 HERE = Path(__file__).parent
 TABLES = [HERE / "results.csv", HERE / "starts.csv"]

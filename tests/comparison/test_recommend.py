@@ -21,7 +21,7 @@ from sklearn_medimb import AMIMVClassifier, AMIMVEncoder, SoftmaxClassifier
 from sklearn_medimb.backbones import EfficientNetLite, ResNet
 from sklearn_medimb.comparison import _recommend as module
 from sklearn_medimb.comparison import common_methods, recommend
-from sklearn_medimb.comparison._recommend import Row, choose, evidence, expected, work
+from sklearn_medimb.comparison._rule import Row, choose, evidence, expected, work
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
