@@ -279,7 +279,7 @@ def time_figure(
         ax.plot(x, y, "o", color=COLOURS[3 if name in PAPERS else 0])
     for label, colour in {"a paper's method": COLOURS[3], "classical": COLOURS[0]}.items():
         ax.plot([], [], "o", color=colour, label=label)
-    ax.legend(fontsize=8, loc="lower left")
+    ax.legend(fontsize=8, loc="best")
     # The networks take about equally long: their names go into a column, evenly apart.
     slow = max(x for x, _ in points.values())
     column = sorted((n for n, (x, _) in points.items() if x > slow / 4), key=lambda n: points[n][1])
