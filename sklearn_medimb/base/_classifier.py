@@ -256,9 +256,8 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         classes = np.unique(train.y)
         if not ours or frozen or len(classes) < 2 or distributed.world_size() > 1:
             return None
-        some = [
-            np.unique(train.rows[train.y == k])[: _N_LOOKED_AT // len(classes)] for k in classes
-        ]
+        each = max(1, _N_LOOKED_AT // len(classes))
+        some = [np.unique(train.rows[train.y == k])[:each] for k in classes]
         y = np.repeat(classes, [len(rows) for rows in some])
         right = self._scores(train.images, np.concatenate(some)).argmax(axis=1) == y
         recall, chance = np.mean([right[y == k].mean() for k in classes]), 1 / len(classes)

@@ -109,9 +109,9 @@ class SharedParameters(
     max_epochs
         Passes over the training images. "auto" aims at 180 steps and 60 more per class, up to 17
         classes (a third of that for vectors), or at 5 steps for each 8 of up to 5,000 images where
-        these are more, and at least 10 epochs; it is 15 through a backbone
-        that begins with weights of elsewhere, and four times as many steps on what such a frozen
-        one encoded.
+        these are more, and at least 10 epochs; it is 15 through a backbone that begins with weights
+        of elsewhere, and four times as many steps on what such a frozen one encoded. A fit so long
+        warns (``ConvergenceWarning``) where training images themselves are not recognised.
     batch_size
         Images per step.
     lr
