@@ -550,7 +550,7 @@ def test_a_fit_shows_both_views_of_each_image(tiny, blobs, monkeypatch):
 def test_relations_make_strong_and_weak_views_of_new_images_agree():
     augment = resolve_augmentation("strong")
     distances = []
-    for seed in range(2):
+    for seed in range(4):
         X, y = faint_blobs((80, 24, 6), seed)
         new = torch.from_numpy(faint_blobs((20, 20, 20), seed + 100)[0]) / 255
         row = []
@@ -913,7 +913,8 @@ def test_the_label_term_alone_trains_the_encoder(tiny, blobs):
     before, after = network(start), network(alone)
     assert not any(np.array_equal(before[name], after[name]) for name in trunk)
     assert same_arrays(after, network(weightless))
-    both = LMDClassifier(**params, n_rounds=2, fdc_weight=5.0).fit(*blobs)
+    # No feature is as far from its own class as this, so that the hinge is open.
+    both = LMDClassifier(**params, n_rounds=2, fdc_weight=5.0, fdc_margin=1e3).fit(*blobs)
     assert not same_arrays(after, network(both))
 
 
