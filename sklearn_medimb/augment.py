@@ -15,7 +15,7 @@ import cmath
 import math
 from collections.abc import Callable
 from functools import partial, reduce
-from itertools import chain
+from itertools import accumulate, chain
 from numbers import Real
 from typing import Any
 
@@ -50,7 +50,9 @@ _UNIFORMS = {
     "cutout": 7,
     "warp": 1,
 }
-_HOW, _WHETHER = slice(3, 15), slice(29, 30)  # an image is warped: from angles to crop
+_ENDS = dict(zip(_UNIFORMS, accumulate(_UNIFORMS.values()), strict=True))
+# How an image is warped, from angles to crop, and whether.
+_HOW, _WHETHER = slice(_ENDS["flip"], _ENDS["crop"]), slice(_ENDS["cutout"], _ENDS["warp"])
 
 _SHARE = within(0.0, 1.0)
 
