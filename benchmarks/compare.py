@@ -4,9 +4,9 @@
         [--methods ...] [--data ...] [--seeds ...] [--inner] [--start NAME] [--out results]
         [--jobs 2 | --dask ADDRESS]
 
-FOLDER holds ``.npz`` files. A job is one method on one data set, cut and seed. Its result is a file
-of its own, written whole or not at all, so that a run which was killed goes on where it was; it
-also says what was predicted for each image and patient tested. At the end, or with ``--table``,
+FOLDER holds ``.npz`` files. A job is one method on one data set, cut, size and seed. Its result is
+a file of its own, written whole or not at all, so that a run which was killed goes on where it was;
+it also says what was predicted for each image and patient tested. At the end, or with ``--table``,
 ``results.csv`` is written from these files; jobs that it holds already count as done, if they ran
 on the same kind of hardware. ``report.py`` turns it into a page.
 
@@ -15,15 +15,17 @@ official test images where there are some, else a stratified fold that keeps pat
 anew for each seed; training parts as they are, and cut to imbalance ratios of 10, 50 and 100 where
 that leaves enough images. All networks have the same backbone, augmentation, optimiser and number
 of steps (in the core suite half of their default). "defaults" is of 32 pixels and has classifiers
-as they are without an argument beside the afternoon CNN, which takes about as long.
+as they are without an argument beside the afternoon CNN, which takes about as long; "ideas" has
+each method of the papers, and what is left of it without its own idea, on up to 400 images.
 
 "frozen" and "pretrained" take nine sets, and networks that begin with the weights of `--start`:
 these stay as they are, at 128 pixels, or are tuned. Tuning's core suite has what two cores do in
 some hours (96 pixels, 200 images, 5 epochs, two folds), "large" is for a GPU (128 pixels, 600
-images, default epochs, three folds), and "levers" has the settings of one method. Of sets with more
-than 900 images a part with the same shares of classes; classes of six images or more; three folds
-that keep patients whole, which are the seeds. ``--data`` may name any file with
-``images`` and ``labels``.
+images, default epochs, three folds), and "levers" has the settings of one method. Frozen "curves"
+trains seven methods on one fold: on parts of 50 to 400 images, each within the next, on all of
+them, and on cuts to ratios of 5 to 100. Of sets with more than 900 images a part with the same
+shares of classes; classes of six images or more; three folds that keep patients whole, which are
+the seeds. ``--data`` may name any file with ``images`` and ``labels``.
 
 With ``--inner`` the test rows are left alone: three quarters of each training part are trained on,
 the last quarter is scored. Defaults are chosen on these. Nothing is selected here: every method has
@@ -55,9 +57,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from contestants import IDEAS, OF_MANY_CLASSES, Setting, made_from, outside
 from contestants import METHODS as SCRATCH
-from contestants import Setting, made_from, outside
-from contestants_pretrained import FROZEN, LEVERS, STARTS, TUNED
+from contestants_pretrained import FROZEN, LARGE, LEVERS, STARTS, TUNED
+from differences import FORMERLY, KEY
 from imblearn.metrics import geometric_mean_score
 from joblib import parallel_config
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
@@ -88,6 +91,12 @@ class Suite:
     fine_tune: str = "auto"
     max_epochs: int | None = None  # of networks with a start; None is their default
     max_images: int = 900  # of a set, with a start
+    sizes: tuple[int, ...] = ()  # of parts of the uncut training images, beside `cuts` of them all
+
+    @property
+    def drawn(self) -> list[tuple[int | None, int | None]]:
+        """Cut and size of each training set: not both."""
+        return [*((cut, None) for cut in self.cuts), *((None, size) for size in self.sizes)]
 
 
 SETS = (
@@ -95,7 +104,7 @@ SETS = (
     "herlev_papsmear", "covid_cxr", "iq_othnccd_ct", "dementia_mri",
 )  # fmt: skip
 LABELS = {"dr_maculopathy": "grade"}  # instead of "labels"
-METHODS = {"scratch": SCRATCH, "frozen": FROZEN, "pretrained": TUNED | LEVERS}
+METHODS = {"scratch": SCRATCH | IDEAS, "frozen": FROZEN, "pretrained": LARGE | LEVERS}
 LITE0 = "efficientnet_lite0"
 FOLDS = (0, 1, 2)
 UNCUT = (None,)
@@ -107,6 +116,7 @@ SUITES = {
         32, 16, 1000, 1000, None, (0, 1), UNCUT,
         ("afternoon CNN", "CE", "logit adjustment", "metric two-stage", "LMD", "SPMix", "CSSN"),
     ),
+    ("scratch", "ideas"): Suite(32, 16, 400, 1000, None, (0, 1), UNCUT, tuple(IDEAS)),
     ("scratch", "smoke"): Suite(
         12,
         8,
@@ -121,6 +131,12 @@ SUITES = {
     ("frozen", "core"): Suite(
         128, 0, 600, 900, 1, FOLDS, UNCUT, tuple(FROZEN), SETS, LITE0, "frozen"
     ),
+    ("frozen", "curves"): Suite(
+        128, 0, 600, 900, 1, FOLDS[:1], (None, 5, 10, 20, 50, 100),
+        ("CE", "logit adjustment", "frozen LR, views + depths", "metric two-stage", "LMD", "CSSN",
+         "SPMix"),
+        SETS, LITE0, "frozen", sizes=(50, 100, 200, 400),
+    ),
     ("frozen", "smoke"): Suite(
         24, 0, 80, 60, 1, (0,), (5,), tuple(FROZEN), ("lesions",), "untrained", "frozen", 2, 200
     ),
@@ -128,21 +144,22 @@ SUITES = {
         96, 0, 200, 900, 1, FOLDS[:2], UNCUT, tuple(TUNED), SETS, LITE0, "head_first", 5
     ),
     ("pretrained", "large"): Suite(
-        128, 0, 600, 900, 1, FOLDS, UNCUT, tuple(TUNED), SETS, LITE0, "head_first"
+        128, 0, 600, 900, 1, FOLDS, UNCUT, tuple(LARGE), SETS, LITE0, "head_first"
     ),
     ("pretrained", "smoke"): Suite(
-        24, 0, 80, 60, 1, (0,), (5,), tuple(TUNED), ("lesions",), "untrained", "head_first", 1, 200
+        24, 0, 80, 60, 1, (0,), (5,), tuple(LARGE), ("lesions",), "untrained", "head_first", 1, 200
     ),
     ("pretrained", "levers"): Suite(
         128, 0, 600, 900, 1, FOLDS, UNCUT, tuple(LEVERS), SETS, LITE0, "head_first"
     ),
 }  # fmt: skip
-MIN_RAREST = 4  # training images that a cut must leave of the rarest class
+MIN_RAREST = 4  # training images that a cut, or a part, must leave of the rarest class
+LEAST_MORE = 1.25  # times the images of a part are in the whole, at least
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One method on one data set, cut and seed: what tells rows of the table from one another."""
+    """One method on one data set, cut, size and seed: what tells rows of the table apart."""
 
     regime: str
     suite: str
@@ -150,20 +167,23 @@ class Job:
     rows: str  # scored: of the "test" part, or of an "inner" part of the training images
     data: str
     cut: int | None
+    size: int | None
     seed: int
     method: str
     hardware: str
 
     @property
+    def row(self) -> dict[str, Any]:
+        """Its columns of the table."""
+        of = dataclasses.asdict(self)
+        return {**of, "cut": self.cut or "natural", "size": self.size or "all"}
+
+    @property
     def slug(self) -> str:
-        words = " ".join(
-            str(value) for value in dataclasses.astuple(self) if value not in (None, "")
-        )
+        of = dataclasses.asdict(self)
+        of["size"] = self.size and f"{self.size} images"
+        words = " ".join(str(value) for value in of.values() if value not in (None, ""))
         return "".join(c if c.isalnum() else "-" for c in words)
-
-
-# What rows of older tables, which lack these columns, were made with.
-FORMERLY = {"regime": "scratch", "start": "", "rows": "test"}
 
 
 @cache
@@ -207,27 +227,36 @@ def read_images(path: Path) -> Bunch:
 
 
 def capped(data: Bunch, n: int) -> Bunch:
-    """At most about `n` images of classes with six or more, in random order.
-
-    Of each class they are those of some patients, the last of whom may lose a part.
-    """
+    """At most about `n` images of classes with six or more, in random order."""
     y = np.unique(data.target, return_inverse=True)[1]
     rows = np.flatnonzero(np.bincount(y)[y] >= 6)
     y = np.unique(y[rows], return_inverse=True)[1]
     groups = np.arange(len(data.target)) if data.groups is None else data.groups
     groups, rng = np.unique(groups[rows], return_inverse=True)[1], np.random.default_rng(0)
     if len(y) > n:
-        order, taken = rng.permutation(groups.max() + 1).argsort(), []
-        for k in np.unique(y):
-            own = np.flatnonzero(y == k)
-            own = own[order[groups[own]].argsort(kind="stable")]
-            taken.append(own[: max(12, round(n * len(own) / len(y)))])
-        kept = np.concatenate(taken)
+        kept = draw(y, groups, n, rng, least=12)
         rows, y, groups = rows[kept], y[kept], groups[kept]
     order = rng.permutation(len(y))
     rows, y, groups = rows[order], y[order], groups[order]
     given = {"images": data.images[rows], "target": y, "groups": groups, "rows": rows}
     return Bunch(**{**data, **given})
+
+
+def draw(
+    y: np.ndarray, groups: np.ndarray, n: int, rng: np.random.Generator, *, least: int
+) -> np.ndarray:
+    """About `n` rows: the same share of each class, but `least` of it where it has as many.
+
+    Of each class they are those of some patients, the last of whom may lose a part. Fewer are among
+    more, of generators in one state.
+    """
+    patients = np.unique(groups, return_inverse=True)[1]
+    order, taken = rng.permutation(patients.max() + 1).argsort(), []
+    for k in np.unique(y):
+        own = np.flatnonzero(y == k)
+        own = own[order[patients[own]].argsort(kind="stable")]
+        taken.append(own[: max(least, round(n * len(own) / len(y)))])
+    return np.concatenate(taken)
 
 
 def parts(data: Bunch, suite: Suite, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -243,11 +272,18 @@ def parts(data: Bunch, suite: Suite, seed: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def split(
-    data: Bunch, suite: Suite, cut: int | None, seed: int, *, inner: bool = False
+    data: Bunch,
+    suite: Suite,
+    cut: int | None,
+    seed: int,
+    *,
+    size: int | None = None,
+    inner: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train and to test on; the test rows do not depend on the cut.
+    """Rows to train and to test on; the test rows do not depend on cut and size.
 
-    `inner` leaves the test rows alone: a quarter of the training rows is tested on.
+    `inner` leaves the test rows alone: a quarter of the training rows is tested on. The size is
+    that of what is left to train on.
     """
     y = data.target
     if seed not in data.parts:
@@ -266,12 +302,33 @@ def split(
         own = [rng.permutation(train[y[train] == k]) for k in np.unique(y[train])]
         train = np.concatenate([rows[: max(4, round(share * len(rows)))] for rows in own])
     train = np.sort(train)
+    patients = train if data.groups is None else data.groups[train]
     if inner:
-        patients = train if data.groups is None else data.groups[train]
         folds = StratifiedGroupKFold(4, shuffle=True, random_state=1)
         fitted, scored = next(folds.split(train, y[train], patients))
-        train, test = train[fitted], train[scored]
+        train, test, patients = train[fitted], train[scored], patients[fitted]
+    if size is not None:
+        own = np.random.default_rng(seed)
+        train = np.sort(train[draw(y[train], patients, size, own, least=MIN_RAREST)])
     return train, test
+
+
+def allows(
+    data: Bunch, suite: Suite, cut: int | None, size: int | None, seed: int, *, inner: bool
+) -> bool:
+    """Whether the training images are enough for this cut or size, and not as it asks already."""
+    if cut is not None:
+        counts = np.bincount(data.target[split(data, suite, None, seed)[0]])
+        if counts.max() / counts[counts > 0].min() >= cut:
+            return False
+    try:
+        train, _ = split(data, suite, cut, seed, inner=inner)
+    except ValueError:
+        return False  # too few images for this ratio
+    left = np.bincount(data.target[train])
+    if cut is not None and (left[left > 0].min() < MIN_RAREST or len(train) < 60):
+        return False
+    return size is None or len(train) >= LEAST_MORE * size
 
 
 def names(folder: Path | None, suite: Suite) -> list[str]:
@@ -290,28 +347,19 @@ def jobs(args: argparse.Namespace, folder: str | None) -> Iterator[Job]:
     """All jobs, seed by seed, so that a run cut short has whole rounds."""
     suite = SUITES[args.regime, args.suite]
     start = args.start or suite.start
-    rows, inner = ("inner", True) if args.inner else ("test", False)
+    rows = "inner" if args.inner else "test"
     hardware = circumstances()["hardware"]
     methods = *(args.methods or suite.methods), *(cls.__name__ for cls in args.method)
     for seed in suite.seeds if args.seeds is None else args.seeds:
         for name in args.data or names(args.folder, suite):
             data = load(folder, name, suite)
-            counts = np.bincount(data.target[split(data, suite, None, seed)[0]])
-            counts = counts[counts > 0]
-            for cut in suite.cuts:
-                if cut is not None and counts.max() / counts.min() >= cut:
-                    continue  # it is as imbalanced already
-                try:
-                    train, _ = split(data, suite, cut, seed, inner=inner)
-                except ValueError:
-                    continue  # too few images for this ratio
-                left = np.bincount(data.target[train])
-                if cut is not None and (left[left > 0].min() < MIN_RAREST or len(train) < 60):
-                    continue
-                for method in methods:
-                    yield Job(
-                        args.regime, args.suite, start, rows, name, cut, seed, method, hardware
-                    )
+            n_classes = len(np.unique(data.target[split(data, suite, None, seed)[0]]))
+            own = [name for name in methods if n_classes > 2 or name not in OF_MANY_CLASSES]
+            where = args.regime, args.suite, start, rows, name
+            for cut, size in suite.drawn:
+                if allows(data, suite, cut, size, seed, inner=args.inner):
+                    for method in own:
+                        yield Job(*where, cut, size, seed, method, hardware)
 
 
 # ---------------------------------------------------------------- one job
@@ -378,7 +426,8 @@ def run(job: Job, folder: str | None, cls: type | None = None) -> dict[str, Any]
     warnings.filterwarnings("ignore")
     suite = SUITES[job.regime, job.suite]
     data = load(folder, job.data, suite)
-    train, test = split(data, suite, job.cut, job.seed, inner=job.rows == "inner")
+    inner = job.rows == "inner"
+    train, test = split(data, suite, job.cut, job.seed, size=job.size, inner=inner)
     X, y, counts = data.images[train], data.target[train], np.bincount(data.target[train])
     counts = counts[counts > 0]
     setting = Setting(
@@ -405,8 +454,7 @@ def run(job: Job, folder: str | None, cls: type | None = None) -> dict[str, Any]
     proba, classes = of_images(data.images[test]), classifier.classes_
     scores = measures(predicted, proba, classes, data.target[test], y, calibrated=calibrated)
     return {
-        **dataclasses.asdict(job),
-        "cut": job.cut or "natural",
+        **job.row,
         "n_train": len(train),
         "n_test": len(test),
         "n_classes": len(counts),
@@ -452,9 +500,6 @@ def _gpu() -> str:
     return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
-KEY = tuple(field.name for field in dataclasses.fields(Job))
-
-
 def read_table(folder: Path) -> dict[tuple[str, ...], dict[str, Any]]:
     """Rows of an earlier table, by job: they count as done too."""
     path = folder / "results.csv"
@@ -476,10 +521,12 @@ def write_table(folder: Path) -> Path:
         result = read_result(path)
         if result is not None:
             result.pop("tested", None)
+            result = {**FORMERLY, **result}
             rows[_key(result)] = result
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(str(row[name]).zfill(8) if name == "cut" else str(row[name]) for name in KEY)
+        numbers = "cut", "size"
+        return tuple(str(row[name]).zfill(8 * (name in numbers)) for name in KEY)
 
     ordered = sorted(rows.values(), key=place)
     columns = list(dict.fromkeys(name for row in ordered for name in (*KEY, *row)))
@@ -547,11 +594,7 @@ def run_all(args: argparse.Namespace, folder: str | None) -> list[tuple[Job, str
     own = {cls.__name__: cls for cls in args.method}
     path_of = {job: args.out / "jobs" / f"{job.slug}.json" for job in jobs(args, folder)}
     known = read_table(args.out)
-    missing = [
-        job
-        for job in path_of
-        if _key({**dataclasses.asdict(job), "cut": job.cut or "natural"}) not in known
-    ]
+    missing = [job for job in path_of if _key(job.row) not in known]
     n_done = len(path_of) - sum(read_result(path_of[job]) is None for job in missing)
     print(f"{len(path_of)} jobs, {n_done} of them done", flush=True)
     backend: dict[str, Any] = {"n_jobs": args.jobs}
@@ -559,7 +602,13 @@ def run_all(args: argparse.Namespace, folder: str | None) -> list[tuple[Job, str
         from dask.distributed import Client
 
         client = Client(args.dask)
-        for name in ("afternoon", "contestants", "contestants_pretrained", "compare"):
+        for name in (
+            "afternoon",
+            "contestants",
+            "contestants_pretrained",
+            "differences",
+            "compare",
+        ):
             client.upload_file(str(Path(__file__).with_name(f"{name}.py")))
         backend = {"backend": "dask", "n_jobs": sum(client.nthreads().values())}
     arguments = {job: (job, folder, own.get(job.method)) for job in missing}

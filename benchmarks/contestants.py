@@ -1,4 +1,7 @@
-"""Contestants of compare.py from scratch, by name, and classifiers from outside."""
+"""Contestants of compare.py from scratch, by name, and classifiers from outside.
+
+Also what methods are without their own idea, with a start or without.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from afternoon import AfternoonCNN
 from imblearn.ensemble import BalancedRandomForestClassifier, EasyEnsembleClassifier
 from imblearn.over_sampling import SMOTE, RandomOverSampler
 from imblearn.pipeline import make_pipeline
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.decomposition import PCA
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
@@ -117,6 +122,36 @@ def lmd(s: Setting) -> Any:
     return classifier.set_params(max_epochs=max(1, epochs))
 
 
+class FewLabels(ClassifierMixin, BaseEstimator):
+    """A classifier that is told the class of a tenth of the images, three of each class at least.
+
+    The others are marked -1.
+    """
+
+    def __init__(self, estimator: Any, random_state: int | None = None) -> None:
+        self.estimator = estimator
+        self.random_state = random_state
+
+    def fit(self, X: np.ndarray, y: np.ndarray) -> FewLabels:
+        rng, told = np.random.default_rng(self.random_state), np.full(len(y), -1)
+        for k in np.unique(y):
+            own = rng.permutation(np.flatnonzero(y == k))
+            told[own[: max(3, round(len(own) / 10))]] = k
+        self.estimator_ = clone(self.estimator).fit(X, told)
+        self.classes_ = self.estimator_.classes_
+        return self
+
+    def predict_proba(self, X: np.ndarray) -> np.ndarray:
+        return self.estimator_.predict_proba(X)
+
+    def predict(self, X: np.ndarray) -> np.ndarray:
+        return self.estimator_.predict(X)
+
+
+def few_labels(s: Setting) -> Any:
+    return FewLabels(AMIMVClassifier(**s.network), s.seed)
+
+
 def virtual_features(s: Setting) -> Any:
     return make_pipeline(
         network()(s),
@@ -195,6 +230,44 @@ METHODS: dict[str, Callable[[Setting], Any]] = {
         ]
     ),
 }
+
+
+def even(images: torch.Tensor, **_: Any) -> torch.Tensor:
+    """A map of saliency that knows no place from another: half of each image everywhere."""
+    return torch.full_like(images[:, 0], 0.5)
+
+
+NO_RELATIONS = {"batch_relation_weight": 0, "channel_relation_weight": 0, "consistency_weight": 0}
+# What is left of a method without its own idea: the method, and what is set. LMD without E-step
+# ends with its stage one. Without pre-training the labelled images alone train the network.
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "CSSN - auxiliary": ("CSSN", {"aux_weight": 0}),
+    "metric two-stage - metric": ("metric two-stage", {"metric_weight": 0}),
+    "LMD - relations": ("LMD", NO_RELATIONS),
+    "LMD - E-step": ("LMD", {"n_rounds": 1}),
+    "SPMix uniform": ("SPMix", {"saliency": even}),
+    "SPMix unmixed": ("SPMix", {"mix_prob": 0}),
+    "AMIMV - continued": ("AMIMV continued", {"pretrain": None}),
+    "AMIMV, a tenth labelled - pretraining": (
+        "AMIMV, a tenth labelled", {"estimator__pretrain": None, "estimator__fine_tune": "full"}
+    ),
+}  # fmt: skip
+OF_MANY_CLASSES = {"CSSN - auxiliary"}  # of two CSSN has no auxiliary classifier: it is the same
+
+
+def without_ideas(methods: dict[str, Callable[[Setting], Any]]) -> dict[str, Any]:
+    """What is left of methods without their own idea: of those that have one."""
+
+    def left(method: str, params: dict[str, Any]) -> Callable[[Setting], Any]:
+        return lambda s: methods[method](s).set_params(**params)
+
+    return {name: left(*how) for name, how in ABLATIONS.items() if how[0] in methods}
+
+
+# Of the suite "ideas": each method, and what is left of it.
+IDEAS = {name: METHODS[name] for name in ("CSSN", "metric two-stage", "LMD", "SPMix")}
+IDEAS["AMIMV, a tenth labelled"] = few_labels
+IDEAS |= without_ideas(IDEAS)
 
 
 def outside(place: str) -> type:

@@ -12,8 +12,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
-from contestants import Setting
+from contestants import Setting, without_ideas
 from imblearn.ensemble import BalancedRandomForestClassifier
 from imblearn.over_sampling import RandomOverSampler
 from imblearn.pipeline import make_pipeline
@@ -104,18 +103,6 @@ def amimv(s: Setting) -> Any:
     return AMIMVClassifier(**{**s.network, "fine_tune": "frozen"}, pretrain=encoder)
 
 
-def even(images: torch.Tensor, **_: Any) -> torch.Tensor:
-    """A map of saliency that knows no place from another: half of each image everywhere."""
-    return torch.full_like(images[:, 0], 0.5)
-
-
-NO_RELATIONS = {"batch_relation_weight": 0, "channel_relation_weight": 0, "consistency_weight": 0}
-# A method without its own idea. Of two classes CSSN has no auxiliary classifier by default.
-IDEAS: dict[str, Contestant] = {
-    "CSSN - auxiliary": network(CSSNClassifier, aux_weight=0),
-    "SPMix uniform": network(SPMixClassifier, saliency=even),
-    "SPMix unmixed": network(SPMixClassifier, mix_prob=0),
-}
 METHODS: dict[str, Contestant] = {
     "logit adjustment": adjusted(),
     "CE": softmax(),
@@ -174,8 +161,9 @@ def virtual_features(s: Setting) -> Any:
 
 # ---------------------------------------------------------------- by name
 
-# What is absent here does nothing on a network that stays as it is: the metric, LMD's relations
-# and its E-step all shape features.
+LEFT = without_ideas(METHODS)
+# These do nothing on a network that stays as it is: they shape features.
+SHAPING = {"metric two-stage - metric", "LMD - relations", "LMD - E-step"}
 FROZEN: dict[str, Contestant] = {
     "frozen LR": logistic(at_all_depths=False, n_views=1),
     "frozen LR, views + depths": logistic(),
@@ -184,10 +172,9 @@ FROZEN: dict[str, Contestant] = {
     "frozen virtual features": virtual_features,
     **METHODS,
     "class weights": softmax(class_weight="balanced"),
-    **IDEAS,
+    **{name: LEFT[name] for name in LEFT if name not in SHAPING},
     "logit adjustment, one view": adjusted(n_views=1),
     "logit adjustment, 5-fold ensemble": ensemble,
-    "from scratch": from_scratch,
 }
 # What `fine_tune="auto"` does here, the head first, is LP-FT: so "CE" and "logit adjustment" are.
 TUNED: dict[str, Contestant] = {
@@ -200,12 +187,10 @@ TUNED: dict[str, Contestant] = {
     "frozen": adjusted(fine_tune="frozen"),
     "frozen LR, views + depths": logistic(),
     "AMIMV continued": amimv,
-    "AMIMV - continued": network(AMIMVClassifier, pretrain=None, fine_tune="frozen"),
-    "metric two-stage - metric": network(MetricTwoStageClassifier, metric_weight=0),
-    "LMD - relations": network(LMDClassifier, **NO_RELATIONS),
-    "LMD - E-step": network(LMDClassifier, n_rounds=1),
-    **IDEAS,
+    **LEFT,
+    **without_ideas({"AMIMV continued": amimv}),
 }
+LARGE: dict[str, Contestant] = {**TUNED, "from scratch": from_scratch}
 LEVERS: dict[str, Contestant] = {
     "frozen": adjusted(fine_tune="frozen"),
     "head first": adjusted(),

@@ -20,7 +20,9 @@ import numpy as np
 from scipy import stats
 
 N_DRAWS = 2000
-KEY = ("regime", "suite", "start", "rows", "data", "cut", "seed", "method", "hardware")
+# What tells rows of the table apart, and what those were made with that lack a column.
+KEY = ("regime", "suite", "start", "rows", "data", "cut", "size", "seed", "method", "hardware")
+FORMERLY = {"regime": "scratch", "suite": "core", "start": "", "rows": "test", "size": "all"}
 Rows = list[dict[str, Any]]
 
 
@@ -76,7 +78,7 @@ def tested(folder: Path) -> dict[tuple[str, ...], dict[str, list[Any]]]:
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
         if "tested" in result:
-            found[tuple(str(result[name]) for name in KEY)] = result["tested"]
+            found[_key({**FORMERLY, **result})] = result["tested"]
     return found
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import differences
 import matplotlib as mpl
 import numpy as np
-from differences import Effect
+from differences import FORMERLY, Effect
 from scipy import stats
 
 mpl.use("Agg")
@@ -72,7 +72,6 @@ REGIMES = {
     "scratch": "From scratch",
 }
 DEFAULTS = "From scratch, as they are, beside an afternoon's CNN"
-FORMERLY = {"regime": "scratch", "suite": "core", "start": "", "rows": "test"}
 TEXT = {*FORMERLY, "data", "method", "hardware", "versions", "commit", "fine_tune"}
 ROWS = (
     "Rows: all networks have one backbone, augmentation, optimiser and number of steps. cRT is "

@@ -36,8 +36,8 @@ def load(name):
 
 
 afternoon, contestants = load("afternoon"), load("contestants")
-contestants_pretrained = load("contestants_pretrained")
-compare, differences, report = load("compare"), load("differences"), load("report")
+contestants_pretrained, differences = load("contestants_pretrained"), load("differences")
+compare, report = load("compare"), load("report")
 QUICK = compare.Suite(
     10, 8, 80, 60, 0.1, (0, 1, 2), (None, 10), ("SMOTE + logistic", "balanced forest"), ("lesions",)
 )
@@ -58,7 +58,7 @@ def quick(monkeypatch):
             )
         ],
     }.items():
-        monkeypatch.setitem(compare.SCRATCH, method, contestants.classical(steps))
+        monkeypatch.setitem(compare.METHODS["scratch"], method, contestants.classical(steps))
 
 
 def start(out, *more):
@@ -146,7 +146,7 @@ def test_networks_have_the_same_number_of_steps():
     setting = contestants.Setting(0, 2, (90, 30, 6), 0.1)
     steps = {}
     for name in ("CE", "oversampling", "SPMix", "CSSN", "focal"):
-        clf = compare.SCRATCH[name](setting)
+        clf = compare.METHODS["scratch"][name](setting)
         sampler = getattr(clf, "sampler", None)
         n = 270 if sampler is not None else 126
         clf.set_params(backbone=compare_backbone()).fit(X, y)
@@ -164,7 +164,7 @@ def test_job_that_fails_does_not_stop_the_others(tmp_path, quick, monkeypatch, c
     def broken(setting):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setitem(compare.SCRATCH, "balanced forest", broken)
+    monkeypatch.setitem(compare.METHODS["scratch"], "balanced forest", broken)
     args = ["compare.py", "--suite", "quick", "--out", str(tmp_path), "--seeds", "0"]
     monkeypatch.setattr(sys, "argv", args)
     compare.main()
@@ -252,6 +252,125 @@ def test_splits_keep_patients_whole_and_test_rows_uncut():
     assert not np.array_equal(natural, compare.split(data, suite, None, 1)[0])
 
 
+@pytest.mark.parametrize(("cut", "inner"), [(None, False), (10, False), (None, True)])
+def test_smaller_parts_are_within_larger_ones_and_of_the_same_shares(cut, inner):
+    suite = dataclasses.replace(compare.SUITES["scratch", "core"], image_size=10)
+    data = compare.load(None, "lesions", suite)
+    whole, test = compare.split(data, suite, cut, 0, inner=inner)
+    n, larger = np.bincount(data.target[whole]), whole
+    for size in (200, 100, 50):
+        train, same_test = compare.split(data, suite, cut, 0, size=size, inner=inner)
+        np.testing.assert_array_equal(same_test, test)
+        assert set(train) < set(larger)
+        counts = np.bincount(data.target[train])
+        shares = np.maximum(size * n / n.sum(), np.minimum(compare.MIN_RAREST, n))
+        np.testing.assert_allclose(counts, shares, atol=0.5)
+        # Of a class all images of its patients, but for the last of them.
+        for k in np.unique(data.target):
+            of = data.groups[train[data.target[train] == k]]
+            all_of = data.groups[whole[data.target[whole] == k]]
+            lacking = [who for who in np.unique(of) if (of == who).sum() < (all_of == who).sum()]
+            assert len(lacking) <= 1
+        larger = train
+    assert set(train) != set(compare.split(data, suite, cut, 1, size=50, inner=inner)[0])
+
+
+def test_sizes_and_cuts_are_not_crossed_and_leave_a_fifth_out(monkeypatch, tmp_path, few_lesions):
+    suite = replaced(
+        monkeypatch, "frozen", cuts=(None, 5), sizes=(20, 40, 70), methods=("CE",), max_train=80
+    )
+    run_regime(monkeypatch, tmp_path, "frozen")
+    found = {(row["cut"], row["size"]): int(row["n_train"]) for row in table(tmp_path)}
+    n = found["natural", "all"]
+    assert 50 < n < 87
+    assert found == {
+        ("natural", "all"): n, ("5", "all"): found["5", "all"],
+        ("natural", "20"): pytest.approx(20, abs=3), ("natural", "40"): pytest.approx(40, abs=3),
+    }  # fmt: skip
+    assert suite.drawn == [(None, None), (5, None), (None, 20), (None, 40), (None, 70)]
+    job = compare.Job("frozen", "smoke", "", "test", "one", 50, None, 0, "CE", "h")
+    assert job.slug == "frozen-smoke-test-one-50-0-CE-h"
+    assert dataclasses.replace(job, cut=None, size=50).slug != job.slug
+    assert tuple(field.name for field in dataclasses.fields(job)) == differences.KEY
+
+
+def test_results_of_before_there_were_sizes_are_not_done_again(
+    tmp_path, monkeypatch, few_lesions, capsys
+):
+    replaced(monkeypatch, "frozen", methods=("CE",))
+    run_regime(monkeypatch, tmp_path, "frozen")
+    wanted = table(tmp_path)
+    path = next(tmp_path.glob("jobs/*.json"))
+    result = json.loads(path.read_text())
+    assert result.pop("size") == "all"
+    path.write_text(json.dumps(result))
+    (tmp_path / "results.csv").unlink()
+    for _ in range(2):  # from the file, then from the table
+        run_regime(monkeypatch, tmp_path, "frozen")
+        assert "1 jobs, 1 of them done" in capsys.readouterr().out.splitlines()
+        assert table(tmp_path) == wanted
+    assert len(differences.tested(tmp_path / "jobs")) == 1
+
+
+def test_few_labels_are_a_tenth_and_three_of_each_class():
+    told = []
+
+    class Asked(contestants.AMIMVClassifier):
+        def fit(self, X, y):
+            told.append(y)
+            return super().fit(X, y)
+
+    y = np.repeat([0, 1, 2], [90, 14, 2])
+    X = np.random.default_rng(0).integers(0, 256, (len(y), 8, 8), dtype=np.uint8)
+    setting, methods = contestants.Setting(0, 2, (90, 14, 2), None), compare.METHODS["scratch"]
+    whole = methods["AMIMV, a tenth labelled"](setting)
+    quick = {"backbone": compare_backbone(), "max_epochs": 1}
+    quick["pretrain"] = contestants.AMIMVEncoder(max_epochs=1)
+    assert whole.estimator.get_params()["pretrain"] == "amimv"
+    for seed in (0, 0, 1):
+        of = {**whole.estimator.get_params(), **quick}
+        clf = contestants.FewLabels(Asked(**of), seed).fit(X, y)
+    np.testing.assert_array_equal(clf.classes_, [0, 1, 2])
+    for of in told:
+        np.testing.assert_array_equal(np.bincount(of[of >= 0]), [9, 3, 2])
+        np.testing.assert_array_equal(of[of >= 0], y[of >= 0])
+    np.testing.assert_array_equal(told[0], told[1])
+    assert (told[0] != told[2]).any()
+    # Without pre-training the labelled images train the network, and the others do nothing.
+    left = methods["AMIMV, a tenth labelled - pretraining"](setting)
+    left.set_params(estimator__backbone=compare_backbone(), estimator__max_epochs=1)
+    alone = told[0] >= 0
+    proba = contestants.clone(left.estimator).fit(X[alone], y[alone]).predict_proba(X)
+    np.testing.assert_array_equal(left.fit(X, y).predict_proba(X), proba)
+    assert left.estimator_.n_iter_ == 1
+    assert left.estimator_.fine_tune_ == "full"
+
+
+def test_ideas_are_left_out_and_nothing_else(monkeypatch, tmp_path):
+    """CSSN has no auxiliary classifier of two classes, and is not run again without it there."""
+    suite = compare.SUITES["scratch", "ideas"]
+    setting, methods = contestants.Setting(0, 2, (30, 20, 6), suite.step_share), compare.METHODS
+    for part in set(contestants.ABLATIONS) & set(suite.methods):
+        whole, params = contestants.ABLATIONS[part]
+        one, other = (methods["scratch"][name](setting).get_params() for name in (part, whole))
+        changed = {name: one[name] for name in one if str(one[name]) != str(other.get(name))}
+        assert changed.pop("estimator", None) is None or part.startswith("AMIMV")
+        assert changed == params
+        assert whole in suite.methods
+    rng = np.random.default_rng(0)
+    for n in (2, 3):
+        images, y = rng.integers(0, 255, (80, 12, 12), dtype=np.uint8), np.arange(80) % n
+        np.savez(tmp_path / f"{n}.npz", images=images, labels=y)
+    asked = []
+    monkeypatch.setattr(compare, "run_all", lambda *given: asked.append(given) or [])
+    args = ["compare.py", str(tmp_path), "--suite", "ideas", "--data", "2", "3"]
+    monkeypatch.setattr(sys, "argv", [*args, "--out", str(tmp_path)])
+    compare.main()
+    listed = [(job.data, job.method) for job in compare.jobs(*asked[0])]
+    wanted = [(data, method) for _ in suite.seeds for data in "23" for method in suite.methods]
+    assert listed == [each for each in wanted if each != ("2", "CSSN - auxiliary")]
+
+
 @pytest.mark.parametrize("shape", [(10, 10), (10, 10, 3), (6, 6, 6)])
 def test_the_afternoon_network_learns_rare_shades(shape):
     """Gray images, colours and volumes; again the same from the same seed."""
@@ -260,7 +379,7 @@ def test_the_afternoon_network_learns_rare_shades(shape):
     X = rng.integers(0, 120, (50, *shape)).astype(np.uint8)
     X[y == "rare"] += 60
     setting = contestants.Setting(0, len(shape) if shape[-1] == 6 else 2, (40, 10), 0.4)
-    one, two = (compare.SCRATCH["afternoon CNN"](setting).fit(X, y) for _ in range(2))
+    one, two = (compare.METHODS["scratch"]["afternoon CNN"](setting).fit(X, y) for _ in range(2))
     assert one.max_epochs == 16
     assert (one.predict(X) == y).mean() > 0.9
     np.testing.assert_array_equal(one.predict_proba(X), two.predict_proba(X))
@@ -325,9 +444,10 @@ def scratch_rows(scores, *, suite="core", seeds=(0, 1), **more):
     return [
         {
             "regime": "scratch", "suite": suite, "start": "", "rows": "test", "data": data,
-            "cut": cut, "seed": seed, "method": method, "hardware": "h", "n_train": 100,
-            "n_classes": 2, "imbalance_ratio": 20.0, "image_size": 32, "balanced_accuracy": score,
-            "fit_seconds": 9.0, "predict_seconds": 0.1, "commit": "abc", "versions": "v", **more,
+            "cut": cut, "size": "all", "seed": seed, "method": method, "hardware": "h",
+            "n_train": 100, "n_classes": 2, "imbalance_ratio": 20.0, "image_size": 32,
+            "balanced_accuracy": score, "fit_seconds": 9.0, "predict_seconds": 0.1,
+            "commit": "abc", "versions": "v", **more,
         }
         for seed in seeds for method, of in scores.items() for (data, cut), score in of.items()
     ]  # fmt: skip
@@ -622,7 +742,7 @@ def test_searches_of_a_baseline_keep_patients_whole(few_lesions, monkeypatch, me
     made, make = [], compare.FROZEN[method]
     monkeypatch.setitem(compare.FROZEN, method, lambda s: made.append(make(s)) or made[-1])
     suite = replaced(monkeypatch, "frozen", cuts=(None,))
-    job = compare.Job("frozen", "smoke", "untrained", "test", "lesions", None, 0, method, "h")
+    job = compare.Job("frozen", "smoke", "untrained", "test", "lesions", None, None, 0, method, "h")
     with warnings.catch_warnings():
         compare.run(job, None)
     data = compare.load(None, "lesions", suite)
@@ -673,7 +793,7 @@ def made_rows(scores, *, regime="frozen", hardware="h", seeds=(0, 1, 2)):
     return [
         {
             "regime": regime, "suite": "core", "start": "net", "rows": "test", "data": data,
-            "cut": "natural", "seed": seed, "method": method, "hardware": hardware,
+            "cut": "natural", "size": "all", "seed": seed, "method": method, "hardware": hardware,
             "n_train": 100, "n_classes": 2, "imbalance_ratio": 6.0, "image_size": 128,
             "balanced_accuracy": score, "macro_f1": score, "macro_auroc": score,
             "few_recall": score, "calibration_error": 0.1, "fit_seconds": 3.0,
