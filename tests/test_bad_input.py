@@ -121,6 +121,7 @@ SHARED = [
     ("scoring", None),
     ("callbacks", 42),
     ("checkpoint_dir", 3),
+    ("memory", 3),
     ("image_shape", "8x8"),
     ("data_format", "NCHW"),
     ("spatial_dims", 1),
@@ -635,6 +636,13 @@ def test_checkpoint_dir_is_a_file(tmp_path, below):
     path = tmp_path / "file"
     path.write_text("")
     assert_refuses(make(checkpoint_dir=path / below), (ValueError, OSError), "checkpoint_dir")
+
+
+@pytest.mark.parametrize("below", ["", "folder"])
+def test_memory_is_a_file(tmp_path, below):
+    path = tmp_path / "file"
+    path.write_text("")
+    assert_refuses(make(memory=str(path / below)), ValueError, "memory=.*cannot be used as a dir")
 
 
 @pytest.mark.parametrize(

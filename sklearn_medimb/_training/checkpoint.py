@@ -32,9 +32,9 @@ def fingerprint(
 ) -> str:
     """Digest of what a fit depends on: class, parameters, machine, start weights, training data.
 
-    Parameters that do not change the result (`verbose`, `checkpoint_dir`, loggers and progress
-    bars among the callbacks) are left out; so is the seed where it is unset: the checkpoint itself
-    carries it.
+    Parameters that do not change the result (`verbose`, `checkpoint_dir`, `memory`, loggers and
+    progress bars among the callbacks) are left out; so is the seed where it is unset: the
+    checkpoint itself carries it.
 
     Parameters
     ----------
@@ -53,7 +53,8 @@ def fingerprint(
         If a parameter is an object whose state cannot be read.
     """
     params = estimator.get_params(deep=False)
-    del params["verbose"], params["checkpoint_dir"]
+    for name in ("verbose", "checkpoint_dir", "memory"):
+        params.pop(name, None)
     given = params["callbacks"] or ()
     params["callbacks"] = [callback for callback in given if counts(callback)]
     machine = (

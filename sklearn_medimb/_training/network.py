@@ -232,6 +232,11 @@ def of_all_depths(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([*(part.mean(dim=2) for part in places), *spread, as_features(last)], dim=1)
 
 
+def _features_of(trunk: Trunk, images: torch.Tensor) -> torch.Tensor:
+    """Pooled features of images, (n, d)."""
+    return as_features(trunk(images))
+
+
 def _frozen_layers(module: nn.Module, parent: bool = False) -> Iterator[nn.Module]:
     """Layers whose own parameters are frozen, or that have none and whose parent is frozen."""
     every, own = list(module.parameters()), list(module.parameters(recurse=False))
@@ -367,13 +372,17 @@ class SoftmaxNetwork(nn.Module):
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
-    def encoded(self, images: torch.Tensor) -> torch.Tensor:
-        """What it needs of the trunk's output: with this in the place of images it goes on."""
-        return as_features(self.trunk(images))
+    @property
+    def encoded(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """From images to what it needs of the trunk: with this in their place it goes on.
+
+        As a partial function of the trunk and of settings it says what the result depends on.
+        """
+        return partial(_features_of, self.trunk)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """What the head reads, (n, d)."""
-        return self.scale(as_features(self.trunk(images)))
+        return self.scale(_features_of(self.trunk, images))
 
     def forward(self, images: torch.Tensor) -> Output:
         """Features and logits."""

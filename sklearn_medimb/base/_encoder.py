@@ -52,7 +52,7 @@ class EncoderNetwork(nn.Module):
     forward = features
 
 
-class BaseImageEncoder(BaseImageEstimator):
+class BaseImageEncoder(BaseImageEstimator, without=["memory"]):
     """Common ground of the label-free encoders: transformers of images into features.
 
     A method supplies its loss (`_objective`) and the views it needs (`_view_set`).

@@ -40,6 +40,7 @@ from sklearn_medimb._machine.runtime import (
 from sklearn_medimb._training.callbacks import BestEpoch, SklearnCallbacks, resolve_callbacks
 from sklearn_medimb._training.checkpoint import Checkpoint, data_digest, fingerprint
 from sklearn_medimb._training.criterion import Criterion
+from sklearn_medimb._training.memory import Recall, remembering, resolve_memory
 from sklearn_medimb._training.net import Net
 from sklearn_medimb._training.network import Standardised
 from sklearn_medimb._training.stage import Stage, TrainingSet
@@ -275,9 +276,16 @@ class BaseImageEstimator(Trains):
         self, images: Images, rows: np.ndarray, known: CachedImages | None = None
     ) -> CachedImages:
         """Give some rows of images as the backbone leaves them; those that are known are there."""
-        module = self.net_.module_
-        encode = partial(self._map_views, images, getattr(module, "encoded", module.trunk))
-        return CachedImages(images, rows, encode, self.n_views_, known)
+        return CachedImages(images, rows, partial(self._encode_once, images), self.n_views_, known)
+
+    def _encode_once(self, images: Images, rows: np.ndarray | None = None) -> torch.Tensor:
+        """Let the backbone encode images in each view, or recall what it made of them before."""
+        module, recall = self.net_.module_, None
+        encode = getattr(module, "encoded", module.trunk)
+        if self.memory is not None:
+            how = self._preprocessor(), self._symmetries()
+            recall = remembering(self.memory, module, encode, *how)
+        return self._map_views(images, encode, rows, recall)
 
     def _symmetries(self) -> list[Callable[[torch.Tensor], torch.Tensor]]:
         """Views of an image that predictions average."""
@@ -334,6 +342,7 @@ class BaseImageEstimator(Trains):
             )
         resolve_size(self.image_size)
         resolve_callbacks(self.callbacks, self)
+        resolve_memory(self.memory)
         start = self._start
         if start is not None and not start._was_fitted:
             name = type(start).__name__
@@ -465,10 +474,12 @@ class BaseImageEstimator(Trains):
         images: Images,
         forward: Callable[[torch.Tensor], Any],
         rows: np.ndarray | None = None,
+        recall: Recall | None = None,
     ) -> Any:
         """Apply `forward` to images, in evaluation mode and in blocks; stays on the device.
 
-        It gives a tensor with a row for each image, or a tuple of such tensors.
+        It gives a tensor with a row for each image, or a tuple of such tensors. Where `recall`
+        knows what it gave for a block, it is not asked.
         """
         module, prepare = self.net_.module_, self._preprocessor()
         encoded = isinstance(images, CachedImages)
@@ -482,10 +493,15 @@ class BaseImageEstimator(Trains):
             # Matrix products of other sizes round otherwise: with whole blocks only, the result
             # for one row of vectors does not depend on the rows beside it.
             rows = np.pad(rows, (0, -n % block), mode="edge")
+
+        def compute(part: slice) -> Any:
+            pixels = images.rows(rows[part])
+            if recall is None:
+                return forward(prepare(pixels))
+            return recall(pixels, lambda: forward(prepare(pixels)))
+
         with torch.inference_mode(), one_thread_in_workers(), module.trunk.passing(encoded):
-            result = in_blocks(
-                len(rows), block, lambda part: forward(prepare(images.rows(rows[part])))
-            )
+            result = in_blocks(len(rows), block, compute)
         images.conclude()
         parts = result if isinstance(result, tuple) else (result,)
         parts = tuple(part[:n] for part in parts)
@@ -498,6 +514,7 @@ class BaseImageEstimator(Trains):
         images: Images,
         forward: Callable[[torch.Tensor], Any],
         rows: np.ndarray | None = None,
+        recall: Recall | None = None,
     ) -> Any:
         """Apply `forward` to each view that predictions average; images are read once for all.
 
@@ -508,7 +525,7 @@ class BaseImageEstimator(Trains):
             return _stacked([self._map(part, forward, rows) for part in parts])
         views = self._symmetries()
         return self._map(
-            images, lambda batch: _stacked([forward(view(batch)) for view in views]), rows
+            images, lambda batch: _stacked([forward(view(batch)) for view in views]), rows, recall
         )
 
     def _refuse_non_finite(self, result: torch.Tensor, rows: np.ndarray) -> None:

@@ -53,11 +53,21 @@ class Companions(Declaring):
         second per gigabyte; lazy images are read once for it). Of callbacks, attributes that are
         numbers, texts, tensors, or lists, tuples and dicts of these are kept, or what a method
         ``state_dict`` gives; where others change in training, ``fit`` refuses.
+    memory
+        Folder, or joblib's object for one, where what a backbone that stays as it is makes of
+        training images is kept: with ``fine_tune="frozen"``, and in the first course of
+        "head_first", the same images are encoded once, by whatever fit or method asks for the same.
+        They are known by every pixel (about a second per gigabyte), the backbone by every weight;
+        parameters of the head, the loss and the labels do not matter. Predictions keep nothing.
+        joblib writes pickles: take a folder that you alone write to.
     """
 
     callbacks: Any = parameter(str, list, None, default=None, last=True)
     checkpoint_dir: Any = parameter(
         str, os.PathLike, None, default=None, kind="path-like or None", last=True
+    )
+    memory: Any = parameter(
+        str, HasMethods(["cache"]), None, default=None, kind="str, joblib.Memory or None", last=True
     )
 
 

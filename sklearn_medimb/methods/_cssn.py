@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -240,10 +241,11 @@ class CSSNNetwork(nn.Module):
         """Tokens of shape (n, 1 + L, C)."""
         return as_tokens(self.trunk(images), self.max_tokens)
 
-    def encoded(self, images: torch.Tensor) -> torch.Tensor:
-        """Tokens; of pairs those of both images, one after the other."""
-        pair = images.chunk(2, dim=1) if self.reference == "paired" else (images,)
-        return torch.cat([self.tokens(image) for image in pair], dim=1)
+    @property
+    def encoded(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """From images to their tokens; of pairs those of both images, one after the other."""
+        paired = self.reference == "paired"
+        return partial(_tokens_of, self.trunk, max_tokens=self.max_tokens, paired=paired)
 
     def encode(self, images: torch.Tensor) -> EncodedImages:
         """Encode images, or pairs of them: a pair lies in the channels."""
@@ -269,6 +271,13 @@ class CSSNNetwork(nn.Module):
             k = class_cosines(c_q, c_s)
         logits = None if self.classifier is None else self.classifier(encoded.token)
         return PairScores(z, k, logits)
+
+
+def _tokens_of(
+    trunk: Trunk, images: torch.Tensor, *, max_tokens: int, paired: bool
+) -> torch.Tensor:
+    pair = images.chunk(2, dim=1) if paired else (images,)
+    return torch.cat([as_tokens(trunk(image), max_tokens) for image in pair], dim=1)
 
 
 class CSSNLoss(Criterion):

@@ -6,17 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from sklearn.base import _fit_context
-from sklearn.utils._param_validation import HasMethods
-from sklearn.utils.validation import check_is_fitted, check_memory
+from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
 from sklearn_medimb._data.batches import Context
-from sklearn_medimb._data.images import Images
 from sklearn_medimb._parameters import parameter
-from sklearn_medimb._training.checkpoint import data_digest
-from sklearn_medimb._training.digests import digest_of
 from sklearn_medimb._training.network import SoftmaxNetwork, Trunk
 from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb.base._image_estimator import BaseImageEstimator, Fit
@@ -27,11 +22,9 @@ if TYPE_CHECKING:
 # What it takes of the parameters that all share; the others are for training.
 _SHARED = {
     "backbone", "image_size", "normalize", "n_views", "augment", "image_shape", "data_format",
-    "spatial_dims", "device", "precision", "random_state",
+    "spatial_dims", "device", "precision", "random_state", "memory",
 }  # fmt: skip
 _OF_TRAINING = sorted(BaseImageEstimator._declared.keys() - _SHARED)
-# Parameters that features do not depend on, or only by what the net was made for.
-_NO_MATTER = ("memory", "random_state", "device", "precision")
 
 
 class PretrainedFeatures(BaseImageEstimator, without=_OF_TRAINING):
@@ -60,8 +53,9 @@ class PretrainedFeatures(BaseImageEstimator, without=_OF_TRAINING):
         spreads of their maps, or from its end alone.
     memory
         Folder, or joblib's object for one, where features are kept: the same images are encoded
-        once, by whatever copy of the transformer. They are known by every pixel (about a second per
-        gigabyte), the network by every weight.
+        once, by whatever copy of the transformer, or by a classifier with ``fine_tune="frozen"``
+        that asks for the same. They are known by every pixel (about a second per gigabyte), the
+        network by every weight. joblib writes pickles: take a folder that you alone write to.
     random_state
         Of random weights.
 
@@ -102,9 +96,6 @@ class PretrainedFeatures(BaseImageEstimator, without=_OF_TRAINING):
 
     backbone: Any = "efficientnet_lite0"
     at_all_depths: bool = parameter("boolean", default=True, search=True)
-    memory: Any = parameter(
-        str, HasMethods(["cache"]), None, default=None, kind="str, joblib.Memory or None"
-    )
 
     @_fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any = None) -> Self:
@@ -160,28 +151,7 @@ class PretrainedFeatures(BaseImageEstimator, without=_OF_TRAINING):
             The first view is the image as it is.
         """
         check_is_fitted(self)
-        images = self._read(X)
-        if self.memory is None:
-            return self._encoded_views(images)
-        images = images.in_memory()  # it is read twice
-        key = self._digest(images)
-        images.conclude()
-        kept = check_memory(self.memory).cache(_kept, ignore=["encode"])
-        return kept(key, lambda: self._encoded_views(images))
-
-    def _encoded_views(self, images: Images) -> np.ndarray:
-        return self._map_views(images, self.net_.module_.features).cpu().numpy()
-
-    def _digest(self, images: Images) -> str:
-        """Digest of what features depend on: images, network, parameters, rounding."""
-        net = self.net_
-        params = self.get_params(deep=False) | self._parameters_of(net)
-        matter = [(k, v) for k, v in sorted(params.items()) if k not in _NO_MATTER]
-        device = torch.device(net.device).type
-        rounding = torch.__version__, device, net.dtype, net.module_.trunk.autocast
-        made = [data_digest(images), type(self), self.weights_, rounding]
-        made += [digest_of(value, name, "memory") for name, value in matter]
-        return digest_of(made, "weights_", "memory").hex()
+        return self._encode_once(self._read(X)).cpu().numpy()
 
     # ---------------------------------------------------------------- a fit without training
 
@@ -204,8 +174,3 @@ class PretrainedFeatures(BaseImageEstimator, without=_OF_TRAINING):
 
     def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
         return SoftmaxNetwork(trunk(), lambda _: nn.Identity(), at_all_depths=self.at_all_depths)
-
-
-def _kept(key: str, encode: Callable[[], np.ndarray]) -> np.ndarray:  # noqa: ARG001
-    """What `encode` gives, of which joblib keeps a copy by its key."""
-    return encode()

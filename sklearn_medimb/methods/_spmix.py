@@ -90,9 +90,10 @@ class MixingNetwork(SoftmaxNetwork):
         else:
             self.grid = self._grid(self.layer, tuple(sides))
 
-    def encoded(self, images: torch.Tensor) -> torch.Tensor:
+    @property
+    def encoded(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """Whole output of the trunk, which is then mixed in the place of an inner layer's."""
-        return self.trunk(images)
+        return self.trunk
 
     def _grid(self, layer: str, sides: tuple[int, ...]) -> tuple[int, ...]:
         """Patches along each axis of what the layer gives."""

@@ -18,8 +18,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils._param_validation import InvalidParameterError
 from torch import nn
 
-from sklearn_medimb import BalancedVirtualFeatures, PretrainedFeatures, SSLEncoder
+from sklearn_medimb import (
+    BalancedVirtualFeatures,
+    PretrainedFeatures,
+    SoftmaxClassifier,
+    SSLEncoder,
+)
 from sklearn_medimb._data.resize import resample
+from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet, EfficientNetLite, ViT, pyramid_of
 from sklearn_medimb.persistence import load, save
 from sklearn_medimb.utils.estimator_checks import LazyImages
@@ -38,14 +44,15 @@ def make(**params):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """Number of images in each call of the network's on images of a caller."""
-    found, encode = [], PretrainedFeatures._map
+    """Number of images in each call of the network's on images of a caller: one for each view."""
+    found, encode = [], Trunk._encode
 
-    def spy(estimator, images, *args):
-        found.append(len(images))
-        return encode(estimator, images, *args)
+    def spy(trunk, images):
+        if images.any():  # else they are blank, to see the shape of what comes out
+            found.append(len(images))
+        return encode(trunk, images)
 
-    monkeypatch.setattr(PretrainedFeatures, "_map", spy)
+    monkeypatch.setattr(Trunk, "_encode", spy)
     return found
 
 
@@ -216,19 +223,19 @@ def test_the_same_images_are_encoded_once(encoded, tmp_path):
     encoded.clear()
     features = make(n_views=4, memory=str(tmp_path)).fit(X)
     assert np.array_equal(features.transform_views(X), plain)
-    assert encoded == [len(X)]
+    assert encoded == [len(X)] * 4
     again = clone(features).fit(X)
     loaded = pickle.loads(pickle.dumps(features))
-    of_joblib = clone(features).set_params(memory=joblib.Memory(tmp_path, verbose=0)).fit(X)
+    of_joblib = clone(features).set_params(memory=joblib.Memory(str(tmp_path), verbose=0)).fit(X)
     for same in (features, again, loaded, of_joblib):
         assert np.array_equal(same.transform_views(X), plain)
         assert np.array_equal(same.transform_views(LazyImages(X)), plain)
         assert np.array_equal(same.transform(X), plain.mean(axis=1))
-    assert encoded == [len(X), len(X)]  # an array, and what is read image by image
+    assert encoded == [len(X)] * 4
     unseeded = make(backbone=features, n_views=4, memory=str(tmp_path), random_state=None)
     first = clone(unseeded).fit(X).transform(X)
     assert np.array_equal(clone(unseeded).fit(X).transform(X), first)
-    assert len(encoded) == 3
+    assert len(encoded) == 4
 
 
 def test_what_differs_is_encoded_anew(encoded, tmp_path):
@@ -252,12 +259,12 @@ def test_what_differs_is_encoded_anew(encoded, tmp_path):
         expected = changed.transform(X)
         changed.memory = str(tmp_path)
         found = changed.transform(X)
-        assert len(encoded) == 2
+        assert len(encoded) == 2 * changed.n_views_
         assert np.array_equal(found, expected)
         assert found.shape != known.shape or not np.array_equal(found, known)
     encoded.clear()
     assert not np.array_equal(features.transform(other), known)
-    assert len(encoded) == 1
+    assert len(encoded) == 2
 
 
 def test_parameters_set_after_the_fit_do_not_mislead(tmp_path):
@@ -286,23 +293,30 @@ def test_images_are_checked_before_memory_answers(encoded, tmp_path):
     assert len(encoded) == 1
 
 
-def test_views_that_cannot_be_told_from_others_are_not_kept(tmp_path):
-    class Locked:
-        flip_horizontal = 0.5
-
+def test_networks_that_cannot_be_told_from_others_are_not_kept(tmp_path):
+    class Locked(nn.Conv2d):
         def __init__(self):
+            super().__init__(3, 4, 3)
             self.own = threading.Lock()
 
-        def draw(self, n, shape, generator):
-            return {}
+        def __deepcopy__(self, memo):
+            return Locked()
 
-        def apply(self, images, params):
-            return images
-
-    features = make(augment=Locked()).fit(X)
+    features = make(backbone=Locked(), at_all_depths=False).fit(X)
     features.transform(X)
-    with pytest.raises(ValueError, match=r"memory: augment=.* cannot be told.*memory=None"):
+    with pytest.raises(ValueError, match=r"(?s)memory: backbone=.* cannot be told.*memory=None"):
         features.set_params(memory=str(tmp_path)).transform(X)
+
+
+def test_a_classifier_on_the_same_features_shares_them(encoded, tmp_path):
+    params = {"n_views": 2, "memory": str(tmp_path)}
+    features = make(at_all_depths=False, **params).fit(X)
+    features.transform(X)
+    encoded.clear()
+    SoftmaxClassifier(
+        features.backbone, fine_tune="frozen", max_epochs=1, random_state=0
+    ).set_params(**params).fit(X, Y)
+    assert not encoded
 
 
 # ---------------------------------------------------------------- with others
