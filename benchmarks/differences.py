@@ -24,6 +24,7 @@ N_DRAWS = 2000
 KEY = ("regime", "suite", "start", "rows", "data", "cut", "size", "seed", "method", "hardware")
 FORMERLY = {"regime": "scratch", "suite": "core", "start": "", "rows": "test", "size": "all"}
 Rows = list[dict[str, Any]]
+Answers = dict[tuple[str, ...], dict[str, list[Any]]]  # what was predicted, by job
 
 
 class Effect(NamedTuple):
@@ -56,10 +57,8 @@ def of_sets(rows: Rows, method: str, measure: str = "balanced_accuracy") -> dict
     return {data: float(np.mean(of)) for data, of in values.items()}
 
 
-def by_sets(rows: Rows, one: str, other: str) -> Effect | None:
-    """Difference of two contestants on the same cells, about further sets."""
-    a, b = of_sets(rows, one), of_sets(rows, other)
-    gain = np.array([a[data] - b[data] for data in a])
+def of_gains(gain: np.ndarray) -> Effect | None:
+    """Mean of what sets gain, by Student's t; of one set nothing is known about others."""
     if len(gain) < 2:
         return None
     mean, error = gain.mean(), gain.std(ddof=1) / len(gain) ** 0.5
@@ -69,10 +68,16 @@ def by_sets(rows: Rows, one: str, other: str) -> Effect | None:
     return Effect(mean, *(mean + error * t.ppf([0.025, 0.975])), 2 * t.sf(abs(mean / error)))
 
 
+def by_sets(rows: Rows, one: str, other: str) -> Effect | None:
+    """Difference of two contestants on the same cells, about further sets."""
+    a, b = of_sets(rows, one), of_sets(rows, other)
+    return of_gains(np.array([a[data] - b[data] for data in a]))
+
+
 # ---------------------------------------------------------------- by patients
 
 
-def tested(folder: Path) -> dict[tuple[str, ...], dict[str, list[Any]]]:
+def tested(folder: Path) -> Answers:
     """What was predicted for each image, by job, as far as files in the folder tell."""
     found = {}
     for path in sorted(folder.glob("*.json")):
@@ -82,9 +87,7 @@ def tested(folder: Path) -> dict[tuple[str, ...], dict[str, list[Any]]]:
     return found
 
 
-def drawn(
-    rows: Rows, answers: dict[tuple[str, ...], dict[str, list[Any]]]
-) -> dict[str, dict[str, np.ndarray]]:
+def drawn(rows: Rows, answers: Answers) -> dict[str, dict[str, np.ndarray]]:
     """Balanced accuracy of each contestant on each set: as it is, then of patients drawn again.
 
     Of contestants whose predictions are all there.
@@ -134,10 +137,10 @@ def effect(draws: np.ndarray) -> Effect:
 
 
 def by_patients(
-    rows: Rows, folder: Path, pairs: Iterable[tuple[str, str]], parts: dict[str, set[str]]
+    rows: Rows, answers: Answers, pairs: Iterable[tuple[str, str]], parts: dict[str, set[str]]
 ) -> dict[tuple[str, str, str], Effect]:
     """Means of contestants, and differences of pairs, over parts of the sets."""
-    scores = drawn(rows, tested(folder))
+    scores = drawn(rows, answers)
     effects = {}
     for part, sets in parts.items():
         mean = {
@@ -164,7 +167,7 @@ VALUES = ("mean", "low", "high", "p")
 COLUMNS = ("chapter", "method", "baseline", "sets", "table", *VALUES)
 
 
-Digests = dict[tuple[str, str], str]  # by chapter and contestant
+Digests = dict[tuple[str, str, str], str]  # by chapter and the one or two compared
 
 
 def digest(rows: Rows, method: str) -> str:
@@ -183,7 +186,7 @@ def write(path: Path, effects: dict[tuple[str, ...], Effect], digests: Digests) 
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for key, of in effects.items():
-            writer.writerow([*key, _table(digests, key), *of])
+            writer.writerow([*key, digests[key[:3]], *of])
 
 
 def read(path: Path, digests: Digests) -> dict[tuple[str, ...], Effect]:
@@ -195,12 +198,6 @@ def read(path: Path, digests: Digests) -> dict[tuple[str, ...], Effect]:
     found = {}
     for row in rows:
         key = row["chapter"], row["method"], row["baseline"], row["sets"]
-        if row["table"] == _table(digests, key):
+        if row["table"] == digests.get(key[:3]):
             found[key] = Effect(*(float(row[name]) for name in VALUES))
     return found
-
-
-def _table(digests: Digests, key: tuple[str, ...]) -> str:
-    """Of the table that a difference is of, what tells it from others."""
-    chapter, *names, _ = key
-    return " ".join(digests.get((chapter, name), "") for name in names if name)

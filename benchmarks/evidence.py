@@ -45,6 +45,9 @@ SUITES = {
     "pretrained": {"core": ((96,), 8 / 15), "defaults": ((128,), 1.0)},
 }
 
+# What rows have that may stand beside one another.
+USUAL = {"rows": "test", "size": "all", "start": "efficientnet_lite0"}
+
 
 class Cell(NamedTuple):
     """A method on a training set: what it had, by seed."""
@@ -76,10 +79,15 @@ def cells(paths: Sequence[Path]) -> list[Cell]:
 
 
 def _table(path: Path) -> list[dict[str, str]]:
-    """Rows on test images."""
+    """Rows on test images, of whole training parts, the usual start, and no GPU."""
     with path.open(newline="") as file:
         rows = [{**row, "regime": row.get("regime") or "scratch"} for row in csv.DictReader(file)]
-    return [row for row in rows if row.get("rows", "test") in ("test", "")]
+    return [
+        row
+        for row in rows
+        if all((row.get(name) or usual) == usual for name, usual in USUAL.items())
+        and "," not in row.get("hardware", "")
+    ]
 
 
 def _has(rows: Sequence[dict[str, str]], regime: str, suite: str) -> bool:

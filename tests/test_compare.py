@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -37,7 +38,10 @@ def load(name):
 
 afternoon, contestants = load("afternoon"), load("contestants")
 contestants_pretrained, differences = load("contestants_pretrained"), load("differences")
-compare, report = load("compare"), load("report")
+compare = load("compare")
+for name in ("rows", "words", "figures", "curves", "ideas"):
+    load(f"report_{name}")
+report, report_rows = load("report"), sys.modules["report_rows"]
 QUICK = compare.Suite(
     10, 8, 80, 60, 0.1, (0, 1, 2), (None, 10), ("SMOTE + logistic", "balanced forest"), ("lesions",)
 )
@@ -475,7 +479,7 @@ def test_cuts_of_a_collection_count_as_one_set(tmp_path, monkeypatch):
     assert "| oversampling | 1.3 | 0.700 |" in page
     gain = np.array([0.2, -0.1, -0.2])
     half = 4.3027 * gain.std(ddof=1) / 3**0.5
-    low, high = (report._signed(gain.mean() + side) for side in (-half, half))
+    low, high = (report.signed(gain.mean() + side) for side in (-half, half))
     assert f"each by itself): CSSN \N{MINUS SIGN}.033 [{low}, {high}] (oversampling)." in page
 
 
@@ -536,8 +540,8 @@ def test_defaults_stand_beside_the_network_of_an_afternoon(tmp_path, monkeypatch
         for kept in ({"busi", "lesions", "covid_cxr"}, {"lesions", "covid_cxr"})
     )
     assert ahead[1:4] == ["0.720", "+.070", ""]
-    assert ahead[4] == report._interval(by_sets)
-    assert ahead[5] == f"+.055 {report._interval(alone)}"
+    assert ahead[4] == report.interval(by_sets)
+    assert ahead[5] == f"+.055 {report.interval(alone)}"
     assert ahead[6:] == ["1.50", "yes |"]
     assert found["CE"][-1] == "no |"
     assert found["logit adjustment"][-1] == "yes |"
@@ -634,7 +638,7 @@ def test_regimes_with_a_start_run_and_make_a_page(
         assert (row["start"], row["rows"], row["n_classes"]) == ("untrained", "test", "5")
         assert "tested" not in row
     found = answers(tmp_path, regime)
-    for part, whole in report.ABLATIONS.items():  # a switch that switches nothing is none
+    for part, (whole, _) in contestants.ABLATIONS.items():  # a switch that switches nothing is none
         if part in found:
             assert found[part]["scores"] != found[whole]["scores"], part
     assert all(of["rows"] == found["CE"]["rows"] for of in found.values())
@@ -642,7 +646,8 @@ def test_regimes_with_a_start_run_and_make_a_page(
     monkeypatch.setattr(sys, "argv", args)
     report.main()
     page = (tmp_path / "RESULTS.md").read_text()
-    assert page.count("\n## ") == 2
+    titles = [line for line in page.splitlines() if line.startswith("## ")]
+    assert titles[1:] == ["## What each method's own idea adds", "## Rerun"]
     assert "(smoke): take" in page
     assert "### Against logit adjustment" in page
     assert "From scratch" not in page
@@ -679,7 +684,7 @@ def test_ideas_that_a_frozen_start_leaves_out_change_nothing_there():
     data = compare.make_lesions([20, 12, 8, 8, 8], image_size=24, random_state=0)
     start = contestants_pretrained.STARTS["untrained"]
     setting = contestants.Setting(0, 2, (20, 12, 8, 8, 8), 1, start, 24, "frozen", 1)
-    for part, whole in report.ABLATIONS.items():
+    for part, (whole, _) in contestants.ABLATIONS.items():
         if part in compare.FROZEN or part.startswith("AMIMV"):
             continue
         one, other = (
@@ -867,7 +872,7 @@ def test_page_is_the_same_without_the_predictions_it_came_from(tmp_path, monkeyp
     assert "Shown to be ahead of logit adjustment: LMD; not shown: CSSN." in page
     assert "by patients" in page.split("\n\n")[1]
     # What the sets say that defaults were chosen on is shown by the others, or not at all.
-    some = [row for row in rows if row["data"] in report.CHOSEN_ON]
+    some = [row for row in rows if row["data"] in report_rows.CHOSEN_ON]
     said = page_of(some, tmp_path / "a", tmp_path / "c", monkeypatch)
     assert "None of LMD, CSSN is shown" in said or "None of CSSN, LMD is shown" in said
     assert page_of(rows, tmp_path / "a", tmp_path / "a", monkeypatch) == page
@@ -892,7 +897,7 @@ def test_differences_by_patients_are_those_of_paired_difference(tmp_path):
     predictions(tmp_path, rows, right)
     pair = ("LMD", "logit adjustment")
     found = differences.by_patients(
-        rows, tmp_path / "jobs", [pair, pair[:1] * 2], {"all": {"busi"}}
+        rows, differences.tested(tmp_path / "jobs"), [pair, pair[:1] * 2], {"all": {"busi"}}
     )
     one, other = (compare.read_result(tmp_path / "jobs" / f"{k}.json")["tested"] for k in (1, 0))
     assert found["LMD", "", "all"].mean == pytest.approx(
@@ -908,6 +913,130 @@ def test_differences_by_patients_are_those_of_paired_difference(tmp_path):
     assert ahead.high == pytest.approx(wanted.high, abs=0.05)
     assert ahead.p < 0.01
     assert found["LMD", "LMD", "all"] == (0, 0, 0, 1)
+
+
+def curve_rows():
+    """Two methods on four sets: the small ones are easy, and lack the largest part."""
+    rows, level = [], {"busi": 0.5, "covid_cxr": 0.6, "brain_tumor_mri": 0.8, "dementia_mri": 0.9}
+    points = {
+        ("natural", "all"): 0,
+        ("natural", 50): -0.2,
+        ("natural", 200): -0.1,
+        (5, "all"): -0.3,
+    }
+    for (cut, size), change in points.items():
+        sets = ("busi", "covid_cxr", "dementia_mri") if size == 200 else level
+        for k, data in enumerate(sets):
+            for method, more in (("logit adjustment", 0), ("LMD", 0.05 if size == 50 else -0.01)):
+                score = round(level[data] + change + more + 0.01 * k * (change < 0), 4)
+                facts = {"data": data, "cut": cut, "size": size, "balanced_accuracy": score}
+                rows.append({**made_rows({method: (0,)}, seeds=(0,))[0], **facts})
+    return [{**row, "suite": "curves"} for row in rows]
+
+
+def test_curves_are_of_the_changes_that_sets_have(tmp_path, monkeypatch):
+    """Means over the sets of each size would fall where the easy ones drop out."""
+    rows = curve_rows()
+    page = page_of(rows, tmp_path / "a", tmp_path, monkeypatch)
+    chapter, *_ = report.chapters(report.read(tmp_path / "a" / "results.csv"))
+    by_size, by_ratio = report.courses(chapter)
+    assert by_size.places == [50, 200, 400]
+    assert by_size.ticks == ["50\n(4)", "200\n(3)", "all\n(4)"]
+    assert by_ratio.ticks == ["as they are\n(4)", "1 : 5\n(4)"]
+    assert by_ratio.places == [2.5, 5]
+    x, y, low, high = by_size.lines["logit adjustment"].T
+    np.testing.assert_array_equal(x, [50, 200, 400])
+    np.testing.assert_allclose(y, [0.7 - 0.185, 0.7 - 0.09, 0.7])
+    half = 3.1824 * np.std([0, 0.01, 0.02, 0.03], ddof=1) / 2
+    np.testing.assert_allclose((high - low) / 2, [half, 4.3027 * 0.01 / 3**0.5, 0], atol=1e-5)
+    assert page.count("## How much with how many images, and how imbalanced") == 1
+    assert (
+        "**logit adjustment changes** from 50 images to all by +.185 "
+        f"[{report.signed(0.185 - half)}, {report.signed(0.185 + half)}] (4 sets); from 200 images "
+        "to all by +.090 [" in page
+    )
+    assert "First by mean: LMD (50 images); " in page
+    behind = "-.010".replace("-", "\N{MINUS SIGN}")
+    assert "Of 4 points, the interval of the difference to logit adjustment excludes 0 for " in page
+    assert f"LMD ahead at 1 (+.050 to +.050); LMD behind at 3 ({behind} to {behind})." in page
+    same = f"{behind} [{behind}, {behind}]"
+    assert f"| LMD | +.050 [+.050, +.050] | {same} | {same} |" in page
+    assert "take" not in page  # nobody is ranked
+    monkeypatch.undo()
+    report.figures(chapter, tmp_path)
+    assert [p.name for p in tmp_path.glob("*.png")] == ["curves-frozen-curves-net.png"]
+
+
+def idea_rows(gain, *, n_classes=3):
+    """Pairs on thirteen sets: seven of them confirm."""
+    confirm = ["covid_cxr", "iq_othnccd_ct", "dr_maculopathy", "ph2_dermoscopy"]
+    sets = [
+        *confirm,
+        "brain_tumor_mri",
+        "adrenalmnist3d",
+        "lesions",
+        *sorted(report_rows.AUGMENTED),
+    ]
+    rows = []
+    for method, of in gain.items():
+        for k, data in enumerate(sets):
+            score = 0.6 + of(k, data in report_rows.AUGMENTED)
+            rows += scratch_rows({method: {(data, "natural"): round(score, 4)}}, suite="ideas")
+    return [{**row, "n_classes": n_classes} for row in rows]
+
+
+def test_an_idea_is_shown_by_all_sets_and_by_the_confirming_ones_alone(tmp_path, monkeypatch):
+
+    def wave(k):
+        return 0.002 * (k % 3)
+
+    rows = idea_rows(
+        {
+            "LMD": lambda k, _: 0.05 + wave(k), "LMD - relations": lambda *_: 0.0,
+            "LMD - E-step": lambda k, _: 0.09 + wave(k + 1),
+            # Ahead over all sets by those that its defaults may have been chosen on.
+            "SPMix": lambda k, chosen: 0.15 * chosen + wave(k), "SPMix uniform": lambda *_: 0.005,
+            "CSSN": lambda k, _: wave(k), "CSSN - auxiliary": lambda k, _: wave(k + 1),
+        }
+    )  # fmt: skip
+    # What two classes say of CSSN, and what only one of a pair was run on, is left out.
+    two = [row["data"] == "busi" and row["method"].startswith("CSSN") for row in rows]
+    for row in itertools.compress(rows, two):
+        row.update(n_classes=2, balanced_accuracy=0.9 if row["method"] == "CSSN" else 0.1)
+    lacking = ("LMD - relations", "lesions", 1)
+    rows = [row for row in rows if (row["method"], row["data"], row["seed"]) != lacking]
+    page = page_of(rows, tmp_path / "a", tmp_path, monkeypatch)
+    said = page.split("\n\n")[2]
+    assert said.startswith("**Shown to add:** LMD against LMD - relations from scratch +.05")
+    assert "These are 1 of 4 pairs, of 1 of 3 methods." in said
+    assert "Of CSSN, SPMix no idea is shown to add anything." in said
+    assert "Behind what is left of it, p < 0.05: LMD against LMD - E-step from scratch" in said
+    cells = [line.split(" | ") for line in page.splitlines() if line.startswith("| From scratch")]
+    found = {tuple(line[1:3]): line[3:] for line in cells}
+    assert {pair: line[0] for pair, line in found.items()} == {
+        ("CSSN", "CSSN - auxiliary"): "12", ("LMD", "LMD - relations"): "13",
+        ("LMD", "LMD - E-step"): "13", ("SPMix", "SPMix uniform"): "13",
+    }  # fmt: skip
+    assert float(found["SPMix", "SPMix uniform"][4]) < 0.05  # and yet
+    assert [line[-1] for line in found.values()] == ["no |", "yes |", "no |", "no |"]
+    assert abs(float(found["CSSN", "CSSN - auxiliary"][1].replace("\N{MINUS SIGN}", "-"))) < 0.005
+    assert "take" not in page
+
+
+def test_two_classes_do_not_shrink_a_ranking(tmp_path, monkeypatch):
+    """What is not run there, since nothing is left out, stands in no rank and in its own table."""
+    scores = {"logit adjustment": 0.5, "CSSN": 0.7, "CSSN - auxiliary": 0.6}
+    rows = made_rows({name: 4 * (score,) for name, score in scores.items()})
+    rows = [{**row, "n_classes": 2 if row["data"] == "busi" else 3} for row in rows]
+    kept = [row for row in rows if row["n_classes"] > 2 or row["method"] != "CSSN - auxiliary"]
+    page = page_of(kept, tmp_path / "a", tmp_path, monkeypatch)
+    assert "2 contestants on 4 sets" in page
+    assert "Not run on enough of them: CSSN - auxiliary." in page
+    row = "| On a frozen start | CSSN | CSSN - auxiliary | 3 | +.100 |"
+    assert row in page
+    page = page_of(rows, tmp_path / "b", tmp_path, monkeypatch)  # as older tables have it
+    assert "3 contestants on 4 sets" in page
+    assert row in page
 
 
 def test_statistics_on_numbers_done_by_hand():

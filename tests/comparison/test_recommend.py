@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import itertools
 import pickle
@@ -667,6 +668,33 @@ def test_the_table_follows_from_those_of_the_bench(tmp_path):
     script = load()
     script.write(script.cells(script.TABLES), tmp_path / "again.csv")
     assert (tmp_path / "again.csv").read_text() == script.OUT.read_text()
+
+
+def test_what_may_not_stand_beside_the_rest_is_no_evidence(tmp_path):
+    """Other suites, parts of the images, another start, inner rows, and seconds of a GPU."""
+    script, row = load(), {
+        "regime": "frozen", "suite": "core", "start": "efficientnet_lite0", "rows": "test",
+        "size": "all", "hardware": "2 cores", "data": "busi", "cut": "natural", "seed": 0,
+        "n_train": 90, "n_classes": 3, "imbalance_ratio": 2.0, "balanced_accuracy": 0.5,
+        "fit_seconds": 9.0,
+    }  # fmt: skip
+    rows = [{**row, "method": method} for method in ("logit adjustment", "LMD")]
+    odd = {
+        "suite": "curves", "size": 50, "start": "resnet18", "rows": "inner", "hardware": "2, GPU",
+    }  # fmt: skip
+    other = {"balanced_accuracy": 0.9, "n_train": 50, "fit_seconds": 1.0}
+    rows += [{**of, **other, name: value} for of in rows for name, value in odd.items()]
+    ideas = {"regime": "scratch", "suite": "ideas", "start": ""}
+    rows += [{**of, **other, **ideas} for of in rows[:2]]
+    with (tmp_path / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    found = script.cells([tmp_path / "results.csv"])
+    assert [cell.about.method for cell in found] == ["LMD", "logit adjustment"]
+    for cell in found:
+        assert (cell.about.score, cell.about.n_train, cell.about.seconds) == (0.5, 90, 9.0)
+        assert cell.by_seed == {"0": 0.5}
 
 
 def test_regret_of_a_hand_made_bench(monkeypatch):
