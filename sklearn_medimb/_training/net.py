@@ -274,7 +274,9 @@ class Net(NeuralNet):
             return
         if self.stage:
             self.history.record("stage", self.stage)
-        self.module_.trunk.keep_frozen()  # a callback may freeze layers, or thaw them
+        trunk = self.module_.trunk
+        if not trunk.given_encoded:
+            trunk.keep_frozen()  # a callback may freeze layers, or thaw them
         count = n_steps = 0
         steps = self.steps
         with steps.epoch():

@@ -145,7 +145,15 @@ class Trunk(nn.Module):
         return max(left, default=0.0)
 
     def train(self, mode: bool = True) -> Trunk:
-        """Switch the mode of all layers but those that are frozen with statistics."""
+        """Switch the mode of all layers but those that are frozen with statistics.
+
+        While it is given what it has encoded no layer runs, and all stay in evaluation mode: steps
+        on that are so short that walking through the layers would be most of them.
+        """
+        if self.given_encoded:
+            if not self.training:
+                return self
+            mode = False
         super().train(mode)
         for layer in self.frozen:
             layer.training = False

@@ -181,6 +181,33 @@ def test_a_head_comes_first_and_then_everything_moves(name, data, monkeypatch):
     assert any(moved)
 
 
+class Modes(Callback):
+    """After each step its stage, and whether the last layer of the backbone is in training."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def on_batch_end(self, net, **kwargs):
+        *_, last = net.module_.trunk.backbone.modules()
+        self.found.append((net.stage, last.training))
+
+
+def test_layers_of_a_held_backbone_stay_in_evaluation_mode(data, monkeypatch):
+    """Nothing walks through them in each step."""
+    walks, train = [], nn.ReLU.train
+    monkeypatch.setattr(nn.ReLU, "train", lambda *args: walks.append(args) or train(*args))
+    found = []
+    clf = make("SoftmaxClassifier", backbone=ConvNet(widths=(4, 8)), fine_tune="head_first")
+    clf.set_params(callbacks=[Modes(found)], early_stopping=True).fit(*data)
+    assert all(training == (stage != "head") for stage, training in found)
+    assert {training for _, training in found} == {True, False}
+    for seen in (walks, found):
+        seen.clear()
+    clf.set_params(fine_tune="frozen", max_epochs=40).fit(*data)
+    assert len(found) > 2 * len(walks) > 0
+    assert not any(training for _, training in found)
+
+
 def test_rates_of_zero_are_frozen_to_rounding(data):
     X, y = data
     params = {"n_views": 1, "augment": "none", "precision": "float64", "max_epochs": 4}
