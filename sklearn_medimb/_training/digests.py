@@ -39,6 +39,7 @@ _BOOKKEEPING = {
     "__firstlineno__", "__slotnames__", "__abstractmethods__", "_abc_impl", "__parameters__",
     "__orig_bases__", "__dataclass_fields__", "__dataclass_params__",
 }  # fmt: skip
+_HOOKS = {name for name in vars(torch.nn.Module()) if "_hooks" in name}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...))
 _BY_NAME = (GetSetDescriptorType, MemberDescriptorType, BuiltinFunctionType, np.ufunc)
 
@@ -63,8 +64,11 @@ def digest_of(value: Any, name: str, needed_by: str = "checkpoint_dir") -> bytes
     try:
         return _Describer()(value)
     except Exception as error:  # objects refuse to be pickled in many ways
+        shown = repr(value)
+        if len(shown) > 200:  # that of a network has a line for each layer
+            shown = f"{type(value).__name__}(...)"
         raise ValueError(
-            f"{needed_by}: {name}={value!r} cannot be told from another one by its state "
+            f"{needed_by}: {name}={shown} cannot be told from another one by its state "
             f"({type(error).__name__}: {error}), so what was kept could be taken for another's. "
             f"Set {needed_by}=None, or {name} to what pickle can write."
         ) from error
@@ -160,6 +164,8 @@ class _Describer:
             yield from (made, self(type(value)))
             return
         made = (*made, None, None, None)[:5]
+        if isinstance(value, torch.nn.Module) and isinstance(made[2], dict):
+            made = (*made[:2], _with_numbered_hooks(made[2]), *made[3:])
         yield from self.all((*made[:3], [*made[3]] if made[3] else None))
         yield self([*made[4]] if made[4] else None)
 
@@ -200,6 +206,15 @@ class _Describer:
         for name, item in vars(value).items():
             if name not in _BOOKKEEPING:
                 yield from (self(name), self(item))
+
+
+def _with_numbered_hooks(state: dict[str, Any]) -> dict[str, Any]:
+    """State of a module whose hooks have their order as keys: torch counts those of a process."""
+    found = {name: state[name] for name in _HOOKS & state.keys() if state[name]}
+    order = {key: k for k, key in enumerate(sorted({key for h in found.values() for key in h}))}
+    return state | {
+        name: {order[key]: hook for key, hook in hooks.items()} for name, hooks in found.items()
+    }
 
 
 def _hashed(*parts: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -32,7 +33,7 @@ def remembering(
 
     Parameters
     ----------
-    memory : str or joblib.Memory
+    memory : path-like or joblib.Memory
         Where it is kept.
     network : nn.Module
         With its `trunk`.
@@ -64,9 +65,9 @@ def remembering(
     with trunk.wholly_held(), one_thread_in_workers():
         compiled = getattr(trunk.backbone, "_compiled_call_impl", None) is not None
         how = trunk.autocast, trunk.at_all_depths, prepare.channels_last, compiled
-        rounding = torch.__version__, prepare.device.type, torch.get_num_threads()
-        parts = asked, how, rounding, views, prepare.mean, prepare.std
-        known = digest_of(trunk.backbone, "backbone", "memory") + digest_of(parts, "net_", "memory")
+        parts = how, views, prepare.mean, prepare.std, _rounding(prepare.device)
+        named = {"backbone": trunk.backbone, "net_": asked, "views": parts}
+        known = [digest_of(value, name, "memory") for name, value in named.items()]
     kept = resolve_memory(memory).cache(_kept, ignore=["make"])
 
     def recall(pixels: torch.Tensor, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -76,10 +77,25 @@ def remembering(
     return recall
 
 
+def _rounding(device: torch.device) -> tuple[Any, ...]:
+    """What decides how numbers are rounded: versions, threads, hardware, and whether in TF32."""
+    libraries: Any = torch.backends
+    if hasattr(libraries, "fp32_precision"):
+        cuda, cudnn, cpu = libraries.cuda.matmul, libraries.cudnn.conv, libraries.mkldnn
+        parts = libraries, cuda, cudnn, cpu.matmul, cpu.conv
+        allowed = [part.fp32_precision for part in parts]
+    else:  # torch < 2.9
+        allowed = [torch.get_float32_matmul_precision(), libraries.cudnn.allow_tf32]
+    name = libraries.cpu.get_cpu_capability()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return torch.__version__, torch.get_num_threads(), device.type, name, allowed
+
+
 def resolve_memory(memory: Any) -> Any:
     """Turn what a user may pass as `memory` into joblib's object."""
     try:
-        return check_memory(memory)
+        return check_memory(os.fspath(memory) if isinstance(memory, os.PathLike) else memory)
     except OSError as error:
         raise ValueError(f"memory={memory!r} cannot be used as a directory: {error}") from error
 

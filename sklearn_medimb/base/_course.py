@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from skorch.callbacks import Callback
@@ -123,8 +123,12 @@ class Trains(KeepsWeights):
             how = "(frozen backbone)" if stage.on_encoded else ""
             label = " ".join(filter(None, [type(self).__name__, stage.name, how]))
             callbacks.append(ProgressBar(label, n_left * stage.steps_per_epoch))
-        trunk: Trunk = net.module_.trunk
-        with trunk.wholly_held(stage.on_encoded), trunk.passing(stage.on_encoded):
+        parts = [*net.module_.modules(), *net.criterion_.modules()]  # a copy may be in there
+        with ExitStack() as held:
+            for trunk in parts:
+                if isinstance(trunk, Trunk):
+                    held.enter_context(trunk.wholly_held(stage.on_encoded))
+                    held.enter_context(trunk.passing(stage.on_encoded))
             net.run(
                 stage.batches,
                 n_left,

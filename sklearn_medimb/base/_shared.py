@@ -57,9 +57,10 @@ class Companions(Declaring):
         Folder, or joblib's object for one, where what a backbone that stays as it is makes of
         training images is kept: with ``fine_tune="frozen"``, and in the first course of
         "head_first", the same images are encoded once, by whatever fit or method asks for the same.
-        They are known by every pixel (about a second per gigabyte), the backbone by every weight;
-        parameters of the head, the loss and the labels do not matter. Predictions keep nothing.
-        joblib writes pickles: take a folder that you alone write to.
+        Blocks of them are known by every pixel (about a second per gigabyte), the backbone by every
+        weight; parameters of the head, the loss and the labels do not matter. Other training rows
+        are encoded anew, and nothing is ever deleted. Predictions keep nothing. joblib writes
+        pickles: take a folder that you alone write to.
     """
 
     callbacks: Any = parameter(str, list, None, default=None, last=True)
@@ -67,7 +68,10 @@ class Companions(Declaring):
         str, os.PathLike, None, default=None, kind="path-like or None", last=True
     )
     memory: Any = parameter(
-        str, HasMethods(["cache"]), None, default=None, kind="str, joblib.Memory or None", last=True
+        *(str, os.PathLike, HasMethods(["cache"]), None),
+        default=None,
+        kind="path-like, joblib.Memory or None",
+        last=True,
     )
 
 

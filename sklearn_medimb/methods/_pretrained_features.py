@@ -54,8 +54,9 @@ class PretrainedFeatures(BaseImageEstimator, without=_OF_TRAINING):
     memory
         Folder, or joblib's object for one, where features are kept: the same images are encoded
         once, by whatever copy of the transformer, or by a classifier with ``fine_tune="frozen"``
-        that asks for the same. They are known by every pixel (about a second per gigabyte), the
-        network by every weight. joblib writes pickles: take a folder that you alone write to.
+        that asks for the same. Blocks of them are known by every pixel (about a second per
+        gigabyte), the network by every weight. Nothing is ever deleted. joblib writes pickles: take
+        a folder that you alone write to.
     random_state
         Of random weights.
 

@@ -349,6 +349,34 @@ def test_what_has_no_state_to_read_is_refused_by_name(name, params, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_large_object_is_named_by_its_class(tmp_path):
+    backbone = torch.nn.Sequential(*[torch.nn.Conv2d(3, 3, 1) for _ in range(9)])
+    backbone.lock = (n for n in range(3))
+    with pytest.raises(
+        ValueError, match=r"^x: backbone=Sequential\(\.\.\.\) cannot be told"
+    ) as told:
+        digest_of(backbone, "backbone", "x")
+    assert len(str(told.value)) < 300
+
+
+def hooked(*, first, flags=True):
+    """A module with two hooks, after so many of other modules."""
+    for _ in range(first):
+        torch.nn.ReLU().register_forward_hook(print)
+    module = torch.nn.ReLU()
+    module.register_forward_pre_hook(closure(1), with_kwargs=flags)
+    module.register_forward_pre_hook(closure(2), with_kwargs=not flags)
+    module.register_forward_hook(closure(3))
+    return digest_of(module, "x")
+
+
+def test_hooks_count_and_their_number_in_the_process_does_not():
+    assert hooked(first=0) == hooked(first=3)
+    assert (
+        len({hooked(first=0), hooked(first=0, flags=False), digest_of(torch.nn.ReLU(), "x")}) == 3
+    )
+
+
 def test_an_object_that_contains_itself():
     loop, other = [1], [2]
     loop.append(loop)

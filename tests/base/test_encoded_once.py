@@ -286,6 +286,17 @@ def test_features_of_several_depths_are_others(encoded, tmp_path):
     assert sum(encoded) == 2 * 2 * len(X)
 
 
+def test_products_of_another_precision_round_otherwise(encoded, tmp_path):
+    clf, before = make(memory=str(tmp_path)).fit(X, Y), torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        encoded.clear()
+        clf.fit(X, Y)
+        assert sum(encoded) == 2 * len(X)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_another_number_of_threads_rounds_otherwise(encoded, tmp_path):
     n = torch.get_num_threads()
     try:
@@ -371,6 +382,17 @@ def test_further_training_may_have_another(tmp_path):
     clf.fit(X, Y).set_params(memory=joblib.Memory(tmp_path / "b", verbose=0)).fit(X, Y)
     assert_same(clf, plain)
     assert all(entries(tmp_path / name) for name in "ab")
+
+
+def test_a_path_is_a_folder_too(encoded, tmp_path):
+    make(memory=tmp_path).fit(X, Y)
+    encoded.clear()
+    again = make(memory=str(tmp_path)).fit(X, Y)
+    assert not encoded
+    features = PretrainedFeatures(MODULE, memory=tmp_path, n_views=2, at_all_depths=False)
+    features.fit(X).transform(X)
+    assert not encoded
+    assert clone(again.set_params(memory=tmp_path)).memory == tmp_path
 
 
 def test_copies_and_files_know_the_folder_alone(tmp_path):

@@ -21,6 +21,7 @@ from sklearn_medimb._data.cached import CachedImages
 from sklearn_medimb._training.callback_state import WATCHERS
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet, Start, stages_of
+from sklearn_medimb.methods import Contrast
 from sklearn_medimb.persistence import load, save
 from tests.estimators import CLASSIFIERS, SUPERVISED, WITH_ALL_STAGES
 from tests.helpers import CrashAfter
@@ -206,6 +207,18 @@ def test_layers_of_a_held_backbone_stay_in_evaluation_mode(data, monkeypatch):
     clf.set_params(fine_tune="frozen", max_epochs=40).fit(*data)
     assert len(found) > 2 * len(walks) > 0
     assert not any(training for _, training in found)
+
+
+@pytest.mark.parametrize("kind", ["gpaco", "supcon"])
+def test_a_copy_of_the_network_that_a_loss_holds_is_given_what_is_encoded(kind, data, monkeypatch):
+    passes, name = Passes(monkeypatch), "SPMixClassifier"
+    monkeypatch.setattr(SUPERVISED[name], "_n_epochs", lambda *args, **kwargs: 1)
+    contrast = Contrast(kind, key_momentum=0.9, projection_dim=4, hidden=8)
+    clf = make(name, contrast=contrast, fine_tune="frozen", n_views=2).fit(*data)
+    assert passes.training == 0
+    assert passes.inference < 3 * len(data[0])  # two views of each, and blank images
+    clf.set_params(fine_tune="head_first").fit(*data)
+    assert passes.training  # both copies go on with images
 
 
 def test_rates_of_zero_are_frozen_to_rounding(data):
