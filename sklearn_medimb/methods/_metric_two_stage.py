@@ -147,10 +147,10 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         Stage two: "crt", "lws", "tau_norm", "ncm", "balanced_softmax", "logit_adjust", "virtual",
         "none", a head of :mod:`sklearn_medimb.rebalance`, or any scikit-learn classifier. The
         paper's is of the kind of "crt". "auto" is "virtual", which was better where classes have
-        few images, and "balanced_softmax" on weights of elsewhere that stay as they are: .732
-        balanced accuracy where "virtual" had .712, over nine sets of images. Of an instance, such
-        as ``ClassifierRetraining()``, a search reaches ``rebalance__alpha``. Heads that balance
-        give probabilities for equally frequent classes.
+        few images, and "balanced_softmax" on weights of elsewhere, whether they stay as they are or
+        are tuned: see the measurements in the documentation. Of an instance, such as
+        ``ClassifierRetraining()``, a search reaches ``rebalance__alpha``. Heads that balance give
+        probabilities for equally frequent classes.
 
     See Also
     --------
@@ -221,8 +221,7 @@ class MetricTwoStageClassifier(TwoStageClassifier):
     def _head(self) -> Any:
         if self.rebalance != "auto":
             return self.rebalance
-        known = hasattr(self, "fine_tune_")  # how much is trained is decided in fit
-        return "balanced_softmax" if known and self._holds_backbone else "virtual"
+        return "balanced_softmax" if self._has_known_start else "virtual"
 
     def _stage_one_head(self) -> dict[str, Any]:
         return super()._stage_one_head() if self.ce_weight else {}  # it was not trained

@@ -567,11 +567,13 @@ def test_callbacks_that_look_at_pre_training_change_nothing(name, data):
     np.testing.assert_array_equal(before, after)
 
 
-def test_the_head_on_a_start_that_stays_is_another_one(data):
-    X, y = data
-    for fine_tune, head in (
-        ("frozen", "BalancedSoftmax"),
-        ("full", "VirtualFeatureCalibration"),
-    ):
-        clf = make("MetricTwoStageClassifier", fine_tune=fine_tune, rebalance="auto").fit(X, y)
-        assert type(clf.head_).__name__ == head
+@pytest.mark.parametrize("fine_tune", ["frozen", "head_first", "full", 1])
+def test_the_head_on_a_start_is_another_one(data, fine_tune):
+    clf = make("MetricTwoStageClassifier", fine_tune=fine_tune, rebalance="auto").fit(*data)
+    assert type(clf.head_).__name__ == "BalancedSoftmax"
+
+
+def test_the_head_from_scratch_is_fitted_to_gaussians(data):
+    params = {**TINY, "backbone": ConvNet(widths=(4, 8)), "fine_tune": "full"}
+    clf = CLASSIFIERS["MetricTwoStageClassifier"](**params, rebalance="auto").fit(*data)
+    assert type(clf.head_).__name__ == "VirtualFeatureCalibration"
