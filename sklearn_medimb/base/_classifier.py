@@ -127,7 +127,8 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
     class_counts_
         Images of each class given to the latest ``fit``, and to ``partial_fit`` since.
     best_score_
-        Validation score of the epoch kept; only with early stopping.
+        Validation score of the epoch kept; only with early stopping. What follows that epoch, such
+        as the head's last course of ``fine_tune="head_first"``, is not in it.
     """
 
     pretrain: Any = parameter(

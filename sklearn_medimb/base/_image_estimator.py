@@ -80,6 +80,10 @@ class BaseImageEstimator(Trains):
     # Weight decay of what is trained on a backbone with weights of elsewhere that stays as it is.
     _decay_when_held: float | None = None
 
+    # How many times as many epochs as before a head has once more, on images as they are, after it
+    # was tuned with a backbone on augmented ones: these are another distribution.
+    _last_of_head = 0
+
     def _stages(self, train: TrainingSet, n_epochs: int, context: Context) -> list[Stage]:
         """Courses of training, one after another on the same network."""
         raise NotImplementedError
@@ -247,14 +251,37 @@ class BaseImageEstimator(Trains):
             replace(stage, name=f"head, {stage.name}".rstrip(", "), validated=False)
             for stage in first
         ]
-        return first + self._averaging(self._stages(train, self._n_epochs(n), context)), train
+        tuned = self._averaging(self._stages(train, self._n_epochs(n), context))
+        if not self._last_of_head or not self._has_known_start or self._holds_backbone:
+            return first + tuned, train
+        again = self._encoded(train, recalled=False)  # by the tuned backbone, when it is asked
+        if isinstance(self.net_.module_.head, nn.Linear):
+            tuned[-1] = replace(tuned[-1], after=partial(self._standardise, again))
+        if self.weight_decay == "auto" and not self.net_params:
+            others["weight_decay"] = self._decay_when_held
+        with self.net_.module_.trunk.wholly_held():
+            last = self._stages(again, self._last_of_head * n_epochs, frozen)
+        last = [
+            replace(stage, name="head again", on_encoded=True, validated=False, **others)
+            for stage in last
+        ]
+        return first + tuned + last, train
 
     def _standardise(self, train: TrainingSet) -> None:
-        """Let the network standardise its features as those of the training images are spread."""
-        scale = getattr(self.net_.module_, "scale", None)
-        if isinstance(scale, Standardised):
-            features = self._map_views(train.images, self.net_.module_.features, train.rows)
-            scale.settle(features.flatten(0, 1))
+        """Let the network standardise its features as those of the training images are spread.
+
+        What a linear head makes of them stays the same.
+        """
+        module = self.net_.module_
+        scale = getattr(module, "scale", None)
+        if not isinstance(scale, Standardised):
+            return
+        features = self._map_views(train.images, module.features, train.rows)
+        scale.settle(features.flatten(0, 1))
+        if isinstance(module.head, nn.Linear):
+            with torch.no_grad():
+                module.head.bias += module.head.weight @ scale.mean
+                module.head.weight *= scale.deviation
 
     def _averaging(self, stages: list[Stage], **others: Any) -> list[Stage]:
         """Have the weights averaged where a backbone with weights of elsewhere is tuned."""
@@ -262,27 +289,37 @@ class BaseImageEstimator(Trains):
             others["ema"] = 0.98
         return [replace(stage, **others) for stage in stages]
 
-    def _encoded(self, train: TrainingSet) -> TrainingSet:
-        """Give the same images as the backbone, which will not change, leaves them."""
-        images = self._encoded_images(train.images, train.all_rows)
+    def _encoded(self, train: TrainingSet, recalled: bool = True) -> TrainingSet:
+        """Give the same images as the backbone, which will not change, leaves them.
+
+        Where it is one that other fits have too, what it made of them before may be `recalled`.
+        """
+        images = self._encoded_images(train.images, train.all_rows, recalled=recalled)
         natural = train.natural
         if natural is not None:
             known = images if natural.images is train.images else None
-            encoded = self._encoded_images(natural.images, natural.all_rows, known)
+            encoded = self._encoded_images(natural.images, natural.all_rows, known, recalled)
             natural = replace(natural, images=encoded)
         return replace(train, images=images, natural=natural)
 
     def _encoded_images(
-        self, images: Images, rows: np.ndarray, known: CachedImages | None = None
+        self,
+        images: Images,
+        rows: np.ndarray,
+        known: CachedImages | None = None,
+        recalled: bool = True,
     ) -> CachedImages:
         """Give some rows of images as the backbone leaves them; those that are known are there."""
-        return CachedImages(images, rows, partial(self._encode_once, images), self.n_views_, known)
+        encode = partial(self._encode_once, images, recalled=recalled)
+        return CachedImages(images, rows, encode, self.n_views_, known)
 
-    def _encode_once(self, images: Images, rows: np.ndarray | None = None) -> torch.Tensor:
+    def _encode_once(
+        self, images: Images, rows: np.ndarray | None = None, recalled: bool = True
+    ) -> torch.Tensor:
         """Let the backbone encode images in each view, or recall what it made of them before."""
         module, recall = self.net_.module_, None
         encode = getattr(module, "encoded", module.trunk)
-        if self.memory is not None:
+        if recalled and self.memory is not None:
             how = self._preprocessor(), self._symmetries()
             recall = remembering(self.memory, module, encode, *how)
         return self._map_views(images, encode, rows, recall)

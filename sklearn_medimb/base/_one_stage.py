@@ -80,6 +80,8 @@ class OneStageClassifier(BaseImageClassifier):
     class_weight: Any = parameter(dict, one_of("balanced"), None, default=None, search=True)
     post_hoc_tau: float = parameter(at_least(0), default=0.0, search=(0.0, 2.0))
 
+    _last_of_head = 4
+
     class_prior_: np.ndarray = learned("ndarray of float of shape (n_classes,)", predicts=True)
 
     def _check_parameters(self) -> None:

@@ -111,10 +111,12 @@ class SharedParameters(
         What is trained of a backbone that was trained before. "full": everything. "frozen": no
         weight and no running statistic of it; it encodes each training image once, in `n_views`
         views, and epochs run on that: a hundred times faster. "head_first": that, then everything
-        (A. Kumar et al., ICLR 2022); `max_epochs` counts the latter. n: its last n stages. "auto"
-        is "full", but where `backbone` begins with weights of elsewhere, as "efficientnet_lite0"
-        does: there it is "head_first" on a GPU and for up to 500 images, which a CPU can tune in
-        minutes, "frozen" for more of them and for transformers.
+        (A. Kumar et al., ICLR 2022); `max_epochs` counts the latter. Where the backbone began with
+        weights of elsewhere a linear head is then trained once more, on images as they are: those
+        that everything learned from were augmented. n: its last n stages. "auto" is "full", but
+        where `backbone` begins with weights of elsewhere, as "efficientnet_lite0" does: there it is
+        "head_first" on a GPU and for up to 500 images, which a CPU can tune in minutes, "frozen"
+        for more of them and for transformers.
     n_views
         Views of an image that predictions average: as it is, flipped, turned by quarters, as far as
         `augment` says that these change nothing (both flips for quarter turns, of square images);

@@ -21,6 +21,7 @@ from sklearn_medimb._data.cached import CachedImages
 from sklearn_medimb._training.callback_state import WATCHERS
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet, Start, stages_of
+from sklearn_medimb.base import OneStageClassifier
 from sklearn_medimb.methods import Contrast
 from sklearn_medimb.persistence import load, save
 from tests.estimators import CLASSIFIERS, SUPERVISED, WITH_ALL_STAGES
@@ -160,6 +161,8 @@ def test_what_the_head_learned_from_is_gone_when_everything_is_trained(data, mon
     monkeypatch.setattr(CachedImages, "_encoded", kept)
     make("SoftmaxClassifier", fine_tune="head_first", callbacks=[Look()]).fit(X, y)
     assert all(stage.startswith("head") == held for stage, held in Look.seen)
+    stages = list(dict.fromkeys(stage for stage, _ in Look.seen))
+    assert stages == ["head", "", "head again"]
     assert {held for _, held in Look.seen} == {True, False}
 
 
@@ -170,9 +173,13 @@ def test_a_head_comes_first_and_then_everything_moves(name, data, monkeypatch):
     clf = make(name, fine_tune="head_first").fit(X, y)
     assert clf.fine_tune_ == "head_first"
     stages = [str(row.get("stage")) for row in clf.history_]
-    first = [k for k, stage in enumerate(stages) if stage.startswith("head")]
+    again = [k for k, stage in enumerate(stages) if stage == "head again"]
+    first = [k for k, stage in enumerate(stages) if stage.startswith("head") and k not in again]
     assert first == list(range(len(first)))
-    assert 10 <= len(first) < len(stages)
+    n_tuned = len(stages) - len(first) - len(again)
+    assert len(first) >= 10 and n_tuned > 0
+    assert again == list(range(len(first) + n_tuned, len(stages)))
+    assert bool(again) == issubclass(SUPERVISED[name], OneStageClassifier)
     assert passes.training > 0
     start = clone(clf).set_params(fine_tune="frozen").fit(X, y)
     moved = [
@@ -528,11 +535,6 @@ def test_frozen_features_are_standardised(data):
     assert seen == [0.0]
     rates = [group["weight_decay"] for group in clf.net_.optimizer_.param_groups]
     assert set(rates) == {2.0}
-    tuned = make("SoftmaxClassifier", fine_tune="head_first").fit(X, y)
-    assert {group["weight_decay"] for group in tuned.net_.optimizer_.param_groups} == {0.01}
-    assert torch.equal(
-        tuned.net_.module_.scale.deviation, torch.ones(tuned.net_.module_.n_features)
-    )
 
 
 def test_the_weights_of_a_tuned_start_are_averaged(data):
@@ -549,7 +551,60 @@ def test_fifteen_epochs_go_through_a_start(data):
     clf = make("SoftmaxClassifier", fine_tune="head_first", max_epochs="auto").fit(*data)
     stages = [row.get("stage") for row in clf.history_]
     assert stages.count(None) == 15
-    assert stages.count("head") == len(stages) - 15 >= 10
+    assert stages.count("head") >= 10
+    assert stages.count("head again") == 4 * stages.count("head")
+
+
+class Ends(Watched):
+    """Decay, statistics and scores of the network when an epoch of a stage has begun."""
+
+    seen: ClassVar[list] = []
+
+    def on_epoch_begin(self, net, **kwargs):
+        decays = {group["weight_decay"] for group in net.optimizer_.param_groups}
+        weights = {k: v.clone() for k, v in net.module_.trunk.state_dict().items()}
+        self.seen.append((net.stage, decays, weights))
+
+
+WATCHERS.add(Ends)
+
+
+def test_a_head_learns_again_on_what_the_tuned_backbone_makes_of_images(data):
+    X, y = data
+    Ends.seen.clear()
+    clf = make("SoftmaxClassifier", fine_tune="head_first", callbacks=[Ends()]).fit(X, y)
+    decays = {stage: decay for stage, decay, _ in Ends.seen}
+    assert decays == {"head": {0.01}, "": {0.01}, "head again": {2.0}}
+    trunks = [trunk for stage, _, trunk in Ends.seen if stage == "head again"]
+    trunks.append(clf.net_.module_.trunk.state_dict())
+    assert all(torch.equal(trunks[0][key], trunk[key]) for trunk in trunks for key in trunk)
+    features = clf._map_views(clf._read(X), clf.net_.module_.features)
+    spread, mean = torch.std_mean(features.flatten(0, 1), dim=0, correction=0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), atol=1e-4, rtol=0)
+    assert ((spread - 1).abs() < 1e-3).float().mean() > 0.9
+
+
+def test_a_head_begins_again_where_it_was(data):
+    """Standardised features change nothing yet: an interrupted fit loses nothing by them."""
+
+    class Stop(Callback):
+        def on_epoch_begin(self, net, **kwargs):
+            if net.stage == "head again":
+                raise KeyboardInterrupt
+
+    WATCHERS.add(Stop)
+    X, y = data
+    params = {"fine_tune": "head_first", "precision": "float64", "ema": None}
+    stopped = make("SoftmaxClassifier", **params, callbacks=[Stop()]).fit(X, y)
+    assert stopped.history_[-1].get("stage") != "head again"
+    assert (stopped.net_.module_.scale.deviation != 1).any()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OneStageClassifier, "_last_of_head", 0)
+        before = make("SoftmaxClassifier", **params).fit(X, y)
+    assert (before.net_.module_.scale.deviation == 1).all()
+    np.testing.assert_allclose(
+        stopped.decision_function(X), before.decision_function(X), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", ["AMIMVClassifier", "CSSNClassifier"])
