@@ -235,8 +235,7 @@ class BaseImageEstimator(Trains):
                 before[-1] = replace(before[-1], after=settle)
             else:
                 settle()
-            if self.weight_decay == "auto" and not self.net_params:
-                others["weight_decay"] = self._decay_when_held
+            others = self._decay_of_held
         if not on_encoded:
             return self._averaging(self._stages(train, n_epochs, context), **others), train
         frozen = replace(context, preprocess=Untouched(context.preprocess))
@@ -252,20 +251,28 @@ class BaseImageEstimator(Trains):
             for stage in first
         ]
         tuned = self._averaging(self._stages(train, self._n_epochs(n), context))
-        if not self._last_of_head or not self._has_known_start or self._holds_backbone:
-            return first + tuned, train
-        again = self._encoded(train, recalled=False)  # by the tuned backbone, when it is asked
-        if isinstance(self.net_.module_.head, nn.Linear):
-            tuned[-1] = replace(tuned[-1], after=partial(self._standardise, again))
-        if self.weight_decay == "auto" and not self.net_params:
-            others["weight_decay"] = self._decay_when_held
-        with self.net_.module_.trunk.wholly_held():
-            last = self._stages(again, self._last_of_head * n_epochs, frozen)
-        last = [
-            replace(stage, name="head again", on_encoded=True, validated=False, **others)
-            for stage in last
-        ]
+        last = self._head_again(train, tuned, n_epochs, frozen)
         return first + tuned + last, train
+
+    def _head_again(
+        self, train: TrainingSet, tuned: list[Stage], n_epochs: int, context: Context
+    ) -> list[Stage]:
+        """Courses of the head alone after those that `tuned` everything, on images as they are."""
+        if not self._last_of_head or not self._has_known_start or self._holds_backbone:
+            return []
+        encoded = self._encoded(train, recalled=False)  # by the tuned backbone, when it is asked
+        if isinstance(self.net_.module_.head, nn.Linear):
+            tuned[-1] = replace(tuned[-1], after=partial(self._standardise, encoded))
+        with self.net_.module_.trunk.wholly_held():
+            stages = self._stages(encoded, self._last_of_head * n_epochs, context)
+        how = {"name": "head again", "on_encoded": True, "validated": False}
+        return [replace(stage, **(self._decay_of_held | how)) for stage in stages]
+
+    @property
+    def _decay_of_held(self) -> dict[str, Any]:
+        """Weight decay of a head on weights of elsewhere that stay, where nobody chose another."""
+        chosen = self.weight_decay != "auto" or self.net_params
+        return {} if chosen else {"weight_decay": self._decay_when_held}
 
     def _standardise(self, train: TrainingSet) -> None:
         """Let the network standardise its features as those of the training images are spread.
@@ -278,10 +285,11 @@ class BaseImageEstimator(Trains):
             return
         features = self._map_views(train.images, module.features, train.rows)
         scale.settle(features.flatten(0, 1))
-        if isinstance(module.head, nn.Linear):
+        head = module.head
+        if isinstance(head, nn.Linear):
             with torch.no_grad():
-                module.head.bias += module.head.weight @ scale.mean
-                module.head.weight *= scale.deviation
+                head.bias.add_(head.weight @ scale.mean)
+                head.weight.mul_(scale.deviation)
 
     def _averaging(self, stages: list[Stage], **others: Any) -> list[Stage]:
         """Have the weights averaged where a backbone with weights of elsewhere is tuned."""

@@ -177,7 +177,8 @@ def test_a_head_comes_first_and_then_everything_moves(name, data, monkeypatch):
     first = [k for k, stage in enumerate(stages) if stage.startswith("head") and k not in again]
     assert first == list(range(len(first)))
     n_tuned = len(stages) - len(first) - len(again)
-    assert len(first) >= 10 and n_tuned > 0
+    assert len(first) >= 10
+    assert n_tuned > 0
     assert again == list(range(len(first) + n_tuned, len(stages)))
     assert bool(again) == issubclass(SUPERVISED[name], OneStageClassifier)
     assert passes.training > 0
