@@ -54,6 +54,8 @@ class MemoryQueue:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{time.time_ns():020d}-{uuid.uuid4().hex}.{n_bytes}"
         place, memory = (FileLock(self.folder / f"{name}.{kind}") for kind in ("waits", "held"))
+        with FileLock(self.folder / "queue.lock"):  # who looks would take it for one of the dead
+            place.acquire(timeout=0)
         with _kept(place):
             while not self._admit(place, memory, n_bytes):
                 time.sleep(self.poll)

@@ -101,7 +101,8 @@ def test_a_large_fit_is_not_overtaken_for_ever(tmp_path):
     assert [entered.get(timeout=30)[1] for _ in range(2)] == [1, 1]
     large = start(tmp_path, 2, 80, entered)
     assert entered.get(timeout=30) == (0, 2)
-    time.sleep(0.2)  # it stands in the queue
+    while not any(path.name.endswith(".80.waits") for path in tmp_path.iterdir()):
+        time.sleep(0.01)  # until it stands in the queue
     small = start(tmp_path, 3, 10, entered)
     events = [entered.get(timeout=30) for _ in range(6)]
     for process in (first, large, small):
