@@ -77,12 +77,14 @@ class BaseImageEstimator(Trains):
 
     # ---------------------------------------------------------------- what a method supplies
 
-    # Weight decay of what is trained on a backbone with weights of elsewhere that stays as it is.
+    # Of what is trained on a backbone with weights of elsewhere, while that stays as it is: weight
+    # decay, and how many times as many steps.
     _decay_when_held: float | None = None
+    _patience_when_held = 1
 
-    # How many times as many epochs as before a head has once more, on images as they are, after it
-    # was tuned with a backbone on augmented ones: these are another distribution.
-    _last_of_head = 0
+    # Whether a head that was tuned with its backbone, on augmented images, is trained once more on
+    # images as they are: these are another distribution.
+    _ends_with_head = False
 
     def _stages(self, train: TrainingSet, n_epochs: int, context: Context) -> list[Stage]:
         """Courses of training, one after another on the same network."""
@@ -258,13 +260,13 @@ class BaseImageEstimator(Trains):
         self, train: TrainingSet, tuned: list[Stage], n_epochs: int, context: Context
     ) -> list[Stage]:
         """Courses of the head alone after those that `tuned` everything, on images as they are."""
-        if not self._last_of_head or not self._has_known_start or self._holds_backbone:
+        if not self._ends_with_head or not self._has_known_start or self._holds_backbone:
             return []
         encoded = self._encoded(train, recalled=False)  # by the tuned backbone, when it is asked
         if isinstance(self.net_.module_.head, nn.Linear):
             tuned[-1] = replace(tuned[-1], after=partial(self._standardise, encoded))
         with self.net_.module_.trunk.wholly_held():
-            stages = self._stages(encoded, self._last_of_head * n_epochs, context)
+            stages = self._stages(encoded, self._patience_when_held * n_epochs, context)
         how = {"name": "head again", "on_encoded": True, "validated": False}
         return [replace(stage, **(self._decay_of_held | how)) for stage in stages]
 

@@ -80,7 +80,7 @@ class OneStageClassifier(BaseImageClassifier):
     class_weight: Any = parameter(dict, one_of("balanced"), None, default=None, search=True)
     post_hoc_tau: float = parameter(at_least(0), default=0.0, search=(0.0, 2.0))
 
-    _last_of_head = 4
+    _ends_with_head = True
 
     class_prior_: np.ndarray = learned("ndarray of float of shape (n_classes,)", predicts=True)
 

@@ -600,7 +600,7 @@ def test_a_head_begins_again_where_it_was(data):
     assert stopped.history_[-1].get("stage") != "head again"
     assert (stopped.net_.module_.scale.deviation != 1).any()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OneStageClassifier, "_last_of_head", 0)
+        patch.setattr(OneStageClassifier, "_ends_with_head", False)
         before = make("SoftmaxClassifier", **params).fit(X, y)
     assert (before.net_.module_.scale.deviation == 1).all()
     np.testing.assert_allclose(
