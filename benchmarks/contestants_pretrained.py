@@ -34,6 +34,7 @@ from sklearn_medimb import (
     SPMixClassifier,
 )
 from sklearn_medimb.backbones import ConvNet, Start
+from sklearn_medimb.base._classifier import TUNING_EPOCHS
 
 Contestant = Callable[[Setting], Any]
 
@@ -99,7 +100,7 @@ def ensemble(s: Setting) -> Any:
 
 def amimv(s: Setting) -> Any:
     """As many epochs without labels as the labelled images then have; its head is on the frozen."""
-    encoder = AMIMVEncoder(max_epochs=s.max_epochs or 15, batch_size=32)
+    encoder = AMIMVEncoder(max_epochs=s.max_epochs or TUNING_EPOCHS, batch_size=32)
     return AMIMVClassifier(**{**s.network, "fine_tune": "frozen"}, pretrain=encoder)
 
 

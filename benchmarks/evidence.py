@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sklearn_medimb.base._classifier import TUNING_EPOCHS
 from sklearn_medimb.comparison._recommend import METHODS
 from sklearn_medimb.comparison._rule import REFERENCE, Row, choose, expected
 
@@ -42,7 +43,7 @@ NO_NETWORKS = {
 SUITES = {
     "scratch": {"core": ((28, 8), 0.5)},
     "frozen": {"core": ((128,), 1.0), "defaults": ((128,), 1.0)},
-    "pretrained": {"core": ((96,), 8 / 15), "defaults": ((128,), 1.0)},
+    "pretrained": {"core": ((96,), 8 / TUNING_EPOCHS), "defaults": ((128,), 1.0)},
 }
 
 # What rows have that may stand beside one another.

@@ -74,6 +74,10 @@ def usual_steps(n_images: int, n_classes: int, n_axes: int) -> int:
     return max(n_steps, 5 * min(n_images, 5000) // 8) if n_axes else n_steps // 3
 
 
+# Where nobody said how many, of everything where the backbone began with weights of elsewhere.
+TUNING_EPOCHS = 15
+
+
 # Training images that are looked at once the fit has ended, and how far from chance (0) to all of
 # them (1) it should have come.
 _N_LOOKED_AT = 256
@@ -543,7 +547,7 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         if self.max_epochs != "auto" and not (on_encoded and self.fine_tune_ == "head_first"):
             return self.max_epochs
         if self._has_known_start and not on_encoded and not self._holds_backbone:
-            return 15
+            return TUNING_EPOCHS
         held = self._holds_backbone
         n_axes, n_classes = len(self.image_shape_) - 1, len(self.classes_)
         n_steps = usual_steps(0 if held else n_samples, n_classes, n_axes)

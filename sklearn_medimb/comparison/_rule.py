@@ -12,7 +12,7 @@ from typing import NamedTuple, get_type_hints
 
 import numpy as np
 
-from sklearn_medimb.base._classifier import usual_steps
+from sklearn_medimb.base._classifier import TUNING_EPOCHS, usual_steps
 
 REFERENCE = "logit adjustment"  # whose scores the others' are told against
 MARGIN = 0.005  # what is nearer than this is level
@@ -124,7 +124,7 @@ def work(
 
     Networks from scratch cost by steps, images of a step and pixels, which the first convolution
     thins out from 96 pixels on; a start by the encoding of four views, the head's steps, and,
-    where it is tuned, 15 epochs.
+    where it is tuned, epochs.
     """
     n_pixels = math.prod(spatial)
     if method == FOREST:
@@ -140,7 +140,7 @@ def work(
         return 6e-7 * n_steps * min(n, batch_size) * (n_pixels + 300)
     seconds = 8e-7 * n * n_pixels + 0.01 * n_steps
     if regime == "pretrained":
-        seconds += 1.7e-6 * (max_epochs or 15) * n * n_pixels
+        seconds += 1.7e-6 * (max_epochs or TUNING_EPOCHS) * n * n_pixels
     return seconds
 
 
