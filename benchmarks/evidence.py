@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sklearn_medimb.base._classifier import TUNING_EPOCHS
-from sklearn_medimb.comparison._recommend import METHODS
+from sklearn_medimb.comparison._candidates import METHODS
 from sklearn_medimb.comparison._rule import REFERENCE, Row, choose, expected
 
 HERE = Path(__file__).parent

@@ -20,9 +20,13 @@ from sklearn.utils.validation import check_is_fitted
 
 from sklearn_medimb import AMIMVClassifier, AMIMVEncoder, SoftmaxClassifier
 from sklearn_medimb.backbones import EfficientNetLite, ResNet
-from sklearn_medimb.comparison import _recommend as module
+from sklearn_medimb.base._classifier import usual_steps
+from sklearn_medimb.comparison import _candidates as candidates
 from sklearn_medimb.comparison import common_methods, recommend
-from sklearn_medimb.comparison._rule import Row, choose, evidence, expected, work
+from sklearn_medimb.comparison._advice import as_seconds, in_words, reason
+from sklearn_medimb.comparison._reading import read
+from sklearn_medimb.comparison._rule import Expected, Row, choose, evidence, expected, work
+from sklearn_medimb.comparison._trial import short_list
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -55,7 +59,7 @@ def rows(scores, *, regime="scratch", seconds=1.0, n_sets=3, **about):
 def bench(monkeypatch):
     """Put other evidence in the place of the package's."""
     return lambda *tables: monkeypatch.setattr(
-        module, "evidence", lambda: [*itertools.chain(*tables)]
+        candidates, "evidence", lambda: [*itertools.chain(*tables)]
     )
 
 
@@ -114,7 +118,7 @@ def test_what_is_level_must_be_much_cheaper():
 
 
 def test_evidence_names_what_can_be_made():
-    assert {row.method for row in evidence()} <= set(module.METHODS)
+    assert {row.method for row in evidence()} <= set(candidates.METHODS)
     assert {"scratch", "frozen", "pretrained"} == {row.regime for row in evidence()}
     by_key = {(row.regime, row.data, row.cut, row.method) for row in evidence()}
     assert len(by_key) == len(evidence())
@@ -130,7 +134,7 @@ def test_evidence_names_what_can_be_made():
      ("2 hr", 7200), ("3 hrs", 10800), ("5 m", 300)],
 )  # fmt: skip
 def test_budgets_in_words(budget, seconds):
-    assert module.as_seconds(budget) == seconds
+    assert as_seconds(budget) == seconds
 
 
 @pytest.mark.parametrize(
@@ -159,7 +163,7 @@ def test_wrong_budgets_are_refused(budget, problem):
 
 
 def test_times_in_words():
-    found = [module.in_words(seconds) for seconds in (0.42, 12, 200, 5400, 36_000, 720_000)]
+    found = [in_words(seconds) for seconds in (0.42, 12, 200, 5400, 36_000, 720_000)]
     assert found == ["0.4 s", "12 s", "3 min", "1.5 h", "10 h", "200 h"]
 
 
@@ -167,7 +171,7 @@ def test_amimv_has_as_many_steps_without_labels_as_with(bench):
     X = np.zeros((640, 8, 8), dtype=np.uint8)
     bench(rows({"logit adjustment": 0.5, "AMIMV": 0.9}))
     encoder = recommend(X, np.arange(640) % 2, start=False, budget="9 hours").estimator.pretrain
-    assert encoder.max_epochs * 640 // 32 == module.usual_steps(640, 2, 2) == 400
+    assert encoder.max_epochs * 640 // 32 == usual_steps(640, 2, 2) == 400
 
 
 def test_a_smaller_budget_changes_the_choice(problem):
@@ -242,7 +246,7 @@ def test_a_start_is_tuned_where_the_budget_allows_else_frozen_else_left_out(
     assert [one.regime for one in found.values()] == ["pretrained", "frozen", "scratch"]
     params = [one.estimator.get_params(deep=False) for one in (tuned, frozen)]
     assert "head_first" in params[0].values()
-    assert "frozen" in params[1].values() or frozen.method == module.FROZEN_LR
+    assert "frozen" in params[1].values() or frozen.method == candidates.FROZEN_LR
     assert "efficientnet_lite0" in tuned.reason or "EfficientNetLite" in tuned.reason
     assert any("takes longer" in note for note in frozen.notes)
     assert scratch.method == "balanced forest"
@@ -435,7 +439,7 @@ def test_a_trial_falls_back_to_a_cheaper_way(problem, bench):
     advice = recommend(*problem[:2], **ask, budget=1.1 * tuning, try_out=True)
     assert advice.regime == "frozen"
     assert len(advice.comparison.names) == 2
-    assert f"Trying out tuning takes longer than {module.in_words(1.1 * tuning)}" in str(advice)
+    assert f"Trying out tuning takes longer than {in_words(1.1 * tuning)}" in str(advice)
     assert recommend(*problem[:2], **ask, budget=1.1 * tuning).regime == "pretrained"
 
 
@@ -444,17 +448,18 @@ def test_a_dear_first_method_leaves_room_for_a_second():
         name: {"score": score, "seconds": seconds}
         for name, score, seconds in [("a", 0.9, 30), ("b", 0.8, 12), ("c", 0.7, 10)]
     }
-    names = [module._short_list(listed, budget) for budget in (110, 109, 56, 55, 10**6)]
+    names = [short_list(listed, budget) for budget in (110, 109, 56, 55, 10**6)]
     assert names == [["a", "c"], ["b", "c"], ["b", "c"], [], ["a", "b", "c"]]
 
 
 @pytest.mark.parametrize(("score", "guesses"), [(0.66, True), (0.67, False)])
 def test_the_score_of_a_trial_is_flattered_and_noise_is_guessing(problem, score, guesses):
     """Of 36 and 12 images, guessing has an error of .083."""
-    data = module._read(*problem[:2], None, {})
-    row = {"method": "LMD", "regime": "scratch", "score": 0.9, "inner": score, "seconds": 1.0}
+    data = read(*problem[:2], None, {})
+    row = {"method": "LMD", "score": 0.9, "inner": score, "seconds": 1.0, "fits": True}
+    way = candidates.Way("scratch", (8, 8), {"LMD": Expected(0.9, 0.1)}, {}, [row])
     told = [
-        module._reason(row, dict.fromkeys(names, score), [], data, (8, 8), 0.1, object(), 9, None)
+        reason("LMD", way, dict.fromkeys(names, score), data, 9, None)
         for names in (("LMD", "CSSN", "SPMix"), ("LMD",))
     ]
     assert "flattered as the best of 3" in told[0]
@@ -465,7 +470,7 @@ def test_the_score_of_a_trial_is_flattered_and_noise_is_guessing(problem, score,
 def test_the_inner_search_of_a_frozen_start_says_that_it_splits_patients(problem, bench):
     X, y, groups = problem
     net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU())
-    bench(rows({"logit adjustment": 0.5, module.FROZEN_SVM: 0.9}, regime="frozen"))
+    bench(rows({"logit adjustment": 0.5, candidates.FROZEN_SVM: 0.9}, regime="frozen"))
     ask = {"start": net, "image_size": 8, "random_state": 0}
     assert "patients whole" not in str(recommend(X, y, **ask))
     advice = recommend(X, y, groups, **ask)
@@ -539,8 +544,8 @@ def test_the_estimator_is_not_fitted_and_behaves(problem):
 
 @pytest.mark.parametrize(
     ("regime", "method"),
-    [("scratch", module.AMIMV), ("scratch", module.VIRTUAL), ("scratch", module.FOREST),
-     ("frozen", module.FROZEN_LR), ("frozen", module.FROZEN_SVM), ("frozen", "LMD"),
+    [("scratch", candidates.AMIMV), ("scratch", candidates.VIRTUAL), ("scratch", candidates.FOREST),
+     ("frozen", candidates.FROZEN_LR), ("frozen", candidates.FROZEN_SVM), ("frozen", "LMD"),
      ("pretrained", "logit adjustment")],
 )  # fmt: skip
 def test_each_kind_of_candidate_trains(problem, bench, regime, method):
