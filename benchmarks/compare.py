@@ -410,14 +410,6 @@ def peak_memory(reset: bool = False) -> float:
         return math.nan
 
 
-def inner_folds(y: np.ndarray, patients: np.ndarray | None) -> Any:
-    """Folds for a search among the training rows: patients whole, where they have several."""
-    n_folds = Setting.inner_folds
-    if patients is None or len(np.unique(patients)) == len(y):
-        return n_folds
-    return list(StratifiedGroupKFold(n_folds).split(y, y, patients))
-
-
 def run(job: Job, folder: str | None, cls: type | None = None) -> dict[str, Any]:
     """Train and test one method; what came out, with all that a reader may ask.
 
@@ -439,7 +431,7 @@ def run(job: Job, folder: str | None, cls: type | None = None) -> dict[str, Any]
         suite.image_size,
         suite.fine_tune,
         suite.max_epochs,
-        inner_folds(y, None if data.groups is None else data.groups[train]),
+        None if data.groups is None else tuple(data.groups[train].tolist()),
     )
     make = METHODS[job.regime][job.method] if cls is None else partial(made_from, cls)
     classifier = make(setting)

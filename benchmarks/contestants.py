@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.decomposition import PCA
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
 
@@ -54,7 +55,7 @@ class Setting:
     image_size: int | None = None
     fine_tune: str = "auto"
     max_epochs: int | None = None
-    inner_folds: Any = 3  # what a search within the training rows takes for `cv`
+    patients: tuple[Any, ...] | None = None  # of the training images, in their order
 
     @property
     def network(self) -> dict[str, Any]:
@@ -76,6 +77,27 @@ class Setting:
             return "auto"
         n_steps = self.step_share * usual_steps(0, len(self.counts), self.spatial_dims)
         return max(1, round(n_steps / max(1, steps_per_epoch)))
+
+    def folds(self, n: int = 3, seed: int | None = None) -> Any:
+        """Stratified folds of the training images: patients whole, where they have several.
+
+        With a seed they are drawn.
+        """
+        how: dict[str, Any] = {"shuffle": seed is not None, "random_state": seed}
+        if self.patients is None or len(set(self.patients)) == len(self.patients):
+            return StratifiedKFold(n, **how)
+        return WholePatients(self.patients, n, **how)
+
+
+class WholePatients(StratifiedGroupKFold):
+    """Folds of images whose patients it knows, for what asks for folds without naming patients."""
+
+    def __init__(self, patients: Sequence[Any], n_splits: int, **how: Any) -> None:
+        super().__init__(n_splits, **how)
+        self.patients = patients
+
+    def split(self, X: Any, y: Any = None, groups: Any = None) -> Iterator[Any]:
+        return super().split(X, y, self.patients)
 
 
 def network(*, balanced: bool = False, **params: Any) -> Callable[[Setting], Any]:

@@ -18,9 +18,6 @@ from imblearn.over_sampling import RandomOverSampler
 from imblearn.pipeline import make_pipeline
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC
 
 from sklearn_medimb import (
     AMIMVClassifier,
@@ -35,6 +32,13 @@ from sklearn_medimb import (
 )
 from sklearn_medimb.backbones import ConvNet, Start
 from sklearn_medimb.base._classifier import TUNING_EPOCHS
+from sklearn_medimb.comparison._features import (
+    HOW_LONG,
+    LOGISTIC_C,
+    chosen,
+    logistic_regression,
+    support_vectors,
+)
 
 Contestant = Callable[[Setting], Any]
 
@@ -51,16 +55,15 @@ STARTS: dict[str, Any] = {"untrained": Untrained(widths=(4, 8))}  # others are n
 
 
 class FoldEnsemble(ClassifierMixin, BaseEstimator):
-    """Mean of the probabilities of five fits, each without one stratified fifth of the images."""
+    """Mean of the probabilities of several fits, each without one fold of the images."""
 
-    def __init__(self, estimator: Any, random_state: int | None = None) -> None:
+    def __init__(self, estimator: Any, folds: Any) -> None:
         self.estimator = estimator
-        self.random_state = random_state
+        self.folds = folds
 
     def fit(self, X: np.ndarray, y: np.ndarray) -> FoldEnsemble:
-        folds = StratifiedKFold(5, shuffle=True, random_state=self.random_state)
         self.classes_ = np.unique(y)
-        self.members_ = [clone(self.estimator).fit(X[a], y[a]) for a, _ in folds.split(X, y)]
+        self.members_ = [clone(self.estimator).fit(X[a], y[a]) for a, _ in self.folds.split(X, y)]
         return self
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
@@ -95,7 +98,7 @@ def from_scratch(s: Setting) -> Any:
 
 
 def ensemble(s: Setting) -> Any:
-    return FoldEnsemble(adjusted()(s), s.seed)
+    return FoldEnsemble(adjusted()(s), s.folds(5, s.seed))
 
 
 def amimv(s: Setting) -> Any:
@@ -123,27 +126,13 @@ def features(s: Setting, **params: Any) -> PretrainedFeatures:
     return PretrainedFeatures(**given, **params)
 
 
-def chosen(s: Setting, *steps: Any, **grid: list[float]) -> GridSearchCV:
-    """Standardise, then the steps; of the grid, what has the best inner balanced accuracy."""
-    pipeline = make_pipeline(StandardScaler(), *steps)
-    return GridSearchCV(pipeline, grid, cv=s.inner_folds, scoring="balanced_accuracy")
-
-
 def logistic(**params: Any) -> Contestant:
     """Balanced logistic regression."""
-
-    def make(s: Setting) -> Any:
-        head = LogisticRegression(class_weight="balanced", max_iter=300, tol=1e-3)
-        return make_pipeline(
-            features(s, **params), chosen(s, head, logisticregression__C=[3e-4, 3e-3, 3e-2])
-        )
-
-    return make
+    return lambda s: logistic_regression(features(s, **params), s.folds())
 
 
-def support_vectors(s: Setting) -> Any:
-    head = SVC(class_weight="balanced", random_state=s.seed)
-    return make_pipeline(features(s), chosen(s, head, svc__C=[0.1, 1, 10]))
+def svm(s: Setting) -> Any:
+    return support_vectors(features(s), s.seed, s.folds())
 
 
 def forest(s: Setting) -> Any:
@@ -155,9 +144,8 @@ def forest(s: Setting) -> Any:
 
 def virtual_features(s: Setting) -> Any:
     sampler = BalancedVirtualFeatures(replace=True, random_state=s.seed)
-    head = LogisticRegression(max_iter=300, tol=1e-3)
-    grid = {"logisticregression__C": [3e-4, 3e-3, 3e-2]}
-    return make_pipeline(features(s), chosen(s, sampler, head, **grid))
+    head = LogisticRegression(**HOW_LONG)
+    return chosen(features(s), sampler, head, cv=s.folds(), logisticregression__C=LOGISTIC_C)
 
 
 # ---------------------------------------------------------------- by name
@@ -168,7 +156,7 @@ SHAPING = {"metric two-stage - metric", "LMD - relations", "LMD - E-step"}
 FROZEN: dict[str, Contestant] = {
     "frozen LR": logistic(at_all_depths=False, n_views=1),
     "frozen LR, views + depths": logistic(),
-    "frozen SVM": support_vectors,
+    "frozen SVM": svm,
     "frozen forest": forest,
     "frozen virtual features": virtual_features,
     **METHODS,

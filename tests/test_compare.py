@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score
-from sklearn.model_selection import check_cv
+from sklearn.model_selection import StratifiedKFold, check_cv
 from tqdm import tqdm
 
 from sklearn_medimb.metrics import paired_difference
@@ -742,8 +742,8 @@ def test_folds_with_a_start_keep_patients_whole_and_test_each_image_once(few_les
     assert sorted(tested) == list(range(len(data.target)))
 
 
-@pytest.mark.parametrize("method", ["frozen LR", "frozen SVM", "frozen virtual features"])
-def test_searches_of_a_baseline_keep_patients_whole(few_lesions, monkeypatch, method):
+def run_watched(monkeypatch, method):
+    """Classifier of a job on a frozen start, and images, classes and patients it was given."""
     made, make = [], compare.FROZEN[method]
     monkeypatch.setitem(compare.FROZEN, method, lambda s: made.append(make(s)) or made[-1])
     suite = replaced(monkeypatch, "frozen", cuts=(None,))
@@ -752,14 +752,45 @@ def test_searches_of_a_baseline_keep_patients_whole(few_lesions, monkeypatch, me
         compare.run(job, None)
     data = compare.load(None, "lesions", suite)
     train, _ = compare.split(data, suite, None, 0)
-    y, patients = data.target[train], data.groups[train]
-    assert len(np.unique(patients)) < len(train)
-    folds = list(check_cv(made[0][-1].cv, y, classifier=True).split(y, y))
-    assert sorted(np.concatenate([scored for _, scored in folds])) == list(range(len(train)))
+    assert len(np.unique(data.groups[train])) < len(train)
+    return made[0], data.images[train], data.target[train], data.groups[train]
+
+
+@pytest.mark.parametrize("method", ["frozen LR", "frozen SVM", "frozen virtual features"])
+def test_searches_of_a_baseline_keep_patients_whole(few_lesions, monkeypatch, method):
+    made, _, y, patients = run_watched(monkeypatch, method)
+    folds = list(check_cv(made[-1].cv, y, classifier=True).split(y, y))
+    assert sorted(np.concatenate([scored for _, scored in folds])) == list(range(len(y)))
     for fitted, scored in folds:
         assert not set(patients[fitted]) & set(patients[scored])
-    # Images of as many patients are split as ever.
-    assert compare.inner_folds(y, None) == compare.inner_folds(y, np.arange(len(y))) == 3
+
+
+def test_fits_of_an_ensemble_keep_patients_whole(few_lesions, monkeypatch):
+    given, cls = [], contestants_pretrained.SoftmaxClassifier
+    fit = cls.fit
+    monkeypatch.setattr(cls, "fit", lambda clf, X, y: given.append(X) or fit(clf, X, y))
+    _, X, _, patients = run_watched(monkeypatch, "logit adjustment, 5-fold ensemble")
+    left_out = []
+    for part in given:
+        known = {image.tobytes() for image in part}
+        inside = np.array([image.tobytes() in known for image in X])
+        assert inside.sum() == len(part)
+        assert not set(patients[inside]) & set(patients[~inside])
+        left_out += np.flatnonzero(~inside).tolist()
+    assert len(given) == 5
+    assert sorted(left_out) == list(range(len(X)))
+
+
+def test_images_of_as_many_patients_are_split_as_ever():
+    y = np.repeat([0, 1], [12, 6])
+    for patients in (None, tuple(range(18))):
+        setting = contestants.Setting(3, 2, (12, 6), None, patients=patients)
+        for given, usual in [
+            (setting.folds(), StratifiedKFold(3)),
+            (setting.folds(5, 3), StratifiedKFold(5, shuffle=True, random_state=3)),
+        ]:
+            for one, other in zip(given.split(y, y), usual.split(y, y), strict=True):
+                np.testing.assert_array_equal(one[1], other[1])
 
 
 @pytest.mark.parametrize(
@@ -782,8 +813,9 @@ def test_five_fits_vote_also_where_one_saw_no_image_of_a_class():
     X = np.array([[0.0], [0.1], [0.2], [0.9], [1.0], [1.1], [0.05], [0.95], [0.15], [5.0]])
     y = np.array(["a", "a", "a", "b", "b", "b", "a", "b", "a", "rare"])
     head = contestants.LogisticRegression(C=100)
+    folds = StratifiedKFold(5, shuffle=True, random_state=0)
     with pytest.warns(UserWarning, match="least populated class"):
-        clf = contestants_pretrained.FoldEnsemble(head, random_state=0).fit(X, y)
+        clf = contestants_pretrained.FoldEnsemble(head, folds).fit(X, y)
     assert sorted(len(member.classes_) for member in clf.members_) == [2, 3, 3, 3, 3]
     np.testing.assert_allclose(clf.predict_proba(X).sum(axis=1), 1)
     assert (clf.predict(X) == y).all()
