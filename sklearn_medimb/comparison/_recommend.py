@@ -73,7 +73,9 @@ def recommend(
         Of the estimator, and of the trial.
     **params
         What all networks share, such as ``spatial_dims=3``; not `pretrain` and `sampler`, in which
-        methods differ.
+        methods differ. With ``memory=folder`` methods on a frozen start, classifiers of its
+        features too, share what it makes of the training images of a fold; CSSN and SPMix, which
+        need something else of it, have it encode them for themselves.
 
     Returns
     -------

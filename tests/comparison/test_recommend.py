@@ -19,14 +19,25 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.validation import check_is_fitted
 
 from sklearn_medimb import AMIMVClassifier, AMIMVEncoder, SoftmaxClassifier
-from sklearn_medimb.backbones import EfficientNetLite, ResNet
+from sklearn_medimb._training.network import Trunk
+from sklearn_medimb.backbones import ConvNet, EfficientNetLite, ResNet, Start
 from sklearn_medimb.base._classifier import usual_steps
 from sklearn_medimb.comparison import _candidates as candidates
-from sklearn_medimb.comparison import common_methods, recommend
+from sklearn_medimb.comparison import _compare, common_methods, recommend
 from sklearn_medimb.comparison._advice import as_seconds, in_words, reason
 from sklearn_medimb.comparison._reading import read
 from sklearn_medimb.comparison._rule import Expected, Row, choose, evidence, expected, work
 from sklearn_medimb.comparison._trial import short_list
+
+class Started(ConvNet):
+    """A small network that passes for one with weights of elsewhere, best left as it is."""
+
+    gains_from_tuning = False
+
+    @property
+    def start(self):
+        return Start(mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.3), image_size=8, digest="test")
+
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -485,6 +496,62 @@ def test_the_inner_search_of_a_frozen_start_says_that_it_splits_patients(problem
     clf = advice.estimator.set_params(gridsearchcv__cv=Watched(3))  # what it says works
     clf.fit(X, y, gridsearchcv__groups=groups)
     np.testing.assert_array_equal(splits[0], groups)
+
+
+@pytest.fixture
+def encodings(monkeypatch):
+    """Of each fit of a trial, how many images the backbone encoded."""
+    found, encoded, encode, fit = [], [], Trunk._encode, _compare.fitted_on
+
+    def watched_fit(rows, *args):
+        encoded.clear()
+        made = fit(rows, *args)
+        found.append(sum(encoded))
+        return made
+
+    def watched(trunk, images):
+        if images.any():  # blank ones tell shapes
+            encoded.append(len(images))
+        return encode(trunk, images)
+
+    monkeypatch.setattr(Trunk, "_encode", watched)
+    monkeypatch.setattr(_compare, "fitted_on", watched_fit)
+    return found
+
+
+@pytest.mark.parametrize("first", ["logit adjustment", candidates.FROZEN_LR])
+def test_methods_of_a_trial_encode_the_images_of_a_fold_once(
+    problem, bench, encodings, tmp_path, first
+):
+    X, y, groups = problem
+    X = np.where(X == 0, 1, X)[..., None].repeat(3, axis=3)
+    names = ["logit adjustment", "LMD", candidates.FROZEN_LR, candidates.FROZEN_SVM]
+    bench(rows(dict.fromkeys(names, 0.5) | {first: 0.9}, regime="frozen"))
+    ask = {"start": Started(widths=(4, 8)), "image_size": 8, "max_epochs": 1, "random_state": 0}
+    found = {}
+    for memory in (None, tmp_path):
+        encodings.clear()
+        advice = recommend(
+            X, y, groups, **ask, try_out=True, budget="1 hour", device="cpu", memory=memory
+        )
+        assert advice.regime == "frozen"
+        assert sorted(advice.comparison.names) == sorted(names)
+        of_fold = [4 * len(train) for train, _ in advice.comparison.folds]  # in four views
+        assert encodings == of_fold + (9 * [0] if memory else 3 * of_fold)
+        found[memory] = {name: advice.comparison.predictions[name].tolist() for name in names}
+    assert found[None] == found[tmp_path]
+
+
+def test_methods_that_need_the_same_of_a_frozen_start_share_it(problem, encodings, tmp_path):
+    X, y, _ = problem
+    X = np.where(X == 0, 1, X)[..., None].repeat(3, axis=3)
+    how = {"backbone": Started(widths=(4, 8)), "fine_tune": "frozen", "max_epochs": 1}
+    methods = common_methods(**how, random_state=0, memory=tmp_path)
+    for clf in methods.values():
+        _compare.fitted_on(np.arange(48), clf, X, y, None)
+    own = {name for name, n in zip(methods, encodings, strict=True) if n}
+    assert own == {next(iter(methods)), "CSSN", "SPMix"}
+    assert sum(encodings) == 3 * 4 * 48
 
 
 # ---------------------------------------------------------------- unlabelled images
