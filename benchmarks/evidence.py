@@ -4,8 +4,10 @@
     python benchmarks/evidence.py [TABLE ...] --regret   prints regrets, and writes nothing
 
 A row of the package's table is a method that it can make on a training set (data, cut), mean over
-seeds. It counts where it has all the seeds that logit adjustment has there. ``starts.csv`` has the
-regimes that `compare.py` has not run yet: rows of its suite "core" take their place.
+seeds. It counts where it has all the seeds that logit adjustment has there. All rows are of one
+kind of hardware: seconds are told in its own, and scores as differences to logit adjustment, which
+would be those between kinds too. ``starts.csv`` has the regimes that `compare.py` has not run yet:
+rows of its suite "core" take their place.
 
 Regret: of each training set, the score of the best method less that of the chosen one, where the
 rule knows the other *sets* alone (all cuts of a set are left out). The best of many noisy means is
@@ -47,7 +49,9 @@ SUITES = {
 }
 
 # What rows have that may stand beside one another.
-USUAL = {"rows": "test", "size": "all", "start": "efficientnet_lite0"}
+USUAL = {
+    "rows": "test", "size": "all", "start": "efficientnet_lite0", "hardware": "2 cores x86_64",
+}  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -58,7 +62,10 @@ class Cell(NamedTuple):
 
 
 def cells(paths: Sequence[Path]) -> list[Cell]:
-    """Methods on training sets, each with all the seeds of logit adjustment."""
+    """Methods on training sets, each with all the seeds of logit adjustment.
+
+    Tables that say of one fit two things are refused.
+    """
     rows = [row for path in paths for row in _table(path)]
     suites = {
         regime: next((name for name in known if _has(rows, regime, name)), None)
@@ -68,7 +75,9 @@ def cells(paths: Sequence[Path]) -> list[Cell]:
     for row in rows:
         if row["suite"] == suites[row["regime"]]:
             key = row["regime"], row["data"], row["cut"], NAMES.get(row["method"], row["method"])
-            found.setdefault(key, {})[row["seed"]] = row
+            if row["seed"] in found.setdefault(key, {}):
+                raise ValueError(f"The tables have two rows of {' '.join(key)}, seed {row['seed']}")
+            found[key][row["seed"]] = row
     made = []
     for (regime, data, cut, method), of in found.items():
         seeds = set(found.get((regime, data, cut, REFERENCE), {}))
@@ -80,14 +89,13 @@ def cells(paths: Sequence[Path]) -> list[Cell]:
 
 
 def _table(path: Path) -> list[dict[str, str]]:
-    """Rows on test images, of whole training parts, the usual start, and no GPU."""
+    """Rows on test images, of whole training parts, the usual start, and the usual hardware."""
     with path.open(newline="") as file:
         rows = [{**row, "regime": row.get("regime") or "scratch"} for row in csv.DictReader(file)]
     return [
         row
         for row in rows
         if all((row.get(name) or usual) == usual for name, usual in USUAL.items())
-        and "," not in row.get("hardware", "")
     ]
 
 
@@ -211,6 +219,8 @@ def main() -> None:
     parser.add_argument("--regret", action="store_true", help="print regrets, and write nothing")
     args = parser.parse_args()
     made = cells(args.tables)
+    if not made:
+        parser.error(f"argument tables: no row of logit adjustment has {USUAL}")
     if args.regret:
         print(report(made))
     else:

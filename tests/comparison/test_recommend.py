@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import itertools
 import pickle
+import sys
 import time
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from sklearn_medimb.comparison._advice import as_seconds, in_words, reason
 from sklearn_medimb.comparison._reading import read
 from sklearn_medimb.comparison._rule import Expected, Row, choose, evidence, expected, work
 from sklearn_medimb.comparison._trial import short_list
+
 
 class Started(ConvNet):
     """A small network that passes for one with weights of elsewhere, best left as it is."""
@@ -742,31 +744,56 @@ def test_the_table_follows_from_those_of_the_bench(tmp_path):
     assert (tmp_path / "again.csv").read_text() == script.OUT.read_text()
 
 
-def test_what_may_not_stand_beside_the_rest_is_no_evidence(tmp_path):
-    """Other suites, parts of the images, another start, inner rows, and seconds of a GPU."""
-    script, row = load(), {
-        "regime": "frozen", "suite": "core", "start": "efficientnet_lite0", "rows": "test",
-        "size": "all", "hardware": "2 cores", "data": "busi", "cut": "natural", "seed": 0,
-        "n_train": 90, "n_classes": 3, "imbalance_ratio": 2.0, "balanced_accuracy": 0.5,
-        "fit_seconds": 9.0,
+def bench_row(script, **more):
+    return {
+        "regime": "frozen", "suite": "core", **script.USUAL, "data": "busi", "cut": "natural",
+        "seed": 0, "method": "logit adjustment", "n_train": 90, "n_classes": 3,
+        "imbalance_ratio": 2.0, "balanced_accuracy": 0.5, "fit_seconds": 9.0, **more,
     }  # fmt: skip
-    rows = [{**row, "method": method} for method in ("logit adjustment", "LMD")]
-    odd = {
-        "suite": "curves", "size": 50, "start": "resnet18", "rows": "inner", "hardware": "2, GPU",
-    }  # fmt: skip
-    other = {"balanced_accuracy": 0.9, "n_train": 50, "fit_seconds": 1.0}
-    rows += [{**of, **other, name: value} for of in rows for name, value in odd.items()]
-    ideas = {"regime": "scratch", "suite": "ideas", "start": ""}
-    rows += [{**of, **other, **ideas} for of in rows[:2]]
-    with (tmp_path / "results.csv").open("w", newline="") as file:
+
+
+def write_rows(rows, path):
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    found = script.cells([tmp_path / "results.csv"])
+    return path
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_may_not_stand_beside_the_rest_is_no_evidence(tmp_path, order):
+    """Other suites, parts of the images, another start, inner rows, other kinds of hardware."""
+    script = load()
+    rows = [bench_row(script, method=method) for method in ("logit adjustment", "LMD")]
+    odd = [
+        {"suite": "curves"}, {"size": 50}, {"start": "resnet18"}, {"rows": "inner"},
+        {"hardware": f"{script.USUAL['hardware']}, GPU"}, {"hardware": "64 cores x86_64"},
+        {"hardware": "64 cores x86_64", "seed": 1}, {"hardware": "2 cores aarch64"},
+    ]  # fmt: skip
+    other = {"balanced_accuracy": 0.9, "n_train": 50, "fit_seconds": 1.0}
+    rows += [{**of, **other, **what} for of in rows for what in odd]
+    ideas = {"regime": "scratch", "suite": "ideas", "start": ""}
+    rows += [{**of, **other, **ideas} for of in rows[:2]]
+    found = script.cells([write_rows(rows[::order], tmp_path / "results.csv")])
     assert [cell.about.method for cell in found] == ["LMD", "logit adjustment"]
     for cell in found:
         assert (cell.about.score, cell.about.n_train, cell.about.seconds) == (0.5, 90, 9.0)
         assert cell.by_seed == {"0": 0.5}
+
+
+def test_tables_that_disagree_or_have_nothing_of_use_are_refused(tmp_path, monkeypatch, capsys):
+    script = load()
+    one = write_rows([bench_row(script)], tmp_path / "one.csv")
+    other = write_rows([bench_row(script, balanced_accuracy=0.9)], tmp_path / "other.csv")
+    with pytest.raises(ValueError, match="two rows of frozen busi natural logit adjustment, seed"):
+        script.cells([one, other])
+    foreign = write_rows([bench_row(script, hardware="64 cores")], tmp_path / "foreign.csv")
+    out = tmp_path / "out.csv"
+    monkeypatch.setattr(sys, "argv", ["evidence.py", str(foreign), "--out", str(out)])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "argument tables: no row" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_regret_of_a_hand_made_bench(monkeypatch):
