@@ -48,6 +48,9 @@ from sklearn_medimb.augment import resolve_augmentation, symmetries
 from sklearn_medimb.backbones import classifier_head
 from sklearn_medimb.base._course import Trains
 
+# Images that a CPU tunes a network of elsewhere on in minutes.
+MOST_TUNED = 500
+
 
 @dataclass
 class Fit:
@@ -441,7 +444,7 @@ class BaseImageEstimator(Trains):
         """How the backbone is trained, with "auto" resolved."""
         chosen = self.fine_tune
         if chosen == "auto" and self._has_known_start:
-            in_minutes = fit.device.type == "cuda" or self.n_samples_fit_ <= 500
+            in_minutes = fit.device.type == "cuda" or self.n_samples_fit_ <= MOST_TUNED
             tuned = in_minutes and self._recipe.gains_from_tuning
             chosen = "head_first" if tuned else "frozen"
         elif chosen == "auto":

@@ -15,6 +15,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn_medimb.backbones import ConvNet, recipe_of
 from sklearn_medimb.base import BaseImageEstimator
 from sklearn_medimb.base._classifier import usual_steps
+from sklearn_medimb.base._image_estimator import MOST_TUNED
 from sklearn_medimb.comparison._features import logistic_regression, support_vectors
 from sklearn_medimb.comparison._methods import common_methods
 from sklearn_medimb.comparison._reading import SIDE, Data
@@ -27,7 +28,6 @@ from sklearn_medimb.methods import (
 )
 from sklearn_medimb.over_sampling import BalancedVirtualFeatures
 
-MOST_TUNED = 500  # images that a CPU tunes a start on, as fine_tune="auto" has it
 FROZEN_LR, FROZEN_SVM = "frozen LR, views + depths", "frozen SVM"
 AMIMV, VIRTUAL = "AMIMV", "virtual features"
 METHODS = (*common_methods(), AMIMV, VIRTUAL, FOREST, FROZEN_LR, FROZEN_SVM)
@@ -53,15 +53,15 @@ def ways_of(
     data: Data,
     device: torch.device,
     budget: float,
+    shared: Mapping[str, Any],
     params: Mapping[str, Any],
-    given: Mapping[str, Any],
 ) -> list[Way]:
-    """Each way, the first choice first; `params` are those of all, before what `given` says."""
-    found = []
+    """Each way, the first choice first; what networks share, and `params`, which have the say."""
     on_gpu = device.type == "cuda"
+    found = []
     for regime in _regimes(begins, len(data.rows), on_gpu):
-        shared = {**params, **_of_regime(regime, begins, data), **given}
-        found.append(_way(regime, data, shared, on_gpu, budget))
+        given = {**shared, **_of_regime(regime, begins, data), **params}
+        found.append(_way(regime, data, given, on_gpu, budget))
     return found
 
 
