@@ -7,14 +7,15 @@ import torch
 from sklearn.base import clone
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sklearn_medimb import augment as augment_module
 from sklearn_medimb.augment import (
     AUGMENTATIONS,
     Augmentation,
-    affine_matrix,
+    _intensity,
+    _passes,
     resolve_augmentation,
     symmetries,
 )
+from sklearn_medimb.augment._geometry import affine_matrix
 
 RANGES = {name: interval for name, (interval,) in Augmentation._parameter_constraints.items()}
 
@@ -232,18 +233,29 @@ def kernels(augment, shape):
     return recorded.names
 
 
+@pytest.fixture
+def fuse(monkeypatch):
+    """Let passes be fused, as on a GPU, or not."""
+
+    def switch(fused):
+        for module in (_passes, _intensity):
+            monkeypatch.setattr(module, "is_fused", lambda images: fused)
+
+    return switch
+
+
 @pytest.mark.parametrize("preset", KERNELS)
 @pytest.mark.parametrize("shape", [(3, 16, 16), (1, 4, 8, 8)], ids=["images", "volumes"])
-def test_presets_take_few_kernels(preset, shape, monkeypatch):
-    monkeypatch.setattr(augment_module, "_is_fused", lambda images: True)  # as on a GPU
+def test_presets_take_few_kernels(preset, shape, fuse):
+    fuse(True)
     assert len(kernels(resolve_augmentation(preset), shape)) <= KERNELS[preset][len(shape) - 3]
 
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("shape", [(3, 9, 7), (3, 4, 5, 6)])
 @pytest.mark.parametrize("options", [EVERYTHING, COLOURS | {"hue": 0.0}, {"vertical_flip": 0.5}])
-def test_nothing_comes_from_the_host_or_goes_there(options, shape, fused, monkeypatch):
-    monkeypatch.setattr(augment_module, "_is_fused", lambda images: fused)
+def test_nothing_comes_from_the_host_or_goes_there(options, shape, fused, fuse):
+    fuse(fused)
     names = set(kernels(Augmentation(**options), shape))
     assert not {name for name in names if name.startswith("lift")}
     assert not names & {"scalar_tensor", "_local_scalar_dense", "nonzero", "masked_select", "index"}
@@ -251,12 +263,12 @@ def test_nothing_comes_from_the_host_or_goes_there(options, shape, fused, monkey
 
 @pytest.mark.parametrize("shape", [(3, 9, 7), (1, 4, 5, 6)])
 @pytest.mark.parametrize("off", [(), ("gamma",), ("contrast",), ("gamma", "contrast"), ("tilt",)])
-def test_fewer_kernels_give_the_same(shape, off, monkeypatch):
+def test_fewer_kernels_give_the_same(shape, off, fuse):
     options = {k: v for k, v in EVERYTHING.items() if k not in off}
     augment, results = Augmentation(**options), []
     params = augment.draw(5, shape, seeded())
     for fused in (False, True):
-        monkeypatch.setattr(augment_module, "_is_fused", lambda images, fused=fused: fused)
+        fuse(fused)
         images = random_images(5, shape, dtype=torch.float64)
         images[1] = 4.0
         images.requires_grad_()
@@ -896,6 +908,24 @@ def test_chest_is_medical_without_mirror_images(shape):
     assert len(symmetries(resolve_augmentation("chest"), shape, 8)) == 1
 
 
+@pytest.mark.parametrize("sides", [(4, 4), (4, 5), (3, 4, 4), (4, 4, 3)])
+def test_symmetries_are_flips_and_turns_in_order(sides):
+    images = random_images(2, (1, *sides))
+    x, y, z = -1, -2, -3
+    flips = [(x,), (y,), (z,), (x, y), (x, z), (y, z), (x, y, z)]
+    flipped = [images.flip(axes) for axes in flips if -min(axes) <= len(sides)]
+    turned = []
+    if sides[x] == sides[y]:
+        quarter, three = (torch.rot90(images, k, (y, x)) for k in (1, 3))
+        turned = [quarter, three, quarter.flip(x), quarter.flip(y)]
+    n = len(sides)
+    expected = [images, *flipped[:n], *turned[:1], *flipped[n:], *turned[1:]]
+    for most in range(1, len(expected) + 3):
+        views = symmetries(resolve_augmentation("medical"), (1, *sides), most)
+        assert len(views) == min(most, len(expected))
+        assert all(torch.equal(f(images), e) for f, e in zip(views, expected, strict=False))
+
+
 def test_resolve_augmentation():
     class Own:
         def draw(self, n, image_shape, generator):
@@ -922,6 +952,7 @@ def test_clone_pickle_and_params_round_trip():
     for copy in (
         clone(augment),
         pickle.loads(pickle.dumps(augment)),
+        pickle.loads(pickle.dumps(augment, 0).replace(b"._augmentation\n", b"\n")),  # as of old
         Augmentation(**augment.get_params()),
     ):
         assert copy.get_params() == augment.get_params()
