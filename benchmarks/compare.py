@@ -8,7 +8,9 @@ FOLDER holds ``.npz`` files. A job is one method on one data set, cut, size and 
 a file of its own, written whole or not at all, so that a run which was killed goes on where it was;
 it also says what was predicted for each image and patient tested. At the end, or with ``--table``,
 ``results.csv`` is written from these files; jobs that it holds already count as done, if they ran
-on the same kind of hardware. ``report.py`` turns it into a page.
+on the same kind of hardware. Beside it ``predictions.csv`` has the predicted classes as short text,
+which outlasts the files: with FOLDER the images, classes and patients they are of are found again.
+``report.py`` turns both into a page.
 
 "scratch" takes all MedMNIST-style sets of the folder and synthetic lesions, at 28 pixels: the
 official test images where there are some, else a stratified fold that keeps patients whole, drawn
@@ -53,6 +55,7 @@ import warnings
 from collections.abc import Iterator
 from functools import cache, partial
 from importlib.metadata import version
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +63,7 @@ import numpy as np
 from contestants import IDEAS, OF_MANY_CLASSES, Setting, made_from, outside
 from contestants import METHODS as SCRATCH
 from contestants_pretrained import FROZEN, LARGE, LEVERS, STARTS, TUNED
-from differences import FORMERLY, KEY
+from differences import FORMERLY, KEY, Answers, in_full, in_short
 from imblearn.metrics import geometric_mean_score
 from joblib import parallel_config
 from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
@@ -313,6 +316,15 @@ def split(
     return train, test
 
 
+def images_of(data: Bunch, test: np.ndarray) -> dict[str, list[Any]]:
+    """What tells the images tested from others: rows, patients and classes."""
+    return {
+        "rows": data.get("rows", np.arange(len(data.target)))[test].tolist(),
+        "patients": (test if data.groups is None else data.groups[test]).tolist(),
+        "true": data.target[test].tolist(),
+    }
+
+
 def allows(
     data: Bunch, suite: Suite, cut: int | None, size: int | None, seed: int, *, inner: bool
 ) -> bool:
@@ -461,9 +473,7 @@ def run(job: Job, folder: str | None, cls: type | None = None) -> dict[str, Any]
         "predict_seconds": round(done - fitted, 3),
         "peak_mb": round(peak_memory(), 1),
         "tested": {
-            "rows": data.get("rows", np.arange(len(data.target)))[test].tolist(),
-            "patients": (test if data.groups is None else data.groups[test]).tolist(),
-            "true": data.target[test].tolist(),
+            **images_of(data, test),
             "predicted": np.asarray(predicted).tolist(),
             "classes": np.asarray(classes).tolist(),
             "scores": np.round(proba, 4).tolist(),
@@ -492,9 +502,8 @@ def _gpu() -> str:
     return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
 
 
-def read_table(folder: Path) -> dict[tuple[str, ...], dict[str, Any]]:
+def read_table(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
     """Rows of an earlier table, by job: they count as done too."""
-    path = folder / "results.csv"
     if not path.exists():
         return {}
     with path.open() as file:
@@ -507,29 +516,61 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def write_table(folder: Path) -> Path:
-    """Gather the files of all jobs, and what a table held before, in an order of its own."""
-    rows = read_table(folder)
+    """Gather the files of all jobs, and what tables held before, in an order of its own."""
+    table, kept = folder / "results.csv", folder / "predictions.csv"
+    rows, predictions = read_table(table), read_table(kept)
     for path in sorted(folder.glob("jobs/*.json")):
         result = read_result(path)
         if result is not None:
-            result.pop("tested", None)
+            tested = result.pop("tested", None)
             result = {**FORMERLY, **result}
-            rows[_key(result)] = result
+            key = _key(result)
+            rows[key] = result
+            predictions.pop(key, None)
+            if tested:
+                predictions[key] = {**dict(zip(KEY, key, strict=True)), **in_short(tested)}
+    if predictions:
+        _write(kept, predictions)
+    _write(table, rows)
+    return table
 
+
+def _write(path: Path, rows: dict[tuple[str, ...], dict[str, Any]]) -> None:
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
         numbers = "cut", "size"
         return tuple(str(row[name]).zfill(8 * (name in numbers)) for name in KEY)
 
     ordered = sorted(rows.values(), key=place)
     columns = list(dict.fromkeys(name for row in ordered for name in (*KEY, *row)))
-    table = folder / "results.csv"
-    temporary = table.with_suffix(".tmp")
+    temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(ordered)
-    temporary.replace(table)
-    return table
+    temporary.replace(path)
+
+
+def remembered(table: Path, folder: str) -> Answers:
+    """What was predicted, by the text beside a table, for the images of a folder."""
+    rows, short, found = read_table(table), read_table(table.with_name("predictions.csv")), {}
+    keys = sorted(rows.keys() & short.keys())
+    for cell, alike in groupby(keys, lambda key: key[: KEY.index("method")]):
+        regime, name, _, part, data, *drawn, seed = cell
+        cut, size = (int(text) if text.isdecimal() else None for text in drawn)
+        suite, inner = SUITES[regime, name], part == "inner"
+        own = load(folder, data, suite)
+        test = split(own, suite, cut, int(seed), size=size, inner=inner)[1]
+        for key in alike:
+            tested = in_full(short[key], images_of(own, test))
+            if tested is None:
+                raise ValueError(f"{folder} has other images of {data} than predictions.csv is of.")
+            codes = np.unique(tested["true"], return_inverse=True)[1]
+            right = np.equal(tested["true"], tested["predicted"])
+            score = np.mean(np.bincount(codes, right) / np.bincount(codes))
+            if abs(score - float(rows[key]["balanced_accuracy"])) > 1e-6:
+                raise ValueError(f"predictions.csv and {table.name} are of two runs of {key}.")
+            found[key] = tested
+    return found
 
 
 def main() -> None:
@@ -585,7 +626,7 @@ def run_all(args: argparse.Namespace, folder: str | None) -> list[tuple[Job, str
     """Run what is not done yet; return what failed."""
     own = {cls.__name__: cls for cls in args.method}
     path_of = {job: args.out / "jobs" / f"{job.slug}.json" for job in jobs(args, folder)}
-    known = read_table(args.out)
+    known = read_table(args.out / "results.csv")
     missing = [job for job in path_of if _key(job.row) not in known]
     n_done = len(path_of) - sum(read_result(path_of[job]) is None for job in missing)
     print(f"{len(path_of)} jobs, {n_done} of them done", flush=True)

@@ -25,6 +25,7 @@ KEY = ("regime", "suite", "start", "rows", "data", "cut", "size", "seed", "metho
 FORMERLY = {"regime": "scratch", "suite": "core", "start": "", "rows": "test", "size": "all"}
 Rows = list[dict[str, Any]]
 Answers = dict[tuple[str, ...], dict[str, list[Any]]]  # what was predicted, by job
+IMAGES = ("rows", "patients", "true")  # what is said there of the images
 
 
 class Effect(NamedTuple):
@@ -85,6 +86,21 @@ def tested(folder: Path) -> Answers:
         if "tested" in result:
             found[_key({**FORMERLY, **result})] = result["tested"]
     return found
+
+
+def in_short(tested: dict[str, list[Any]]) -> dict[str, str]:
+    """What was predicted, as text, and what tells the images from others."""
+    codes = [str(int(code)) for code in tested["predicted"]]
+    text = ("" if max(map(len, codes)) == 1 else " ").join(codes)
+    return {"tested": _short([tested[what] for what in IMAGES]), "predicted": text}
+
+
+def in_full(short: dict[str, str], images: dict[str, list[Any]]) -> dict[str, list[Any]] | None:
+    """What was predicted for each of these images; None where it was for others."""
+    text, n = short["predicted"], len(images["true"])
+    codes = list(text) if len(text) == n else text.split()
+    tested = {**images, "predicted": [int(code) for code in codes]}
+    return tested if len(codes) == n and in_short(tested)["tested"] == short["tested"] else None
 
 
 def drawn(rows: Rows, answers: Answers) -> dict[str, dict[str, np.ndarray]]:
@@ -161,6 +177,10 @@ def _key(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _short(what: list[Any]) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:12]
+
+
 # ---------------------------------------------------------------- kept beside the table
 
 VALUES = ("mean", "low", "high", "p")
@@ -177,7 +197,7 @@ def digest(rows: Rows, method: str) -> str:
         for row in rows
         if row["method"] == method
     )
-    return hashlib.sha256(repr(scores).encode()).hexdigest()[:12]
+    return _short(scores)
 
 
 def write(path: Path, effects: dict[tuple[str, ...], Effect], digests: Digests) -> None:

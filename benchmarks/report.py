@@ -1,12 +1,13 @@
 """Turn results.csv of compare.py into a page and figures.
 
-    python benchmarks/report.py benchmarks/results.csv [--out benchmarks] [--inner]
+    python benchmarks/report.py benchmarks/results.csv [FOLDER] [--out benchmarks] [--inner]
 
 Writes ``RESULTS.md`` and ``figures/*.png`` beside it: a chapter for each regime, start and kind of
 hardware that the table has test rows of, since ranks and seconds of two kinds are not put together,
 and one each on curves and on what ideas add. Where the predictions of a run lie beside the table,
-in ``jobs``, differences by patients come from them and are kept in ``differences.csv``, from which
-they are read where there are none. The same table gives the same page.
+in ``jobs`` or, where FOLDER has the images, in ``predictions.csv``, differences by patients come
+from them and are kept in ``differences.csv``, from which they are read where there are none. The
+same table gives the same page.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import compare
 import differences
 import numpy as np
 from contestants import ABLATIONS
@@ -415,6 +417,7 @@ def _places(cut: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", type=Path)
+    parser.add_argument("folder", nargs="?", type=Path, help="of .npz files that were tested on")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--inner", action="store_true", help="a page of inner rows instead")
     args = parser.parse_args()
@@ -422,18 +425,23 @@ def main() -> None:
     if not found:
         parser.error(f"{args.table} has no rows of this part that contestants share")
     (args.out / "figures").mkdir(parents=True, exist_ok=True)
-    know_effects(found, args.table.parent, args.out)
+    folder = None if args.folder is None else str(args.folder.resolve())
+    answers = compare.remembered(args.table, folder) if folder else {}
+    # A file of a job says more surely what was predicted than the text that is made of it.
+    answers |= differences.tested(args.table.parent / "jobs")
+    know_effects(found, answers, args.table.with_name("differences.csv"), args.out)
     (args.out / "RESULTS.md").write_text(page(found))
     for chapter in found:
         figures(chapter, args.out / "figures")
     print(f"page: {args.out / 'RESULTS.md'}")
 
 
-def know_effects(found: list[Chapter], folder: Path, out: Path) -> None:
-    """Differences by patients: of the predictions beside the table, else as they were kept."""
+def know_effects(
+    found: list[Chapter], answers: differences.Answers, before: Path, out: Path
+) -> None:
+    """Differences by patients: of the predictions at hand, else as they were kept."""
     digests = {(of.name, *pair): text for of in found for pair, text in of.digests().items()}
-    kept = differences.read(folder / "differences.csv", digests)
-    answers = differences.tested(folder / "jobs")
+    kept = differences.read(before, digests)
     for chapter in found:
         chapter.effects = {key[1:]: of for key, of in kept.items() if key[0] == chapter.name}
         chapter.know_effects(answers)
