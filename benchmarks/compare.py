@@ -559,9 +559,9 @@ def remembered(table: Path, folder: str) -> Answers:
         cut, size = (int(text) if text.isdecimal() else None for text in drawn)
         suite, inner = SUITES[regime, name], part == "inner"
         own = load(folder, data, suite)
-        test = split(own, suite, cut, int(seed), size=size, inner=inner)[1]
+        images = images_of(own, split(own, suite, cut, int(seed), size=size, inner=inner)[1])
         for key in alike:
-            tested = in_full(short[key], images_of(own, test))
+            tested = in_full(short[key], images)
             if tested is None:
                 raise ValueError(f"{folder} has other images of {data} than predictions.csv is of.")
             codes = np.unique(tested["true"], return_inverse=True)[1]

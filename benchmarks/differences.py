@@ -97,10 +97,11 @@ def in_short(tested: dict[str, list[Any]]) -> dict[str, str]:
 
 def in_full(short: dict[str, str], images: dict[str, list[Any]]) -> dict[str, list[Any]] | None:
     """What was predicted for each of these images; None where it was for others."""
-    text, n = short["predicted"], len(images["true"])
-    codes = list(text) if len(text) == n else text.split()
-    tested = {**images, "predicted": [int(code) for code in codes]}
-    return tested if len(codes) == n and in_short(tested)["tested"] == short["tested"] else None
+    if _short([images[what] for what in IMAGES]) != short["tested"]:
+        return None
+    text = short["predicted"]
+    codes = list(text) if len(text) == len(images["true"]) else text.split()
+    return {**images, "predicted": [int(code) for code in codes]}
 
 
 def drawn(rows: Rows, answers: Answers) -> dict[str, dict[str, np.ndarray]]:

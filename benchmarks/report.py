@@ -1,6 +1,7 @@
 """Turn results.csv of compare.py into a page and figures.
 
-    python benchmarks/report.py benchmarks/results.csv [FOLDER] [--out benchmarks] [--inner]
+    python benchmarks/report.py benchmarks/results.csv [--folder FOLDER] [--out benchmarks]
+        [--inner]
 
 Writes ``RESULTS.md`` and ``figures/*.png`` beside it: a chapter for each regime, start and kind of
 hardware that the table has test rows of, since ranks and seconds of two kinds are not put together,
@@ -417,7 +418,7 @@ def _places(cut: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", type=Path)
-    parser.add_argument("folder", nargs="?", type=Path, help="of .npz files that were tested on")
+    parser.add_argument("--folder", type=Path, help="of .npz files that were tested on")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--inner", action="store_true", help="a page of inner rows instead")
     args = parser.parse_args()
@@ -425,11 +426,9 @@ def main() -> None:
     if not found:
         parser.error(f"{args.table} has no rows of this part that contestants share")
     (args.out / "figures").mkdir(parents=True, exist_ok=True)
-    folder = None if args.folder is None else str(args.folder.resolve())
-    answers = compare.remembered(args.table, folder) if folder else {}
-    # A file of a job says more surely what was predicted than the text that is made of it.
+    answers = compare.remembered(args.table, str(args.folder.resolve())) if args.folder else {}
     answers |= differences.tested(args.table.parent / "jobs")
-    know_effects(found, answers, args.table.with_name("differences.csv"), args.out)
+    know_effects(found, answers, args.table.parent, args.out)
     (args.out / "RESULTS.md").write_text(page(found))
     for chapter in found:
         figures(chapter, args.out / "figures")
@@ -437,11 +436,11 @@ def main() -> None:
 
 
 def know_effects(
-    found: list[Chapter], answers: differences.Answers, before: Path, out: Path
+    found: list[Chapter], answers: differences.Answers, folder: Path, out: Path
 ) -> None:
     """Differences by patients: of the predictions at hand, else as they were kept."""
     digests = {(of.name, *pair): text for of in found for pair, text in of.digests().items()}
-    kept = differences.read(before, digests)
+    kept = differences.read(folder / "differences.csv", digests)
     for chapter in found:
         chapter.effects = {key[1:]: of for key, of in kept.items() if key[0] == chapter.name}
         chapter.know_effects(answers)

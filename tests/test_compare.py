@@ -78,6 +78,14 @@ def table(out):
     return [{k: v for k, v in row.items() if k not in MEASURED} for row in rows]
 
 
+def told(out):
+    """What files of jobs say of the images tested and what was predicted for them."""
+    return {
+        key: {what: of[what] for what in (*differences.IMAGES, "predicted")}
+        for key, of in differences.tested(out / "jobs").items()
+    }
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_killed_twenty_times_the_table_is_that_of_an_undisturbed_run(tmp_path, quick):
@@ -133,7 +141,7 @@ def test_rows_of_an_earlier_table_count_as_done(tmp_path, quick, monkeypatch, ca
     args = ["compare.py", "--suite", "quick", "--out", str(tmp_path), "--seeds", "0"]
     monkeypatch.setattr(sys, "argv", args)
     compare.main()
-    wanted = table(tmp_path)
+    wanted, known = table(tmp_path), told(tmp_path)
     for path in tmp_path.glob("jobs/*"):
         path.unlink()
     monkeypatch.setattr(sys, "argv", [*args, "1"])
@@ -142,6 +150,8 @@ def test_rows_of_an_earlier_table_count_as_done(tmp_path, quick, monkeypatch, ca
     found = table(tmp_path)
     assert len(found) == 8
     assert [row for row in found if row["seed"] == "0"] == wanted
+    assert len(known) == 4
+    assert compare.remembered(tmp_path / "results.csv", "") == known | told(tmp_path)
 
 
 def test_networks_have_the_same_number_of_steps():
@@ -597,6 +607,7 @@ def test_smoke_suite_runs_and_makes_a_page(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", args)
     report.main()
     assert "| CSSN |" in (tmp_path / "RESULTS.md").read_text()
+    assert compare.remembered(tmp_path / "results.csv", "") == told(tmp_path)
 
 
 # ---------------------------------------------------------------- with a start
@@ -692,6 +703,99 @@ def test_ideas_that_a_frozen_start_leaves_out_change_nothing_there():
             for name in (part, whole)
         )
         np.testing.assert_array_equal(one, other, err_msg=part)
+
+
+def patients_and_images(folder, *, swapped=()):
+    """A file of three classes and two images a patient, of which some have each other's class."""
+    folder.mkdir()
+    rng, y = np.random.default_rng(0), np.repeat([0, 1, 2], [60, 30, 20])
+    images = (rng.integers(0, 90, (110, 24, 24)) + 60 * y[:, None, None]).astype(np.uint8)
+    y[list(swapped)] = y[list(swapped)[::-1]]
+    np.savez(folder / "own.npz", images=images, labels=y, groups=np.arange(110) // 2)
+    return str(folder)
+
+
+@pytest.fixture
+def run_of_own(tmp_path, monkeypatch):
+    """Folder of images, and a run of two methods on one fold of them, its test and inner rows."""
+    replaced(monkeypatch, "frozen", cuts=(None, 4), sizes=(30,))
+    folder, out = patients_and_images(tmp_path / "images"), tmp_path / "out"
+    given = (folder, "--data", "own", "--methods", "CE", "logit adjustment")
+    run_regime(monkeypatch, out, "frozen", *given)
+    run_regime(monkeypatch, out, "frozen", *given, "--inner")
+    return folder, out
+
+
+def effects_of(out, monkeypatch, *more):
+    monkeypatch.setattr(report, "figures", lambda chapter, folder: None)
+    argv = ["report.py", str(out / "results.csv"), "--out", str(out), *more]
+    monkeypatch.setattr(sys, "argv", argv)
+    (out / "differences.csv").unlink(missing_ok=True)
+    report.main()
+    path = out / "differences.csv"
+    return path.read_text() if path.exists() else ""
+
+
+def test_predictions_outlast_the_files_of_the_jobs(tmp_path, run_of_own, monkeypatch):
+    folder, out = run_of_own
+    wanted = told(out)
+    assert {(key[3], *key[5:7]) for key in wanted} == {
+        ("test", "natural", "all"), ("test", "4", "all"), ("test", "natural", "30"),
+        ("inner", "natural", "all"), ("inner", "natural", "30"),
+    }  # fmt: skip
+    assert compare.remembered(out / "results.csv", folder) == wanted
+    effects = effects_of(out, monkeypatch)
+    assert ",logit adjustment,," in effects
+    page = (out / "RESULTS.md").read_text()
+    (out / "jobs").rename(tmp_path / "gone")
+    assert effects_of(out, monkeypatch) == ""
+    assert effects_of(out, monkeypatch, "--folder", folder) == effects
+    assert (out / "RESULTS.md").read_text() == page
+    # Neither classes nor patients are kept.
+    with (out / "predictions.csv").open() as file:
+        assert csv.DictReader(file).fieldnames == [*differences.KEY, "tested", "predicted"]
+    # Images are the same, and two patients that were tested have each other's class.
+    tested = next(of for key, of in wanted.items() if key[3] == "test")
+    first, last = min(tested["rows"]), max(tested["rows"])
+    other = patients_and_images(tmp_path / "other", swapped=(first, last))
+    with pytest.raises(ValueError, match="other has other images of own than"):
+        compare.remembered(out / "results.csv", other)
+
+
+def test_a_job_run_anew_replaces_what_was_predicted(run_of_own, monkeypatch):
+    folder, out = run_of_own
+    table, short = out / "results.csv", (out / "predictions.csv").read_text()
+    before = effects_of(out, monkeypatch)
+    path = next(out.glob("jobs/*-test-own-0-CE-*.json"))
+    result = json.loads(path.read_text())
+    result["tested"]["predicted"], result["balanced_accuracy"] = result["tested"]["true"], 1.0
+    path.write_text(json.dumps(result))
+    # Before it is gathered the file of the job wins.
+    assert compare.remembered(table, folder) != told(out)
+    effects = effects_of(out, monkeypatch, "--folder", folder)
+    assert effects == effects_of(out, monkeypatch) != before
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--table", "--out", str(out)])
+    compare.main()
+    assert compare.remembered(table, folder) == told(out)
+    # Of another run than the table they are refused, and of none there are none.
+    (out / "predictions.csv").write_text(short)
+    with pytest.raises(ValueError, match="are of two runs of"):
+        compare.remembered(table, folder)
+    del result["tested"]
+    path.write_text(json.dumps(result))
+    compare.write_table(out)
+    assert len(compare.remembered(table, folder)) == len(told(out)) == 9
+
+
+@pytest.mark.parametrize("codes", [[3], [12], [0, 1, 0], [0, 11, 9]])
+def test_predictions_as_text_come_back(codes):
+    images = {"rows": [4, 5, 6][: len(codes)], "patients": [0] * len(codes), "true": codes}
+    short = differences.in_short({**images, "predicted": codes})
+    assert differences.in_full(short, images) == {**images, "predicted": codes}
+    for what in images:
+        other = {**images, what: [*images[what][:-1], 7]}
+        assert differences.in_full(short, other) is None
+    assert differences.in_full(short, {what: of * 2 for what, of in images.items()}) is None
 
 
 def test_inner_rows_never_touch_the_test_rows(tmp_path, monkeypatch):
