@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -390,9 +391,40 @@ class SoftmaxNetwork(nn.Module):
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """What the head reads, (n, d)."""
-        return self.scale(_features_of(self.trunk, images))
+        return self._features(self.trunk, images)
+
+    def _features(self, trunk: Trunk, images: torch.Tensor) -> torch.Tensor:
+        return self.scale(_features_of(trunk, images))
 
     def forward(self, images: torch.Tensor) -> Output:
         """Features and logits."""
-        features = self.features(images)
+        features = self._features(self.trunk, images)
         return Output(features, self.head(features))
+
+
+class BesideStart(SoftmaxNetwork):
+    """The same, which keeps the weights that its backbone begins with beside those that it learns.
+
+    The head, which is trained with the backbone, reads features of the backbone alone; `features`
+    are of both. What a tuned network tells apart and what it knew before err on different images.
+
+    Parameters
+    ----------
+    trunk : Trunk
+        The backbone, as it begins.
+    head : callable
+        Number of features to a head.
+    **how
+        As of :class:`SoftmaxNetwork`.
+    """
+
+    def __init__(self, trunk: Trunk, head: Callable[[int], nn.Module], **how: bool) -> None:
+        super().__init__(trunk, head, **how)
+        self.start = copy.deepcopy(trunk).requires_grad_(False)
+        self.start.keep_frozen()
+        self.n_features *= 2
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """Features that were learned, then those of the start, (n, 2 d)."""
+        parts = self.trunk, self.start
+        return torch.cat([self._features(part, images) for part in parts], dim=1)

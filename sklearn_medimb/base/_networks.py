@@ -159,7 +159,9 @@ class MakesNetworks(SharedParameters):
             module = copy.deepcopy(previous.module_).to(device, dtype)
         elif module is None:
             module = self._network(device, dtype, pretrained)
-        module.trunk.autocast = autocast
+        for part in module.modules():
+            if isinstance(part, Trunk):
+                part.autocast = autocast
         net = Net(
             module=module,
             criterion=nn.Identity(),  # the method's loss follows with the training set

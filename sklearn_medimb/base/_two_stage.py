@@ -136,6 +136,8 @@ class TwoStageClassifier(BaseImageClassifier):
         """Linear head that stage one leaves behind, as keywords for a head's fit."""
         head = self.net_.module_.head
         weight, bias = (p.detach().cpu().numpy().astype(float) for p in (head.weight, head.bias))
+        n_others = self.net_.module_.n_features - weight.shape[1]  # which it has not read
+        weight = np.pad(weight, ((0, 0), (0, n_others)))
         return {"coef_init": weight, "intercept_init": bias, "prior_init": self.class_prior_}
 
     def _fit_head(

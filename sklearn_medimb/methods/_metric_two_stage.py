@@ -28,13 +28,14 @@ from torch import nn
 
 from sklearn_medimb._data.batches import Batches, BatchSource, Context
 from sklearn_medimb._data.plans import pk
-from sklearn_medimb._parameters import at_least, integers, one_of, parameter
+from sklearn_medimb._parameters import at_least, integers, learned, one_of, parameter
 from sklearn_medimb._training.criterion import Criterion, LabelCriterion
-from sklearn_medimb._training.network import Output
+from sklearn_medimb._training.network import BesideStart, Output, Trunk
 from sklearn_medimb._training.stage import Stage, TrainingSet
+from sklearn_medimb.base._image_estimator import Fit
 from sklearn_medimb.base._two_stage import STAGE_ONE, TwoStageClassifier
 from sklearn_medimb.metric_losses import METRIC_LOSSES, ClassCenterTriplet, ProxyAnchor
-from sklearn_medimb.rebalance import HEADS
+from sklearn_medimb.rebalance import HEADS, BalancedSoftmax
 
 
 class MetricStageLoss(Criterion):
@@ -147,10 +148,17 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         Stage two: "crt", "lws", "tau_norm", "ncm", "balanced_softmax", "logit_adjust", "virtual",
         "none", a head of :mod:`sklearn_medimb.rebalance`, or any scikit-learn classifier. The
         paper's is of the kind of "crt". "auto" is "virtual", which was better where classes have
-        few images, and "balanced_softmax" on weights of elsewhere, whether they stay as they are or
+        few images, and balanced softmax on weights of elsewhere, whether they stay as they are or
         are tuned: see the measurements in the documentation. Of an instance, such as
         ``ClassifierRetraining()``, a search reaches ``rebalance__alpha``. Heads that balance give
         probabilities for equally frequent classes.
+
+    Attributes
+    ----------
+    keeps_start_
+        Whether stage two, and `transform`, read the features of the weights that the backbone began
+        with beside those that it learned: where ``fine_tune="head_first"`` tunes weights of
+        elsewhere, on whose features the head has been already. Predictions then take twice as long.
 
     See Also
     --------
@@ -218,10 +226,31 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         search=["auto", *HEADS],
     )
 
+    keeps_start_: bool = learned("bool")
+
+    _may_keep_start = True
+
     def _head(self) -> Any:
         if self.rebalance != "auto":
             return self.rebalance
+        if getattr(self, "keeps_start_", False):  # twice as many features
+            return BalancedSoftmax(alpha=0.3)
         return "balanced_softmax" if self._has_known_start else "virtual"
+
+    def _chosen_fine_tuning(self, fit: Fit) -> str | int:
+        chosen = super()._chosen_fine_tuning(fit)
+        if fit.previous is None:
+            begins = self._has_known_start and (self._start is not None or self.pretrain is None)
+            tuned = chosen == "head_first" and self._backbone_share > 0
+            self.keeps_start_ = bool(self._may_keep_start and begins and tuned)
+        elif chosen == "frozen" and self.keeps_start_:
+            return 0  # stages: what one backbone encoded has nothing of the other
+        return chosen
+
+    def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
+        if not getattr(self, "keeps_start_", False):
+            return super()._make_network(trunk)
+        return BesideStart(trunk(), self._make_head, at_all_depths=True, standardised=True)
 
     def _stage_one_head(self) -> dict[str, Any]:
         return super()._stage_one_head() if self.ce_weight else {}  # it was not trained
@@ -248,7 +277,7 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         label_loss = self._label_loss(train)
         if self.metric_weight == 0:
             return LabelCriterion(label_loss)
-        width, m = self.net_.module_.n_features, self.embedding_dim
+        width, m = self.net_.module_.head.in_features, self.embedding_dim
         projection: nn.Module = nn.Identity()
         if self.metric_head == "mlp":
             projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, m))

