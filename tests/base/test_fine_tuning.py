@@ -633,3 +633,101 @@ def test_the_head_from_scratch_is_fitted_to_gaussians(data):
     params = {**TINY, "backbone": ConvNet(widths=(4, 8)), "fine_tune": "full"}
     clf = CLASSIFIERS["MetricTwoStageClassifier"](**params, rebalance="auto").fit(*data)
     assert type(clf.head_).__name__ == "VirtualFeatureCalibration"
+
+
+# ---------------------------------------------------------------- the start beside what it became
+
+
+@pytest.fixture(scope="module")
+def beside(data):
+    params = {"fine_tune": "head_first", "rebalance": "auto", "precision": "float32"}
+    return make("MetricTwoStageClassifier", **params).fit(*data)
+
+
+def halves(clf, X):
+    return np.split(clf.transform(X), 2, axis=1)
+
+
+def test_stage_two_reads_the_start_beside_what_was_learned(data, beside):
+    """As it was before the first step, to the bit; and either half says something."""
+    X, y = data
+    assert beside.keeps_start_
+    held = make("MetricTwoStageClassifier", fine_tune="frozen", precision="float32").fit(X, y)
+    begun, module = held.net_.module_, beside.net_.module_
+    for key, value in begun.trunk.state_dict().items():
+        assert torch.equal(module.start.state_dict()[key], value), key
+    learned, kept = halves(beside, X)
+    plain = held.transform(X) * begun.scale.deviation.numpy() + begun.scale.mean.numpy()
+    np.testing.assert_allclose(kept, plain, rtol=1e-4, atol=1e-6)
+    assert (np.abs(learned - kept).max(axis=0) > 1e-3).any()
+    assert not any(weight.requires_grad for weight in module.start.parameters())
+    assert beside.head_.coef_.shape == (2, 2 * kept.shape[1])
+    for half in (slice(None, kept.shape[1]), slice(kept.shape[1], None)):
+        changed = pickle.loads(pickle.dumps(beside))
+        changed.head_.coef_[:, half] = 0
+        assert np.abs(changed.decision_function(X) - beside.decision_function(X)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"fine_tune": "full"},
+        {"fine_tune": "frozen"},
+        {"fine_tune": 1},
+        {"fine_tune": "head_first", "backbone_lr": 0.0},
+        {"fine_tune": "head_first", "backbone": ConvNet(widths=(4, 8))},
+        {"fine_tune": "head_first", "pretrain": AMIMVEncoder(max_epochs=1, batch_size=8)},
+    ],
+    ids=str,
+)
+def test_only_a_start_whose_head_came_first_stays_beside(params, data):
+    clf = make("MetricTwoStageClassifier", **params).fit(*data)
+    assert not clf.keeps_start_
+    assert not hasattr(clf.net_.module_, "start")
+    assert clf.transform(data[0]).shape[1] == clf.net_.module_.head.in_features
+
+
+def test_a_start_that_stays_is_copied_written_and_left_alone(data, beside, tmp_path):
+    X, _ = data
+    expected = beside.predict_proba(X)
+    save(beside, tmp_path / "model")
+    back = load(tmp_path / "model", trusted=[Started])
+    np.testing.assert_allclose(back.predict_proba(X), expected, rtol=1e-5, atol=1e-7)
+    copied = pickle.loads(pickle.dumps(beside))
+    np.testing.assert_array_equal(copied.predict_proba(X), expected)
+    before = {k: v.clone() for k, v in copied.net_.module_.start.state_dict().items()}
+    tuned = copied.net_.module_.trunk.backbone.state_dict()
+    first = next(name for name in tuned if name.endswith("weight"))
+    was = tuned[first].clone()
+    for how, chosen in (("auto", "full"), ("frozen", 0)):
+        copied.set_params(fine_tune=how, warm_start=True).fit(*data)
+        assert (copied.fine_tune_, copied.keeps_start_) == (chosen, True)
+        for key, value in copied.net_.module_.start.state_dict().items():
+            assert torch.equal(value, before[key]), key
+        moved = not torch.equal(copied.net_.module_.trunk.backbone.state_dict()[first], was)
+        assert moved == (how == "auto")
+        was = copied.net_.module_.trunk.backbone.state_dict()[first].clone()
+    copied.set_params(fine_tune="full", warm_start=False).fit(*data)
+    assert not copied.keeps_start_
+
+
+def test_heads_that_begin_with_that_of_stage_one_know_the_learned_half(data, beside):
+    clf = pickle.loads(pickle.dumps(beside))
+    n = clf.net_.module_.head.in_features
+    clf.refit_head(*data, rebalance="tau_norm")
+    assert clf.head_.coef_[:, :n].any()
+    assert not clf.head_.coef_[:, n:].any()
+    clf.refit_head(*data, rebalance="crt")
+    assert clf.head_.coef_[:, n:].any()
+
+
+def test_exported_graphs_read_both(data, beside, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from sklearn_medimb.onnx import export_onnx
+
+    export_onnx(beside, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    images = data[0].transpose(0, 3, 1, 2).astype(np.float32)
+    found = session.run(None, {"images": images})[0]
+    np.testing.assert_allclose(found, beside.predict_proba(data[0]), atol=1e-5)
