@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from contestants import Setting, without_ideas
+from contestants import OF_TUNED, Setting, without_ideas
 from imblearn.ensemble import BalancedRandomForestClassifier
 from imblearn.over_sampling import RandomOverSampler
 from imblearn.pipeline import make_pipeline
@@ -110,7 +110,7 @@ def amimv(s: Setting) -> Any:
 METHODS: dict[str, Contestant] = {
     "logit adjustment": adjusted(),
     "CE": softmax(),
-    "cRT": network(MetricTwoStageClassifier, metric_weight=0, rebalance="crt"),
+    "cRT": network(MetricTwoStageClassifier, metric_weight=0, rebalance="crt", keep_start=False),
     "metric two-stage": network(MetricTwoStageClassifier),
     "LMD": network(LMDClassifier),
     "CSSN": network(CSSNClassifier),
@@ -152,7 +152,7 @@ def virtual_features(s: Setting) -> Any:
 
 LEFT = without_ideas(METHODS)
 # These do nothing on a network that stays as it is: they shape features.
-SHAPING = {"metric two-stage - metric", "LMD - relations", "LMD - E-step"}
+SHAPING = {"metric two-stage - metric", "LMD - relations", "LMD - E-step", *OF_TUNED}
 FROZEN: dict[str, Contestant] = {
     "frozen LR": logistic(at_all_depths=False, n_views=1),
     "frozen LR, views + depths": logistic(),

@@ -152,13 +152,16 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         are tuned: see the measurements in the documentation. Of an instance, such as
         ``ClassifierRetraining()``, a search reaches ``rebalance__alpha``. Heads that balance give
         probabilities for equally frequent classes.
+    keep_start
+        Whether stage two, and `transform`, read the features of the weights that the backbone began
+        with beside those that it learned, where ``fine_tune="head_first"`` tunes weights of
+        elsewhere: a network that was tuned to few images and the one that it was err on different
+        ones [4]_. Predictions then take twice as long.
 
     Attributes
     ----------
     keeps_start_
-        Whether stage two, and `transform`, read the features of the weights that the backbone began
-        with beside those that it learned: where ``fine_tune="head_first"`` tunes weights of
-        elsewhere, on whose features the head has been already. Predictions then take twice as long.
+        Whether they do.
 
     See Also
     --------
@@ -226,9 +229,9 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         search=["auto", *HEADS],
     )
 
-    keeps_start_: bool = learned("bool")
+    keep_start: bool = parameter("boolean", default=True, search=[True, False])
 
-    _may_keep_start = True
+    keeps_start_: bool = learned("bool")
 
     def _head(self) -> Any:
         if self.rebalance != "auto":
@@ -242,7 +245,7 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         if fit.previous is None:
             begins = self._has_known_start and (self._start is not None or self.pretrain is None)
             tuned = chosen == "head_first" and self._backbone_share > 0
-            self.keeps_start_ = bool(self._may_keep_start and begins and tuned)
+            self.keeps_start_ = bool(self.keep_start and begins and tuned)
         elif chosen == "frozen" and self.keeps_start_:
             return 0  # stages: what one backbone encoded has nothing of the other
         return chosen

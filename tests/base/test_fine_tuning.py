@@ -674,6 +674,7 @@ def test_stage_two_reads_the_start_beside_what_was_learned(data, beside):
         {"fine_tune": "full"},
         {"fine_tune": "frozen"},
         {"fine_tune": 1},
+        {"fine_tune": "head_first", "keep_start": False},
         {"fine_tune": "head_first", "backbone_lr": 0.0},
         {"fine_tune": "head_first", "backbone": ConvNet(widths=(4, 8))},
         {"fine_tune": "head_first", "pretrain": AMIMVEncoder(max_epochs=1, batch_size=8)},
