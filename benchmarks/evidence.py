@@ -45,7 +45,7 @@ NO_NETWORKS = {
 SUITES = {
     "scratch": {"core": ((28, 8), 0.5)},
     "frozen": {"core": ((128,), 1.0), "defaults": ((128,), 1.0)},
-    "pretrained": {"core": ((96,), 8 / TUNING_EPOCHS), "defaults": ((128,), 1.0)},
+    "pretrained": {"core": ((96,), 5 / TUNING_EPOCHS), "defaults": ((128,), 1.0)},
 }
 
 # What rows have that may stand beside one another.
