@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -227,6 +227,16 @@ class Trunk(nn.Module):
             "context_fn": partial(_first_and_second_pass, self.backbone),
         }
         return torch.cat([checkpoint(self._encode, part, **how) for part in parts])
+
+
+@contextmanager
+def passing(network: nn.Module, encoded: bool) -> Iterator[None]:
+    """Give every trunk of a network what it has encoded earlier, or images, for a while."""
+    with ExitStack() as held:
+        for part in network.modules():
+            if isinstance(part, Trunk):
+                held.enter_context(part.passing(encoded))
+        yield
 
 
 def of_all_depths(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:

@@ -42,7 +42,7 @@ from sklearn_medimb._training.checkpoint import Checkpoint, data_digest, fingerp
 from sklearn_medimb._training.criterion import Criterion
 from sklearn_medimb._training.memory import Recall, remembering, resolve_memory
 from sklearn_medimb._training.net import Net
-from sklearn_medimb._training.network import Standardised
+from sklearn_medimb._training.network import Standardised, passing
 from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb.augment import resolve_augmentation, symmetries
 from sklearn_medimb.backbones import classifier_head
@@ -550,7 +550,7 @@ class BaseImageEstimator(Trains):
                 return forward(prepare(pixels))
             return recall(pixels, lambda: forward(prepare(pixels)))
 
-        with torch.inference_mode(), one_thread_in_workers(), module.trunk.passing(encoded):
+        with torch.inference_mode(), one_thread_in_workers(), passing(module, encoded):
             result = in_blocks(len(rows), block, compute)
         images.conclude()
         parts = result if isinstance(result, tuple) else (result,)

@@ -608,6 +608,20 @@ def test_a_head_begins_again_where_it_was(data):
     )
 
 
+def test_callbacks_that_look_while_the_head_comes_first_change_nothing(data):
+    """Both backbones see the images then, though the head is given what was encoded."""
+    pytest.importorskip("sklearn.callback", reason="scikit-learn has no callbacks before 1.9.")
+    from sklearn.callback import ScoringMonitor
+
+    X, y = data
+    plain, watched = (
+        make("MetricTwoStageClassifier", fine_tune="head_first", rebalance="auto") for _ in range(2)
+    )
+    watched.set_callbacks(ScoringMonitor(scoring="accuracy"))
+    before, after = (clf.fit(X, y).predict_proba(X) for clf in (plain, watched))
+    np.testing.assert_array_equal(before, after)
+
+
 @pytest.mark.parametrize("name", ["AMIMVClassifier", "CSSNClassifier"])
 def test_callbacks_that_look_at_pre_training_change_nothing(name, data):
     """What they see of a network that learns on is not taken for what it becomes."""
