@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ def grad_cam(estimator: Any, X: Any, target: Any = None) -> np.ndarray:
     ``max(0, sum_c a_c A_c)`` with the maps A_c of the last layer that has places, and a_c the mean
     over the places of the gradient of the class's log-odds by A_c. The map is coarse: it has as
     many places as that layer. It depends on the image and on all weights, from the head down to
-    that layer [2]_; it says what the network uses, not what a disease looks like.
+    that layer [2]_; it says what the network uses, not what a disease looks like. Where the start
+    stays beside a tuned backbone (`keep_start`), the sum is over the maps of both.
 
     Parameters
     ----------
@@ -91,7 +93,7 @@ def grad_cam(estimator: Any, X: Any, target: Any = None) -> np.ndarray:
     module = estimator.net_.module_.eval()
     prepare, score = estimator._preprocessor(), estimator._score_function(in_chunks=False)
     maps = []
-    with one_thread_in_workers(), _Recorder(module.trunk) as recorder, torch.enable_grad():
+    with one_thread_in_workers(), _Recorder(module) as recorder, torch.enable_grad():
         for rows in np.array_split(np.arange(n), max(1, math.ceil(n / _BLOCK))):
             batch = prepare(images.rows(rows)).requires_grad_()
             recorder.n_read = len(batch) * (2 if images.layout.paired else 1)
@@ -100,52 +102,69 @@ def grad_cam(estimator: Any, X: Any, target: Any = None) -> np.ndarray:
             chosen = F.one_hot(best, scores.shape[1]).bool()
             others = scores.masked_fill(chosen, -torch.inf).logsumexp(dim=1)
             odds = scores.gather(1, best[:, None])[:, 0] - others
-            features, slope = recorder.last_map(odds.sum(), batch)
-            share = slope.flatten(2).mean(dim=2).view(*slope.shape[:2], *[1] * (slope.ndim - 2))
-            found = (share * features).sum(dim=1, keepdim=True).relu().float()
+            parts = [_spoken(*part) for part in recorder.last_maps(odds.sum(), batch)]
+            found = torch.stack(parts).sum(dim=0).relu().float()
             mode = "bilinear" if found.ndim == 4 else "trilinear"
             found = F.interpolate(found, batch.shape[2:], mode=mode, align_corners=False)
             maps.append(found[:, 0].detach().cpu().numpy())
     return np.concatenate(maps)
 
 
-class _Recorder:
-    """Keeps what within a trunk has places: maps, and tokens of a grid."""
+def _spoken(features: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """Sum of the maps, each times its mean gradient over the places."""
+    share = slope.flatten(2).mean(dim=2).view(*slope.shape[:2], *[1] * (slope.ndim - 2))
+    return (share * features).sum(dim=1, keepdim=True)
 
-    def __init__(self, trunk: Any) -> None:
-        self.trunk = trunk
-        self.kept: list[torch.Tensor] = []
-        self.n_read = 0  # images that the trunk is given at a time
+
+class _Recorder:
+    """Keeps what within trunks has places: maps, and tokens of a grid."""
+
+    def __init__(self, network: Any) -> None:
+        self.trunks = [network.trunk, *filter(None, [getattr(network, "start", None)])]
+        self.kept: list[list[torch.Tensor]] = [[] for _ in self.trunks]
+        self.n_read = 0  # images that a trunk is given at a time
 
     def __enter__(self) -> _Recorder:
-        self.handles = [part.register_forward_hook(self._keep) for part in self.trunk.modules()]
+        self.handles = [
+            part.register_forward_hook(partial(self._keep, kept))
+            for trunk, kept in zip(self.trunks, self.kept, strict=True)
+            for part in trunk.modules()
+        ]
         return self
 
     def __exit__(self, *_: Any) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _keep(self, kept: list[torch.Tensor], module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and output.requires_grad:
             is_map = output.ndim >= 4 and math.prod(output.shape[2:]) > 1
             if is_map or (output.ndim == 3 and output.shape[1] > 1):
-                self.kept.append(output)
+                kept.append(output)
 
-    def last_map(
+    def last_maps(
         self, score: torch.Tensor, batch: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last map whose places the score depends on, and the gradient by it.
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each trunk the last map whose places the score depends on, and the gradient by it.
 
         Where only the token of the class is read in the end, the places speak one block before.
         """
-        kept, self.kept = [values for values in self.kept if len(values) == self.n_read], []
-        slopes = torch.autograd.grad(score, kept, allow_unused=True) if kept else ()
-        for values, slope in zip(reversed(kept), reversed(slopes), strict=True):
-            if slope is None or (found := _as_map(slope, batch)) is None or not found.any():
-                continue
-            return _as_map(values.detach(), batch), found  # type: ignore[return-value]
+        found: list[Any] = []
+        for kept in self.kept:
+            maps = [values for values in reversed(kept) if len(values) == self.n_read]
+            kept.clear()
+            slopes: Any = ()
+            if maps:
+                slopes = torch.autograd.grad(score, maps, allow_unused=True, retain_graph=True)
+            for values, slope in zip(maps, slopes, strict=True):
+                if slope is None or (by := _as_map(slope, batch)) is None or not by.any():
+                    continue
+                found.append((_as_map(values.detach(), batch), by))
+                break
+        if found:
+            return found
         raise ValueError(
-            f"{type(self.trunk.backbone).__name__} has no layer with places, whose gradient "
+            f"{type(self.trunks[0].backbone).__name__} has no layer with places, whose gradient "
             "Grad-CAM needs."
         )
 
