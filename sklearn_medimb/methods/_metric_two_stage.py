@@ -35,7 +35,7 @@ from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb.base._image_estimator import Fit
 from sklearn_medimb.base._two_stage import STAGE_ONE, TwoStageClassifier
 from sklearn_medimb.metric_losses import METRIC_LOSSES, ClassCenterTriplet, ProxyAnchor
-from sklearn_medimb.rebalance import HEADS, BalancedSoftmax
+from sklearn_medimb.rebalance import HEADS, BalancedSoftmax, resolve_head
 
 
 class MetricStageLoss(Criterion):
@@ -156,7 +156,10 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         Whether stage two, and `transform`, read the features of the weights that the backbone began
         with beside those that it learned, where ``fine_tune="head_first"`` tunes weights of
         elsewhere: a network that was tuned to few images and the one that it was err on different
-        ones [4]_. Predictions then take twice as long.
+        ones [4]_. Predictions then take twice as long, files are twice as large where they hold the
+        start, and further fits keep what the first one chose. Heads that only adjust the one that
+        was trained with the backbone ("lws", "tau_norm", "logit_adjust", "none") would give the
+        start no say, and it is not kept.
 
     Attributes
     ----------
@@ -186,6 +189,7 @@ class MetricTwoStageClassifier(TwoStageClassifier):
        ICLR 2020.
     .. [3] K. Chen et al., "PCCT: progressive class-center triplet loss for imbalanced medical image
        classification", arXiv 2207.04793, 2022.
+    .. [4] M. Wortsman et al., "Robust fine-tuning of zero-shot models", CVPR 2022: means of both.
 
     Examples
     --------
@@ -243,9 +247,11 @@ class MetricTwoStageClassifier(TwoStageClassifier):
     def _chosen_fine_tuning(self, fit: Fit) -> str | int:
         chosen = super()._chosen_fine_tuning(fit)
         if fit.previous is None:
-            begins = self._has_known_start and (self._start is not None or self.pretrain is None)
+            begins = self._has_known_start and self._pretrainer() is None
             tuned = chosen == "head_first" and self._backbone_share > 0
-            self.keeps_start_ = bool(self.keep_start and begins and tuned)
+            head = resolve_head(self._head())
+            head_reads = not (self.ce_weight and getattr(head, "_keeps_given", False))
+            self.keeps_start_ = bool(self.keep_start and begins and tuned and head_reads)
         elif chosen == "frozen" and self.keeps_start_:
             return 0  # stages: what one backbone encoded has nothing of the other
         return chosen

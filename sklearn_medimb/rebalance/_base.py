@@ -124,6 +124,9 @@ class RebalancedHead(ClassifierMixin, Declaring, BaseEstimator):
     n_features_in_: int = learned("int")
     feature_names_in_: np.ndarray = learned("ndarray of shape (`n_features_in_`,)")
 
+    # Whether a given head reads what it has read before: of other features it learns nothing.
+    _keeps_given = False
+
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
         """Find the head; sets `n_iter_`."""
         raise NotImplementedError

@@ -64,6 +64,8 @@ class LearnableWeightScaling(PenalisedHead):
 
     scale_: np.ndarray = learned("ndarray of shape (n_classes,)")
 
+    _keeps_given = True
+
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
         head = start or self._softmax_regression(rows)
         rows = rows.balanced()
@@ -108,6 +110,8 @@ class TauNormalization(PenalisedHead):
     """
 
     tau: float = parameter(_FINITE, default=1.0, search=(0.0, 2.0), positional=True)
+
+    _keeps_given = True
 
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
         head = start or self._softmax_regression(rows)
@@ -162,6 +166,8 @@ class LogitAdjustment(PenalisedHead):
     """
 
     tau: float = parameter(_FINITE, default=1.0, search=(0.0, 2.0), positional=True)
+
+    _keeps_given = True
 
     def _solve(self, rows: Rows, start: Linear | None) -> Linear:
         head = start or self._softmax_regression(rows)

@@ -13,6 +13,7 @@ import torch
 from imblearn.over_sampling import RandomOverSampler
 from imblearn.under_sampling import RandomUnderSampler
 from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
 from skorch.callbacks import Callback, GradientNormClipping
 from torch import nn
 
@@ -22,8 +23,10 @@ from sklearn_medimb._training.callback_state import WATCHERS
 from sklearn_medimb._training.network import Trunk
 from sklearn_medimb.backbones import ConvNet, Start, stages_of
 from sklearn_medimb.base import OneStageClassifier
+from sklearn_medimb.inspection import grad_cam
 from sklearn_medimb.methods import Contrast
 from sklearn_medimb.persistence import load, save
+from sklearn_medimb.rebalance import HEADS, LogitAdjustment
 from tests.estimators import CLASSIFIERS, SUPERVISED, WITH_ALL_STAGES
 from tests.helpers import CrashAfter
 
@@ -658,6 +661,10 @@ def beside(data):
     return make("MetricTwoStageClassifier", **params).fit(*data)
 
 
+# These read what the head of stage one has read.
+ADJUSTING = ["lws", "tau_norm", "logit_adjust", "none", LogitAdjustment(tau=0.5)]
+
+
 def halves(clf, X):
     return np.split(clf.transform(X), 2, axis=1)
 
@@ -692,6 +699,7 @@ def test_stage_two_reads_the_start_beside_what_was_learned(data, beside):
         {"fine_tune": "head_first", "backbone_lr": 0.0},
         {"fine_tune": "head_first", "backbone": ConvNet(widths=(4, 8))},
         {"fine_tune": "head_first", "pretrain": AMIMVEncoder(max_epochs=1, batch_size=8)},
+        *({"fine_tune": "head_first", "rebalance": head} for head in ADJUSTING),
     ],
     ids=str,
 )
@@ -700,6 +708,42 @@ def test_only_a_start_whose_head_came_first_stays_beside(params, data):
     assert not clf.keeps_start_
     assert not hasattr(clf.net_.module_, "start")
     assert clf.transform(data[0]).shape[1] == clf.net_.module_.head.in_features
+
+
+@pytest.mark.parametrize("head", [*HEADS, LogisticRegression()], ids=str)
+def test_a_start_that_stays_is_read(head, data):
+    """Or it does not stay. Without cross-entropy in stage one there is no head to adjust."""
+    for ce_weight in (1.0, 0.0):
+        params = {"fine_tune": "head_first", "rebalance": head, "ce_weight": ce_weight}
+        clf = make("MetricTwoStageClassifier", **params).fit(*data)
+        assert clf.keeps_start_ == (ce_weight == 0 or head not in ADJUSTING)
+        beyond = clf.head_.coef_[:, clf.net_.module_.head.in_features :]
+        assert beyond.any() == clf.keeps_start_
+
+
+def test_weights_that_pretraining_changes_before_the_head_do_not_stay(data):
+    X, y = data
+    encoder = AMIMVEncoder(backbone=BACKBONE, max_epochs=1, batch_size=8, random_state=0).fit(X)
+    for pretrain, keeps in ((None, True), (AMIMVEncoder(max_epochs=1, batch_size=8), False)):
+        params = {"fine_tune": "head_first", "backbone": encoder, "pretrain": pretrain}
+        clf = make("MetricTwoStageClassifier", **params).fit(X, y)
+        assert clf.keeps_start_ == keeps
+
+
+def test_maps_of_what_speaks_for_a_class_are_of_both(data, beside):
+    """The same where either network takes the place of the other."""
+    X, _ = data
+    changed = pickle.loads(pickle.dumps(beside))
+    weights = beside.weights_
+    for name in [name for name in weights if name.startswith("trunk.")]:
+        other = name.replace("trunk.", "start.", 1)
+        weights[name], weights[other] = weights[other], weights[name]
+    weights["head_coef_"] = np.roll(weights["head_coef_"], len(weights["head_coef_"].T) // 2, 1)
+    changed.weights_ = weights
+    np.testing.assert_allclose(changed.predict_proba(X), beside.predict_proba(X), rtol=1e-4)
+    maps = grad_cam(beside, X, target="rare")
+    assert maps.any()
+    np.testing.assert_allclose(grad_cam(changed, X, target="rare"), maps, rtol=1e-3, atol=1e-5)
 
 
 def test_a_start_that_stays_is_copied_written_and_left_alone(data, beside, tmp_path):
