@@ -156,10 +156,10 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         Whether stage two, and `transform`, read the features of the weights that the backbone began
         with beside those that it learned, where ``fine_tune="head_first"`` tunes weights of
         elsewhere: a network that was tuned to few images and the one that it was err on different
-        ones [4]_. Predictions then take twice as long, files are twice as large where they hold the
-        start, and further fits keep what the first one chose. Heads that only adjust the one that
-        was trained with the backbone ("lws", "tau_norm", "logit_adjust", "none") would give the
-        start no say, and it is not kept.
+        ones [4]_. Predictions then take twice as long, and so does each look at validation rows.
+        Further fits go on with what the first one chose; of "frozen" ones the head is then trained
+        on augmented images. Heads that only adjust the one that was trained with the backbone
+        ("lws", "tau_norm", "logit_adjust", "none") would give the start no say: it is not kept.
 
     Attributes
     ----------
@@ -240,7 +240,7 @@ class MetricTwoStageClassifier(TwoStageClassifier):
     def _head(self) -> Any:
         if self.rebalance != "auto":
             return self.rebalance
-        if getattr(self, "keeps_start_", False):  # twice as many features
+        if self._keeps_start:  # twice as many features
             return BalancedSoftmax(alpha=0.3)
         return "balanced_softmax" if self._has_known_start else "virtual"
 
@@ -252,12 +252,16 @@ class MetricTwoStageClassifier(TwoStageClassifier):
             head = resolve_head(self._head())
             head_reads = not (self.ce_weight and getattr(head, "_keeps_given", False))
             self.keeps_start_ = bool(self.keep_start and begins and tuned and head_reads)
-        elif chosen == "frozen" and self.keeps_start_:
+        elif chosen == "frozen" and self._keeps_start:
             return 0  # stages: what one backbone encoded has nothing of the other
         return chosen
 
+    @property
+    def _keeps_start(self) -> bool:
+        return getattr(self, "keeps_start_", False)  # files before keep_start lack it
+
     def _make_network(self, trunk: Callable[..., Trunk]) -> nn.Module:
-        if not getattr(self, "keeps_start_", False):
+        if not self._keeps_start:
             return super()._make_network(trunk)
         return BesideStart(trunk(), self._make_head, at_all_depths=True, standardised=True)
 

@@ -40,9 +40,10 @@ def save(estimator: Any, path: str | os.PathLike[str], *, whole: bool = False) -
         File to write, by custom ``*.safetensors``. An older one is replaced at once, when the new
         one is complete and was read back; until then, and in case of an error, it stays.
     whole : bool, default=False
-        Whether the weights of a backbone that stayed frozen are written even if they are, to the
-        bit, those of an installed package, as of "efficientnet_lite0". Otherwise the file names
-        them by their digest, and `load` needs that package.
+        Whether the weights of a backbone that stayed frozen, or of a start that stays beside a
+        tuned one, are written even if they are, to the bit, those of an installed package, as of
+        "efficientnet_lite0". Otherwise the file names them by their digest, and `load` needs that
+        package.
 
     Raises
     ------

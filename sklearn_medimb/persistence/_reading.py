@@ -56,7 +56,9 @@ _TYPES: dict[str, Any] = {
     "pixel_range_": (str, float, type(None)),
     "history_": list,
     "best_score_": float,
+    "keeps_start_": bool,
 }
+_OPTIONAL = {"best_score_", "keeps_start_"}
 
 
 # ---------------------------------------------------------------- and back
@@ -232,7 +234,7 @@ def _check_types(cls: type, state: dict[str, Any], fitted: bool) -> None:
         return
     needed = set(ARCHITECTURE)
     if fitted:  # else it is what another estimator began with
-        needed |= _TYPES.keys() - {"best_score_"}
+        needed |= _TYPES.keys() - _OPTIONAL
     if not issubclass(cls, BaseImageClassifier):
         needed.remove("classes_")
     if missing := sorted(needed - state.keys()):

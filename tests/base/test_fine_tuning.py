@@ -770,6 +770,15 @@ def test_a_start_that_stays_is_copied_written_and_left_alone(data, beside, tmp_p
     assert not copied.keeps_start_
 
 
+def test_what_was_fitted_before_there_was_a_choice_goes_on(data):
+    params = {"fine_tune": "full", "rebalance": "auto", "warm_start": True}
+    clf = make("MetricTwoStageClassifier", **params).fit(*data)
+    del clf.keeps_start_
+    clf = pickle.loads(pickle.dumps(clf)).set_params(fine_tune="frozen").fit(*data)
+    assert clf.fine_tune_ == "frozen"
+    assert not hasattr(clf.net_.module_, "start")
+
+
 def test_heads_that_begin_with_that_of_stage_one_know_the_learned_half(data, beside):
     clf = pickle.loads(pickle.dumps(beside))
     n = clf.net_.module_.head.in_features

@@ -1,4 +1,4 @@
-"""Files of frozen networks name the weights of their start by digest; all others hold them."""
+"""Files name the weights of a start that a network has kept by digest; all others they hold."""
 
 from __future__ import annotations
 
@@ -100,6 +100,35 @@ def test_a_frozen_start_is_not_in_the_file_unless_asked(cls, channels, tmp_path)
         for key, value in fitted.weights_.items():
             assert np.array_equal(after[key], value)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("channels", [3, 1])  # of one the first layer is another one
+def test_a_start_that_stays_beside_a_tuned_network_is_not_in_the_file(channels, tmp_path):
+    images = X[:, :channels]
+    fitted = MetricTwoStageClassifier(**FROZEN).set_params(fine_tune="head_first").fit(images, Y)
+    assert fitted.keeps_start_
+    sizes = []
+    for name, whole in (("model", False), ("whole", True)):
+        save(fitted, tmp_path / name, whole=whole)
+        sizes.append((tmp_path / name).stat().st_size)
+        loaded = load(tmp_path / name)
+        assert np.array_equal(answer(loaded, images), answer(fitted, images))
+        after = loaded.weights_
+        for key, value in fitted.weights_.items():
+            assert np.array_equal(after[key], value)
+    small, large = sizes
+    assert large > small + 13 * MEGABYTE
+    for value, match in (("yes", "keeps_start_"), (1, "keeps_start_"), (False, "features|another")):
+        shutil.copy(tmp_path / "model", tmp_path / "forged")
+        forged(tmp_path / "forged", set_state("keeps_start_", value))
+        with pytest.raises(ValueError, match=match):
+            load(tmp_path / "forged")
+    weights = fitted.weights_
+    weights["start.backbone.head.0.weight"] *= 2
+    fitted.weights_ = weights
+    save(fitted, tmp_path / "changed")
+    assert (tmp_path / "changed").stat().st_size > small + 13 * MEGABYTE
+    assert np.array_equal(answer(load(tmp_path / "changed"), images), answer(fitted, images))
 
 
 def test_other_forms_of_the_start(tmp_path):
