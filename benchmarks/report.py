@@ -109,8 +109,12 @@ def advice(chapter: Chapter) -> str:
     if others:
         more = ", ".join(f"{name} {np.median(seconds[name]):.0f} s" for name in others)
         cost += f" ({more})"
+    n_sets, of_suite = len({data for data, _ in cells}), compare.SUITES[chapter.key].data or ()
+    taken, first = f"take {best}", "it is"
+    if n_sets < len(of_suite):
+        taken, first = f"{n_sets} of {len(of_suite)} sets so far, no advice yet", f"{best} is"
     text = (
-        f"**{chapter.title}: take {best}.** Of {len(order)} contestants it is first by mean rank "
+        f"**{chapter.title}: {taken}.** Of {len(order)} contestants {first} first by mean rank "
         f"({order[best]:.1f}; mean balanced accuracy {_mean(table, cells, best):.3f}), {cost}."
     )
     gains = [f"over {name} {_worded(*chapter.effect(best, name))}" for name in others]

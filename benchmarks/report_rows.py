@@ -129,12 +129,16 @@ class Chapter:
         return self.rows[0]["suite"]
 
     @property
+    def key(self) -> tuple[str, str]:
+        return self.regime, self.suite
+
+    @property
     def is_ranked(self) -> bool:
         return self.suite not in ("curves", "ideas")
 
     @property
     def is_defaults(self) -> bool:
-        return (self.regime, self.suite) == ("scratch", "defaults")
+        return self.key == ("scratch", "defaults")
 
     @property
     def references(self) -> tuple[str, ...]:

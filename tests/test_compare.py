@@ -467,6 +467,20 @@ def scratch_rows(scores, *, suite="core", seeds=(0, 1), **more):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("n_sets", [3, 9])
+def test_nothing_is_advised_before_all_sets_of_a_suite_were_run(n_sets, tmp_path, monkeypatch):
+    cells = [(data, "natural") for data in compare.SETS[:n_sets]]
+    of = {"CSSN": dict.fromkeys(cells, 0.7), "logit adjustment": dict.fromkeys(cells, 0.6)}
+    rows = scratch_rows(of, regime="pretrained", start="efficientnet_lite0")
+    advice = page_of(rows, tmp_path / "a", tmp_path, monkeypatch).split("\n\n")[1]
+    if n_sets == 9:
+        assert "start: take CSSN.** Of 2 contestants it is first" in advice
+    else:
+        assert (
+            "start: 3 of 9 sets so far, no advice yet.** Of 2 contestants CSSN is first" in advice
+        )
+
+
 def test_cuts_of_a_collection_count_as_one_set(tmp_path, monkeypatch):
     """They share images: four cuts of one that is easy are no four sets."""
     cells = [*(("one", cut) for cut in ("natural", 10, 50, 100)), ("two", "natural"), ("3", 10)]
