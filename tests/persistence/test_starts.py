@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import pickle
 import shutil
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
@@ -192,13 +193,14 @@ def test_a_missing_package_is_named(clf, path, tmp_path, no_package):
 
 
 def test_a_damaged_package_is_refused(clf, path, tmp_path, monkeypatch):
-    spec = importlib.util.find_spec(PACKAGE)
-    folder = Path(spec.submodule_search_locations[0])
+    folder = Path(importlib.util.find_spec(PACKAGE).submodule_search_locations[0])
     shutil.copytree(folder, tmp_path / PACKAGE)
     file = next((tmp_path / PACKAGE).rglob("*.pth"))
     with file.open("ab") as damaged:
         damaged.write(b"!")
-    spec.submodule_search_locations[:] = [str(tmp_path / PACKAGE)]
+    # One of its own: where the package was imported, that found is the package's, and would stay.
+    spec = ModuleSpec(PACKAGE, None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path / PACKAGE)]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(ValueError, match=r"model.safetensors: .*damaged.*--force-reinstall"):
         load(path)
