@@ -229,13 +229,17 @@ class Trunk(nn.Module):
         return torch.cat([checkpoint(self._encode, part, **how) for part in parts])
 
 
+def trunks_of(*networks: nn.Module) -> list[Trunk]:
+    """All trunks of networks: one may keep a second, and a loss a copy."""
+    return [part for net in networks for part in net.modules() if isinstance(part, Trunk)]
+
+
 @contextmanager
 def passing(network: nn.Module, encoded: bool) -> Iterator[None]:
     """Give every trunk of a network what it has encoded earlier, or images, for a while."""
     with ExitStack() as held:
-        for part in network.modules():
-            if isinstance(part, Trunk):
-                held.enter_context(part.passing(encoded))
+        for trunk in trunks_of(network):
+            held.enter_context(trunk.passing(encoded))
         yield
 
 

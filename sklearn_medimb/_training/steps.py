@@ -15,7 +15,7 @@ from sklearn_medimb._machine import distributed
 from sklearn_medimb._machine.graphs import empty_cache
 from sklearn_medimb._machine.randomness import current_draws
 from sklearn_medimb._machine.runtime import is_out_of_memory
-from sklearn_medimb._training.network import Trunk
+from sklearn_medimb._training.network import trunks_of
 
 
 class _State:
@@ -167,7 +167,7 @@ class Steps:
         It is not where the images of a batch mix inside the network, and not where several
         processes train together: the others would go on.
         """
-        trunks = [part for part in self._parts() if isinstance(part, Trunk)]
+        trunks = trunks_of(self.net.module_, self.net.criterion_)
         first = all(trunk.micro_batch is None for trunk in trunks)
         size = min((trunk.micro_batch or n_images for trunk in trunks), default=1) // 2
         if size < 1 or not all(t.divisible for t in trunks) or distributed.world_size() > 1:

@@ -21,7 +21,7 @@ from sklearn_medimb._training.callbacks import (
 )
 from sklearn_medimb._training.checkpoint import Checkpoint, plain
 from sklearn_medimb._training.momentum import WeightAverage
-from sklearn_medimb._training.network import Trunk
+from sklearn_medimb._training.network import Trunk, trunks_of
 from sklearn_medimb._training.settled import MISFIT, misfit
 from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb.base._weights import KeepsWeights
@@ -123,12 +123,10 @@ class Trains(KeepsWeights):
             how = "(frozen backbone)" if stage.on_encoded else ""
             label = " ".join(filter(None, [type(self).__name__, stage.name, how]))
             callbacks.append(ProgressBar(label, n_left * stage.steps_per_epoch))
-        parts = [*net.module_.modules(), *net.criterion_.modules()]  # a copy may be in there
         with ExitStack() as held:
-            for trunk in parts:
-                if isinstance(trunk, Trunk):
-                    held.enter_context(trunk.wholly_held(stage.on_encoded))
-                    held.enter_context(trunk.passing(stage.on_encoded))
+            for trunk in trunks_of(net.module_, net.criterion_):
+                held.enter_context(trunk.wholly_held(stage.on_encoded))
+                held.enter_context(trunk.passing(stage.on_encoded))
             net.run(
                 stage.batches,
                 n_left,

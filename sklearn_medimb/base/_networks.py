@@ -16,7 +16,7 @@ from sklearn_medimb._machine.randomness import seeded
 from sklearn_medimb._machine.runtime import resolve_precision
 from sklearn_medimb._training.callbacks import resolve_callbacks
 from sklearn_medimb._training.net import Net
-from sklearn_medimb._training.network import Trunk
+from sklearn_medimb._training.network import Trunk, trunks_of
 from sklearn_medimb.backbones import Backbone, Start, make_backbone, recipe_of
 from sklearn_medimb.base._shared import SharedParameters
 
@@ -159,9 +159,8 @@ class MakesNetworks(SharedParameters):
             module = copy.deepcopy(previous.module_).to(device, dtype)
         elif module is None:
             module = self._network(device, dtype, pretrained)
-        for part in module.modules():
-            if isinstance(part, Trunk):
-                part.autocast = autocast
+        for trunk in trunks_of(module):
+            trunk.autocast = autocast
         net = Net(
             module=module,
             criterion=nn.Identity(),  # the method's loss follows with the training set
