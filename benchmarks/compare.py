@@ -66,7 +66,7 @@ from contestants_pretrained import FROZEN, LARGE, LEVERS, STARTS, TUNED
 from differences import FORMERLY, KEY, Answers, in_full, in_short
 from imblearn.metrics import geometric_mean_score
 from joblib import parallel_config
-from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
+from sklearn.metrics import balanced_accuracy_score, f1_score, recall_score, roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.utils import Bunch
 
@@ -564,9 +564,8 @@ def remembered(table: Path, folder: str) -> Answers:
             tested = in_full(short[key], images)
             if tested is None:
                 raise ValueError(f"{folder} has other images of {data} than predictions.csv is of.")
-            codes = np.unique(tested["true"], return_inverse=True)[1]
-            right = np.equal(tested["true"], tested["predicted"])
-            score = np.mean(np.bincount(codes, right) / np.bincount(codes))
+            true, predicted = tested["true"], tested["predicted"]
+            score = recall_score(true, predicted, labels=np.unique(true), average="macro")
             if abs(score - float(rows[key]["balanced_accuracy"])) > 1e-6:
                 raise ValueError(f"predictions.csv and {table.name} are of two runs of {key}.")
             found[key] = tested

@@ -232,7 +232,6 @@ class MetricTwoStageClassifier(TwoStageClassifier):
         kind="str or classifier",
         search=["auto", *HEADS],
     )
-
     keep_start: bool = parameter("boolean", default=True, search=[True, False])
 
     keeps_start_: bool = learned("bool")

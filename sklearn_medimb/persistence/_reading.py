@@ -56,9 +56,7 @@ _TYPES: dict[str, Any] = {
     "pixel_range_": (str, float, type(None)),
     "history_": list,
     "best_score_": float,
-    "keeps_start_": bool,
 }
-_OPTIONAL = {"best_score_", "keeps_start_"}
 
 
 # ---------------------------------------------------------------- and back
@@ -234,12 +232,13 @@ def _check_types(cls: type, state: dict[str, Any], fitted: bool) -> None:
         return
     needed = set(ARCHITECTURE)
     if fitted:  # else it is what another estimator began with
-        needed |= _TYPES.keys() - _OPTIONAL
+        needed |= _TYPES.keys() - {"best_score_"}
     if not issubclass(cls, BaseImageClassifier):
         needed.remove("classes_")
     if missing := sorted(needed - state.keys()):
         raise ValueError(f"it lacks {missing} of {cls.__name__}.")
-    odd = [k for k, kind in _TYPES.items() if k in state and not isinstance(state[k], kind)]
+    types = _TYPES | {k: bool for k, entry in cls._learned.items() if entry.kind == "bool"}
+    odd = [k for k, kind in types.items() if k in state and not isinstance(state[k], kind)]
     shape = state["image_shape_"]
     if not all(type(side) is int and side > 0 for side in shape) or max(shape[1:], default=0) > (
         MAX_SIDE
