@@ -48,8 +48,8 @@ from sklearn_medimb.augment import resolve_augmentation, symmetries
 from sklearn_medimb.backbones import classifier_head
 from sklearn_medimb.base._course import Trains
 
-# Images that a CPU tunes a network of elsewhere on in minutes.
-MOST_TUNED = 500
+# Pixels of training images that a CPU tunes a network of elsewhere on in about ten minutes.
+_MOST_TUNED = 500 * 224**2
 
 
 @dataclass
@@ -444,7 +444,8 @@ class BaseImageEstimator(Trains):
         """How the backbone is trained, with "auto" resolved."""
         chosen = self.fine_tune
         if chosen == "auto" and self._has_known_start:
-            in_minutes = fit.device.type == "cuda" or self.n_samples_fit_ <= MOST_TUNED
+            n_pixels = self.n_samples_fit_ * math.prod(self.image_shape_[1:])
+            in_minutes = fit.device.type == "cuda" or n_pixels <= _MOST_TUNED
             tuned = in_minutes and self._recipe.gains_from_tuning
             chosen = "head_first" if tuned else "frozen"
         elif chosen == "auto":

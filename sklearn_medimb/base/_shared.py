@@ -115,8 +115,8 @@ class SharedParameters(
         weights of elsewhere a linear head is then trained once more, on images as they are: those
         that everything learned from were augmented. n: its last n stages. "auto" is "full", but
         where `backbone` begins with weights of elsewhere, as "efficientnet_lite0" does: there it is
-        "head_first" on a GPU and for up to 500 images, which a CPU can tune in minutes, "frozen"
-        for more of them and for transformers.
+        "head_first" on a GPU, and for as many pixels as a CPU tunes in about ten minutes (500
+        images of 224 pixels, 1,500 of 128), "frozen" for more of them and for transformers.
     n_views
         Views of an image that predictions average: as it is, flipped, turned by quarters, as far as
         `augment` says that these change nothing (both flips for quarter turns, of square images);

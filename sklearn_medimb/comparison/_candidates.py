@@ -15,7 +15,6 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn_medimb.backbones import ConvNet, recipe_of
 from sklearn_medimb.base import BaseImageEstimator
 from sklearn_medimb.base._classifier import usual_steps
-from sklearn_medimb.base._image_estimator import MOST_TUNED
 from sklearn_medimb.comparison._features import logistic_regression, support_vectors
 from sklearn_medimb.comparison._methods import common_methods
 from sklearn_medimb.comparison._reading import SIDE, Data
@@ -59,18 +58,17 @@ def ways_of(
     """Each way, the first choice first; what networks share, and `params`, which have the say."""
     on_gpu = device.type == "cuda"
     found = []
-    for regime in _regimes(begins, len(data.rows), on_gpu):
+    for regime in _regimes(begins):
         given = {**shared, **_of_regime(regime, begins, data), **params}
         found.append(_way(regime, data, given, on_gpu, budget))
     return found
 
 
-def _regimes(begins: Any, n_images: int, on_gpu: bool) -> list[str]:
+def _regimes(begins: Any) -> list[str]:
     """Tuning a start, where that pays, before it stays as it is, and that before none."""
     if begins is None:
         return ["scratch"]
-    tunes = on_gpu or n_images <= MOST_TUNED
-    tunes &= getattr(recipe_of(begins), "gains_from_tuning", True)
+    tunes = getattr(recipe_of(begins), "gains_from_tuning", True)
     return ["pretrained", "frozen", "scratch"] if tunes else ["frozen", "scratch"]
 
 

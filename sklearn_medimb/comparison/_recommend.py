@@ -44,8 +44,8 @@ def recommend(
     classes and imbalance. The time of a fit is that of the bench, scaled by images, pixels and
     steps. Among the methods whose fit takes no longer than `budget` the one with the highest score
     is advised, or one within .005 of it that takes half its time or less. With a start its network
-    is tuned for up to 500 images or on a GPU, else frozen, as ``fine_tune="auto"`` has it; where no
-    such fit is within the budget the start is frozen, and after that left out.
+    is tuned, if it gains from that; where no such fit is within the budget the start is frozen, and
+    after that left out.
 
     Large images come to 128 pixels along their longest side, volumes to 32; with a start all images
     come to 128 x 128. Of images that are read on demand up to 64 are looked at for their size.

@@ -507,9 +507,9 @@ def test_portions_train_a_frozen_network(data):
 
 
 def test_what_is_trained_of_a_start_is_chosen_by_start_and_device(data):
-    def chosen(backbone, device, n=501):
+    def chosen(backbone, device, n=501, side=224):
         clf = make("SoftmaxClassifier", backbone=backbone)
-        clf.n_samples_fit_ = n
+        clf.n_samples_fit_, clf.image_shape_ = n, (3, side, side)
         fit = SimpleNamespace(device=torch.device(device), partial=False, previous=None)
         return clf._chosen_fine_tuning(fit)
 
@@ -519,6 +519,8 @@ def test_what_is_trained_of_a_start_is_chosen_by_start_and_device(data):
     assert (chosen(BACKBONE, "cpu"), chosen(BACKBONE, "cuda")) == ("frozen", "head_first")
     assert (chosen(Transformer(), "cuda"), chosen("conv", "cuda")) == ("frozen", "full")
     assert chosen(BACKBONE, "cpu", n=500) == "head_first"
+    assert chosen(BACKBONE, "cpu", n=1500, side=128) == "head_first"
+    assert chosen(BACKBONE, "cpu", n=1600, side=128) == "frozen"
     assert make("SoftmaxClassifier", device="cpu").fit(*data).fine_tune_ == "head_first"
 
 
