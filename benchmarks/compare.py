@@ -144,7 +144,7 @@ SUITES = {
         24, 0, 80, 60, 1, (0,), (5,), tuple(FROZEN), ("lesions",), "untrained", "frozen", 2, 200
     ),
     ("pretrained", "core"): Suite(
-        96, 0, 200, 900, 1, FOLDS[:2], UNCUT, tuple(TUNED), SETS, LITE0, "head_first", 5
+        96, 0, 200, 900, 1, FOLDS, UNCUT, tuple(TUNED), SETS, LITE0, "head_first", 5
     ),
     ("pretrained", "large"): Suite(
         128, 0, 600, 900, 1, FOLDS, UNCUT, tuple(LARGE), SETS, LITE0, "head_first"
