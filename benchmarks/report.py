@@ -110,16 +110,18 @@ def advice(chapter: Chapter) -> str:
         more = ", ".join(f"{name} {np.median(seconds[name]):.0f} s" for name in others)
         cost += f" ({more})"
     n_sets, of_suite = len({data for data, _ in cells}), compare.SUITES[chapter.key].data or ()
-    taken, first = f"take {best}", "it is"
+    effects = {name: chapter.effect(best, name) for name in others}
+    ahead = [name for name, (of, _) in effects.items() if of and of.mean < 0]
+    taken, first = f"take {' or '.join([best, *ahead])}", f"{best} is" if ahead else "it is"
     if n_sets < len(of_suite):
         taken, first = f"{n_sets} of {len(of_suite)} sets so far, no advice yet", f"{best} is"
     text = (
         f"**{chapter.title}: {taken}.** Of {len(order)} contestants {first} first by mean rank "
         f"({order[best]:.1f}; mean balanced accuracy {_mean(table, cells, best):.3f}), {cost}."
     )
-    gains = [f"over {name} {_worded(*chapter.effect(best, name))}" for name in others]
-    if gains:
-        text += f" It gains {'; '.join(gains)}"
+    if effects:
+        gains = [f"over {name} {_worded(*found)}" for name, found in effects.items()]
+        text += f" Its gain {'; '.join(gains)}"
         text += " (intervals of 95 %; of the first of many a gain is flattered)."
     if others:
         of = {name: differences.of_sets(rows, name) for name in (best, *others)}

@@ -453,6 +453,18 @@ def test_page_follows_from_the_table_and_says_who_loses(tmp_path, monkeypatch):
     assert report.critical_difference(10, 20) == pytest.approx(3.164 * np.sqrt(110 / 120), abs=0.01)
 
 
+def test_the_first_by_rank_is_not_advised_alone_where_a_baseline_has_the_higher_mean(
+    tmp_path, monkeypatch
+):
+    cells = [(data, "natural") for data in compare.SETS]
+    of = {"CSSN": dict.fromkeys(cells, 0.7), "logit adjustment": dict.fromkeys(cells, 0.68)}
+    of["logit adjustment"][cells[0]] = 0.99
+    rows = scratch_rows(of, regime="pretrained", start="efficientnet_lite0")
+    advice = page_of(rows, tmp_path / "a", tmp_path, monkeypatch).split("\n\n")[1]
+    assert "start: take CSSN or logit adjustment.** Of 2 contestants CSSN is first" in advice
+    assert "Its gain over logit adjustment \N{MINUS SIGN}.014" in advice
+
+
 def scratch_rows(scores, *, suite="core", seeds=(0, 1), **more):
     """Rows from scratch; scores by contestant, of each (set, cut)."""
     return [
@@ -556,7 +568,7 @@ def test_defaults_stand_beside_the_network_of_an_afternoon(tmp_path, monkeypatch
     assert f"## {title}\n" in page
     advice = page.split("\n\n")[1]
     assert advice.startswith(f"**{title}: take CSSN.** Of 4 contestants")
-    assert "6 s of a core to fit (afternoon CNN 4 s). It gains over afternoon CNN +.070" in advice
+    assert "6 s of a core to fit (afternoon CNN 4 s). Its gain over afternoon CNN +.070" in advice
     found = {line.split(" | ")[0][2:]: line.split(" | ") for line in page.splitlines()[8:20]}
     ahead = found["CSSN"]
     by_sets, alone = (
