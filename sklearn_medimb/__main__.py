@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,15 @@ def slug(name: str) -> str:
 # ---------------------------------------------------------------- commands
 
 
+def ask_for(package: str, extra: str) -> None:
+    """Miss what the end of a command needs before its work, which would be in vain."""
+    if find_spec(package) is None:
+        raise ImportError(f'{package} is not installed: pip install "sklearn_medimb[{extra}]".')
+
+
 def train(args: argparse.Namespace) -> None:
     """Fit a method to all images, and write the model."""
+    ask_for("safetensors", "persistence")
     data = read(args)
     (estimator,) = chosen(args, [args.method]).values()
     print(describe(data))
@@ -240,6 +248,7 @@ def advise(args: argparse.Namespace) -> None:
 
 def make_report(args: argparse.Namespace) -> None:
     """Compare methods; write a page about it."""
+    ask_for("matplotlib", "plot")
     out = Path(args.out)
     folder = out.with_name(f"{out.stem}_folds")
     if args.show not in (None, *args.methods):

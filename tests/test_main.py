@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+from sklearn_medimb import __main__ as cli
 from sklearn_medimb.__main__ import main
 from sklearn_medimb.persistence import load
 
@@ -169,6 +170,22 @@ def test_what_a_report_lacks_is_said_before_the_work(scans, tmp_path, capsys):
         with pytest.raises(SystemExit):
             run("report", scans, name, value)
         assert f"{value} does not lie between 0 and 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [("train", "safetensors", "persistence"), ("report", "matplotlib", "plot")],
+)
+def test_a_package_that_the_end_needs_is_missed_before_the_work(
+    command, package, extra, scans, tmp_path, monkeypatch, capsys
+):
+    find = cli.find_spec
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == package else find(name))
+    assert run(command, scans, "--out", tmp_path / "out") == 2
+    said = capsys.readouterr()
+    assert f'{package} is not installed: pip install "sklearn_medimb[{extra}]"' in said.err
+    assert not said.out
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_place_for_the_model_is_found_before_the_work(scans, tmp_path, capsys):

@@ -2,9 +2,10 @@
 Search overnight: stop, go on, or share the work
 ================================================
 
-Trials that do badly in their first epochs or folds are pruned. The study lives in a file: start the
-script again and it goes on where it was, killed or not; start it twice and both processes work on
-it (then without a seed of the sampler, or both begin with the same trials).
+Trials that do badly in their first epochs or folds are pruned. The study lives in a file, here a
+temporary one. In a lasting place it goes on where it was when the script is started again, killed
+or not; started twice, both processes work on it (then without a seed of the sampler, or both begin
+with the same trials).
 """
 
 # %%
