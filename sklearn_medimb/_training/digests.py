@@ -148,6 +148,10 @@ class _Describer:
             yield self.named(value)
             own = getattr(value, "__self__", None)
             yield self(None if isinstance(own, ModuleType) else own)
+        elif hasattr(value, "iloc"):  # a table or a column of one, without its numbering of rows
+            columns = value.items() if value.ndim == 2 else [(value.name, value)]
+            for name, column in columns:
+                yield from self.all((name, str(column.dtype), column.to_numpy()))
         else:
             yield from self.state(value)
 
@@ -228,9 +232,11 @@ def _hashed(*parts: Any) -> bytes:
 
 
 @functools.cache
-def _version(module: str | None) -> str | None:
+def _version(module: Any) -> str | None:
     """Version of the package that a module belongs to; None for code of one's own."""
-    top = (module or "").partition(".")[0]
+    if not isinstance(module, str):  # compiled classes may have a descriptor there
+        return None
+    top = module.partition(".")[0]
     if top == "sklearn_medimb":
         return sklearn_medimb.__version__
     if top in sys.stdlib_module_names:

@@ -199,8 +199,9 @@ class Net(NeuralNet):
             for value in moments.values()
             if isinstance(value, torch.Tensor)
         )
-        if fits:
-            self.optimizer_.load_state_dict(state)
+        if fits:  # its moments; rates and penalties are those of now
+            settings = self.optimizer_.state_dict()["param_groups"]
+            self.optimizer_.load_state_dict({**state, "param_groups": settings})
 
     def run(
         self,

@@ -24,8 +24,8 @@ class Stage:
     the weights is kept. `forward` takes the place of the network's own forward pass: (network,
     batch) to its output. `optimizer` holds skorch's parameters of another optimiser than the
     estimator's. Where `validated` is False no validation score decides on the stage's epochs. Where
-    `on_encoded` the trunk is frozen and batches hold what it made of images. `after` is called when
-    the stage has ended.
+    `on_encoded` the trunk is frozen and batches hold what it made of images. `before` is called
+    when the stage begins, `after` when it has ended.
     """
 
     criterion: Criterion
@@ -44,6 +44,7 @@ class Stage:
     optimizer: dict[str, Any] | None = None
     validated: bool = True
     on_encoded: bool = False
+    before: Callable[[], None] | None = None
     after: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:

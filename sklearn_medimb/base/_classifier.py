@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +41,7 @@ from sklearn_medimb._training.criterion import Criterion
 from sklearn_medimb._training.network import SoftmaxNetwork, Trunk
 from sklearn_medimb._training.stage import Stage, TrainingSet
 from sklearn_medimb.base._encoder import BaseImageEncoder, resolve_encoder
-from sklearn_medimb.base._image_estimator import BaseImageEstimator
+from sklearn_medimb.base._image_estimator import BaseImageEstimator, stages_trained
 from sklearn_medimb.metrics import scorer_name, with_labels
 
 if TYPE_CHECKING:
@@ -130,6 +131,8 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         Class labels.
     class_counts_
         Images of each class given to the latest ``fit``, and to ``partial_fit`` since.
+    split_seed_
+        Seed of the validation split: further fits hold out what the first one did.
     best_score_
         Validation score of the epoch kept; only with early stopping. What follows that epoch, such
         as the head's last course of ``fine_tune="head_first"``, is not in it.
@@ -153,6 +156,7 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
 
     classes_: np.ndarray = learned("ndarray of shape (n_classes,)")
     class_counts_: np.ndarray = learned("ndarray of int of shape (n_classes,)")
+    split_seed_: int = learned("int")
     best_score_: float = learned("float")
 
     # Of a head on a backbone with weights of elsewhere that stays as it is: how many times as many
@@ -300,7 +304,13 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
     def _pretraining(self, train: TrainingSet, context: Context) -> list[Stage]:
         """Label-free pre-training of the backbone on the images that are about to be learned."""
         encoder = self._pretrainer()
-        return [] if encoder is None else [encoder.pretraining(self, train, context)]
+        if encoder is None:
+            return []
+        stage, trunk = encoder.pretraining(self, train, context), self.net_.module_.trunk
+        before, after = (
+            partial(trunk.hold, stages_trained(how)) for how in (encoder.fine_tune, self.fine_tune_)
+        )
+        return [replace(stage, before=before, after=after)]
 
     def _most_images(self, train: TrainingSet) -> int:
         n_images, encoder = super()._most_images(train), self._pretrainer()
@@ -417,12 +427,16 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         partial: bool,
     ) -> tuple[TrainingSet, np.ndarray | None]:
         """Hold out the validation rows, then, and only then, resample the others."""
-        train, held = data, None
+        train, held, split = data, None, rng
+        if not self._continues(partial):
+            self.split_seed_ = self.random_seed_
+        elif (seed := getattr(self, "split_seed_", None)) is not None:  # older files lack it
+            split = np.random.default_rng(seed)  # the rows that no earlier fit was trained on
         holds_out = self._holds_out() and not partial
         if groups is None:
             self._warn_of_known_groups(data.images, holds_out)
         if holds_out:
-            kept, held = validation_split(data.y, self.validation_fraction, groups, rng)
+            kept, held = validation_split(data.y, self.validation_fraction, groups, split)
             weight = None if data.weight is None else data.weight[kept]
             unlabelled = data.unlabelled
             if groups is not None:

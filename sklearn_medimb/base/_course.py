@@ -90,6 +90,8 @@ class Trains(KeepsWeights):
         """Run one stage, with everything around its epochs."""
         main = distributed.is_main()
         net, stop = self.net_, StopWhenAsked([cb for cb in (scorer, reporter) if cb is not None])
+        if stage.before is not None:
+            stage.before()
         net.stage, net.stage_forward = stage.name, stage.forward
         net.criterion_ = stage.criterion.to(net.device, net.dtype)
         stage.criterion.start_from(net.module_)

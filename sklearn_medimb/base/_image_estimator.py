@@ -69,6 +69,11 @@ class Fit:
     draws: Draws
 
 
+def stages_trained(fine_tune: Any) -> int | None:
+    """How many stages at the end of a backbone learn, by `fine_tune`; None: all that may."""
+    return None if isinstance(fine_tune, str) else int(fine_tune)
+
+
 class BaseImageEstimator(Trains):
     """Common ground of classifiers and encoders: training, embedding, persistence.
 
@@ -200,14 +205,15 @@ class BaseImageEstimator(Trains):
     ) -> tuple[TrainingSet, list[Stage], BestEpoch | None]:
         """Split the rows, make the net and the stages; wait for memory on the device."""
         fresh = fit.previous is None
-        self.fine_tune_ = self._chosen_fine_tuning(fit)
+        chosen = self._chosen_fine_tuning(fit)
+        self.fine_tune_ = chosen if isinstance(chosen, str) else int(chosen)  # also of NumPy
         train, held = self._training_rows(fit.data, fit.groups, fit.rng, fit.partial)
         if fresh:
             self._normalise(train)
         self.net_ = self._make_net(fit.device, fit.previous)
         trunk = self.net_.module_.trunk
         trunk.keeps_statistics = self._has_known_start
-        trunk.hold(self.fine_tune_ if isinstance(self.fine_tune_, int) else None)
+        trunk.hold(stages_trained(self.fine_tune_))
         if distributed.world_size() == 1:  # a launcher has given the others their GPUs
             memory.enter_context(
                 waiting_for_memory(fit.device, lambda: self._training_bytes(train))
@@ -234,13 +240,14 @@ class BaseImageEstimator(Trains):
         on_encoded = self.fine_tune_ in ("frozen", "head_first")
         others: dict[str, Any] = {}
         encoded = self._encoded(train) if on_encoded else train
+        if self._holds_backbone:
+            others = self._decay_of_held
         if self._holds_backbone and fit.previous is None:
             settle = partial(self._standardise, encoded)
             if before:
                 before[-1] = replace(before[-1], after=settle)
             else:
                 settle()
-            others = self._decay_of_held
         if not on_encoded:
             return self._averaging(self._stages(train, n_epochs, context), **others), train
         frozen = replace(context, preprocess=Untouched(context.preprocess))

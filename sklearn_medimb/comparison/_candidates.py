@@ -12,6 +12,7 @@ from imblearn.pipeline import make_pipeline
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
+from sklearn_medimb._data.images import as_array
 from sklearn_medimb.backbones import ConvNet, recipe_of
 from sklearn_medimb.base import BaseImageEstimator
 from sklearn_medimb.base._classifier import usual_steps
@@ -151,7 +152,7 @@ def _from_scratch(shared: dict[str, Any], data: Data) -> dict[str, Any]:
 
 def flattened(X: Any) -> np.ndarray:
     """Images as rows of numbers."""
-    return np.asarray(X).reshape(len(X), -1)
+    return np.asarray(as_array(X)).reshape(len(X), -1)
 
 
 # ---------------------------------------------------------------- sizes

@@ -16,6 +16,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from sklearn.utils import _safe_indexing, check_consistent_length
 from sklearn.utils.validation import _num_samples
 
+from sklearn_medimb._data.containers import one_column
 from sklearn_medimb._data.files import wrap_dataset
 from sklearn_medimb._data.rows import group_codes
 from sklearn_medimb._machine.jobs import run_jobs
@@ -108,7 +109,7 @@ def compare_methods(
     baseline = next(iter(named)) if baseline is None else str(baseline)
     if baseline not in named:
         raise ValueError(f"baseline={baseline!r} must be one of {list(named)}.")
-    X, labels = wrap_dataset(X), labels_of(y, "y")
+    X, labels = wrap_dataset(one_column(X)), labels_of(y, "y")
     if _num_samples(X) != len(labels):
         raise ValueError(f"X holds {_num_samples(X)} images, y {len(labels)} labels.")
     patients = None if groups is None else group_codes(groups, labels)

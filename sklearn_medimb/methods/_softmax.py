@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -171,9 +171,14 @@ class SoftmaxClassifier(OneStageClassifier):
         self : estimator
             The classifier so far.
         """
-        before = self.class_counts_ if self.__sklearn_is_fitted__() else 0
+        before = None
+        if self.__sklearn_is_fitted__():
+            before = self.class_counts_, self.class_prior_
         self._fit(X, y, sample_weight=sample_weight, classes=classes, partial=True)
-        self.class_counts_ = self.class_counts_ + before
+        if before is not None:
+            portions = before, (self.class_counts_, self.class_prior_)
+            self.class_counts_ = before[0] + self.class_counts_
+            self.class_prior_ = _prior_of_all(portions)
         return self
 
     # ---------------------------------------------------------------- batches
@@ -197,3 +202,16 @@ class SoftmaxClassifier(OneStageClassifier):
         size, steps = min(self.batch_size, n), self._steps_per_epoch(n)
         balanced = plain.with_plan(lambda rng: class_balanced(train.y, size, steps, rng))
         return MixedBatches(plain, self.mixup_alpha, balanced)
+
+
+def _prior_of_all(portions: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Class shares of several portions from their class counts and their own shares.
+
+    A class that a portion lacks has the share of one sample there, which is none of its own.
+    """
+    mass = np.zeros(len(portions[0][0]))
+    for counts, prior in portions:
+        own = np.where(counts > 0, prior, 0)
+        mass += counts.sum() * own / own.sum()
+    mass = np.where(mass > 0, mass, 1.0)
+    return mass / mass.sum()

@@ -53,6 +53,7 @@ _TYPES: dict[str, Any] = {
     "n_features_in_": int,
     "n_iter_": int,
     "random_seed_": int,
+    "split_seed_": int,
     "pixel_range_": (str, float, type(None)),
     "history_": list,
     "best_score_": float,

@@ -498,6 +498,47 @@ def test_further_training_keeps_the_head(data):
     assert [row.get("stage") for row in clf.history_[n:]] == [None] * 2
 
 
+def test_a_number_of_stages_may_be_one_of_numpy(data):
+    X, y = data
+    one, other = (make("SoftmaxClassifier", fine_tune=n).fit(X, y) for n in (1, np.int64(1)))
+    assert type(other.fine_tune_) is int
+    for name, weight in state(one).items():
+        assert torch.equal(state(other)[name], weight), name
+
+
+def test_pre_training_moves_every_stage_whatever_labels_train_afterwards(data, tmp_path):
+    X, y = data
+    encoder = AMIMVEncoder(max_epochs=2, batch_size=16)
+    how = {"backbone": ConvNet(widths=(4, 8, 8)), "pretrain": encoder}
+    longer = state(make("SoftmaxClassifier", fine_tune=1, **how, max_epochs=4).fit(X, y))
+    untrained = state(make("SoftmaxClassifier", fine_tune=1, **how | {"pretrain": None}).fit(X, y))
+    clf = make("SoftmaxClassifier", fine_tune=1, **how).fit(X, y)
+    how |= {"fine_tune": 1, "checkpoint_dir": tmp_path}
+    for n_epochs in (1, 3):  # in the course without labels, and in that with them
+        with pytest.raises(RuntimeError, match="power cut"):
+            make("SoftmaxClassifier", **how, callbacks=[CrashAfter(n_epochs)]).fit(X, y)
+    resumed = make("SoftmaxClassifier", **how).fit(X, y)
+    stages = stages_of(clf.net_.module_.trunk.backbone)
+    last = {id(weight) for weight in stages[-1].parameters()}
+    names = {n for n, p in clf.net_.module_.trunk.named_parameters() if id(p) not in last}
+    assert len(names) > 2
+    for name, weight in state(clf).items():
+        assert torch.equal(weight, state(resumed)[name]), name
+        if name in names:  # as the encoder left them
+            assert torch.equal(weight, longer[name]), name
+            assert not torch.equal(weight, untrained[name]), name
+
+
+def test_the_head_of_a_frozen_start_has_its_weight_decay_in_further_fits(data):
+    X, y = data
+    clf = make("SoftmaxClassifier", fine_tune="frozen", warm_start=True)
+    for fit in (clf.fit, clf.fit, clf.partial_fit):
+        fit(X, y)
+        assert {group["weight_decay"] for group in clf.net_.optimizer_.param_groups} == {2.0}
+    clf = pickle.loads(pickle.dumps(clf)).partial_fit(X, y)
+    assert {group["weight_decay"] for group in clf.net_.optimizer_.param_groups} == {2.0}
+
+
 def test_portions_train_a_frozen_network(data):
     X, y = data
     clf = make("SoftmaxClassifier", fine_tune="frozen")

@@ -19,6 +19,7 @@ from sklearn.metrics import balanced_accuracy_score, log_loss, make_scorer, roc_
 from skorch.callbacks import Callback, EarlyStopping, Freezer
 
 from sklearn_medimb import CSSNClassifier, LMDClassifier, SoftmaxClassifier
+from sklearn_medimb._data.rows import validation_split
 from sklearn_medimb._machine.runtime import has_native_bf16, resolve_precision
 from sklearn_medimb._training.callback_state import WATCHERS
 from sklearn_medimb._training.net import SCHEDULES, learning_rate_factor
@@ -519,6 +520,24 @@ class TestWarmStartAndPartialFit:
         assert clf.net_.optimizer_.param_groups[0]["lr"] == clf.lr
         assert any(not np.array_equal(before[k], v) for k, v in clf.weights_.items())
 
+    def test_portions_obey_what_was_set_between_them(self, tiny, blobs):
+        clf = SoftmaxClassifier(**tiny).partial_fit(*blobs)
+        before = clf.net_.module_.head.weight.detach().clone()
+        clf.set_params(lr=1e-9, weight_decay=0.7).partial_fit(*blobs)
+        moved = (clf.net_.module_.head.weight - before).abs().max()
+        assert 0 < moved < 1e-6
+        assert {group["weight_decay"] for group in clf.net_.optimizer_.param_groups} == {0.7}
+
+    def test_the_prior_is_that_of_all_portions(self, tiny, blobs):
+        X, y = blobs
+        clf = SoftmaxClassifier(**tiny)
+        for label, n in ((0, 4), (1, 3), (0, 6)):
+            rows = np.flatnonzero(y == np.unique(y)[label])[:n]
+            clf.partial_fit(X[rows], y[rows], classes=np.unique(y))
+        wanted = [10, 3, *[1] * (len(clf.classes_) - 2)]
+        np.testing.assert_allclose(clf.class_prior_, np.array(wanted) / sum(wanted))
+        assert clf.class_counts_[:2].tolist() == [10, 3]
+
     def test_partial_fit_survives_pickling(self, tiny, blobs):
         X, y = blobs
         clf = pickle.loads(pickle.dumps(SoftmaxClassifier(**tiny).partial_fit(X, y)))
@@ -749,3 +768,24 @@ class TestEnoughSteps:
             with pytest.raises(ConvergenceWarning, match="max_epochs=2"):
                 clf.fit(NOISE, NAMES)
         assert clf.predict(NOISE).shape == (30,)
+
+
+@pytest.mark.parametrize("random_state", [0, None])
+def test_further_fits_validate_on_rows_that_none_was_trained_on(
+    random_state, tiny, blobs, monkeypatch
+):
+    X, y = blobs
+    seen = []
+
+    def split(*args):
+        found = validation_split(*args)
+        seen.append(found[1].tolist())
+        return found
+
+    monkeypatch.setattr("sklearn_medimb.base._classifier.validation_split", split)
+    params = {**tiny, "early_stopping": True, "warm_start": True, "random_state": random_state}
+    clf = SoftmaxClassifier(**params).fit(X, y)
+    clf = pickle.loads(pickle.dumps(clf)).fit(X, y)
+    clf.fit(X, y)
+    assert len(seen) == 3
+    assert seen[0] == seen[1] == seen[2]

@@ -189,6 +189,47 @@ def test_files_that_changed_are_other_images(tmp_path, fits):
     assert run() == 4
 
 
+CONTAINERS = {
+    "list": list,
+    "array": lambda paths: np.array(paths, dtype=object)[:, None],
+    "column": lambda paths: pytest.importorskip("pandas").Series(paths),
+    "table": lambda paths: pytest.importorskip("pandas").DataFrame({"path": paths}),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS.values(), ids=CONTAINERS)
+def test_files_that_changed_are_other_images_in_any_container(container, tmp_path, fits):
+    rng = np.random.default_rng(0)
+    paths = [str(tmp_path / f"{k}.npy") for k in range(8)]
+    y = np.arange(8) % 2
+
+    def run():
+        X = container(paths)
+        compare_methods({"a": Counting()}, X, y, cv=2, folder=tmp_path / "kept")
+        return len(fits())
+
+    for stamp in (1, 2):
+        for path in paths:
+            np.save(path, rng.integers(0, 255, (6, 6), dtype=np.uint8))
+            os.utime(path, (stamp, stamp))
+        assert (run(), run()) == (2 * stamp, 2 * stamp)
+
+
+def test_tables_of_numbers_are_known_again(tmp_path, fits):
+    pd = pytest.importorskip("pandas")
+    table = pd.DataFrame({"a": np.arange(12.0), "b": [1, 2, 3] * 4})
+    how = {"cv": 2, "folder": tmp_path / "kept"}
+
+    def run(X):
+        compare_methods({"a": Counting()}, X, np.arange(12) % 2, **how)
+        return len(fits())
+
+    assert (run(table), run(table.copy())) == (2, 2)
+    assert run(table.assign(b=4)) == 4
+    assert run(table.rename(columns={"a": "c"})) == 6
+    assert run(table.astype({"b": float})) == 8
+
+
 def test_patients_reach_the_fit_and_seeds_are_set(problem, fits):
     X, y, groups = problem
     estimator = Counting()

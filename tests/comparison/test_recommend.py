@@ -265,6 +265,20 @@ def test_a_start_is_tuned_where_the_budget_allows_else_frozen_else_left_out(
     assert scratch.method == "balanced forest"
 
 
+def test_a_forest_takes_the_column_of_a_table_that_it_is_advised_for():
+    pd = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (16, 16), dtype=np.uint8) for _ in range(60)]
+    y = np.repeat([0, 1], [48, 12])
+    for X in (pd.DataFrame({"image": images}), pd.Series(images)):
+        advice = recommend(X, y, budget=2, start=False, random_state=0)
+        assert advice.method == "balanced forest"
+        found = advice.estimator.fit(X, y).predict_proba(X)
+        np.testing.assert_array_equal(
+            found, clone(advice.estimator).fit(np.stack(images), y).predict_proba(np.stack(images))
+        )
+
+
 def test_many_images_are_tuned_on_a_cpu_where_the_time_allows(installed):
     installed(True)
     X, y = np.zeros((2000, 8, 8), dtype=np.uint8), np.arange(2000) % 2

@@ -1312,3 +1312,14 @@ def test_warm_start_goes_on_from_the_network(blobs):
 def test_there_are_no_sample_weights(blobs):
     with pytest.raises(TypeError, match="sample_weight"):
         small().fit(*blobs, sample_weight=np.ones(60))
+
+
+def test_another_head_is_no_other_training(tiny, blobs):
+    X, y = blobs
+    clf = MetricTwoStageClassifier(**tiny).fit(X, y)
+    counts = clf.class_counts_.copy()
+    rows = np.concatenate(
+        [np.flatnonzero(y == label)[: 2 + k] for k, label in enumerate(clf.classes_)]
+    )
+    clf.refit_head(X[rows], y[rows])
+    np.testing.assert_array_equal(clf.class_counts_, counts)
