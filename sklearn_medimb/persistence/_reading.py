@@ -233,7 +233,7 @@ def _check_types(cls: type, state: dict[str, Any], fitted: bool) -> None:
         return
     needed = set(ARCHITECTURE)
     if fitted:  # else it is what another estimator began with
-        needed |= _TYPES.keys() - {"best_score_"}
+        needed |= _TYPES.keys() - {"best_score_", "split_seed_"}  # older files lack the second
     if not issubclass(cls, BaseImageClassifier):
         needed.remove("classes_")
     if missing := sorted(needed - state.keys()):
