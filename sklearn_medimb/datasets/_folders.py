@@ -204,7 +204,10 @@ def from_table(
             f"{paths[absent[0]]!r} in row {numbers[absent[0]]} (the header is row 1). Paths are "
             f"relative to root={str(root)!r}."
         )
-    labels = None if label is None else as_labels(column(frame, label, "label", numbers))
+    labels = None
+    if label is not None:
+        entries = column(frame, label, "label", numbers)
+        labels = as_labels(entries, from_file=frame is not table)
     patients = None
     if group is not None:
         places = [f"Row {number} of the table" for number in numbers]

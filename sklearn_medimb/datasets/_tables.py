@@ -97,10 +97,10 @@ def column(table: Any, name: str, what: str, numbers: Sequence[int]) -> list[Any
     return entries
 
 
-def as_labels(entries: list[Any]) -> np.ndarray:
-    """Labels as an array; texts of whole numbers, as files have them, become numbers."""
+def as_labels(entries: list[Any], *, from_file: bool) -> np.ndarray:
+    """Labels as an array; texts of whole numbers become numbers where a file has no others."""
     if all(isinstance(entry, str) for entry in entries):
-        whole = all(re.fullmatch(r"-?(0|[1-9]\d{0,8})", entry) for entry in entries)
+        whole = from_file and all(re.fullmatch(r"-?(0|[1-9]\d{0,8})", entry) for entry in entries)
         return np.array(entries, dtype=int if whole else str)
     kinds = {type(entry) for entry in entries}
     if str in kinds:

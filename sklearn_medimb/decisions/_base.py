@@ -12,6 +12,7 @@ import sklearn
 from sklearn.base import BaseEstimator, ClassifierMixin, MetaEstimatorMixin, clone
 from sklearn.frozen import FrozenEstimator
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, check_cv
+from sklearn.pipeline import Pipeline
 from sklearn.utils import _safe_indexing, assert_all_finite, get_tags
 from sklearn.utils._param_validation import HasMethods
 from sklearn.utils._param_validation import Interval as Range
@@ -31,7 +32,7 @@ from sklearn.utils.validation import (
     indexable,
 )
 
-from sklearn_medimb._data.labels import read_labels
+from sklearn_medimb._data.labels import is_mark, read_labels
 from sklearn_medimb._data.rows import group_codes
 from sklearn_medimb._pages import Documented
 
@@ -71,7 +72,15 @@ class WrappedClassifier(ClassifierMixin, MetaEstimatorMixin, Documented, BaseEst
                 f"{type(self).__name__} requires y to be passed, but the target y is None."
             )
         check_consistent_length(X, y)
-        y = read_labels(y, warn=True)
+        unlabelled = takes_unlabelled(self.estimator)
+        y = read_labels(y, warn=True, mixed=unlabelled)
+        if unlabelled and (marks := is_mark(y)).any():
+            raise ValueError(
+                f"{type(self).__name__} counts images whose class is known, but y holds "
+                f"{y[marks.argmax()]!r}, no label, in row {marks.argmax()}: fit the classifier to "
+                "all rows, and pass FrozenEstimator(classifier) with labelled ones that it has not "
+                "seen."
+            )
         assert_all_finite(y, input_name="y")
         check_classification_targets(y)
         classes = np.unique(y)
@@ -171,6 +180,15 @@ def takes_groups(estimator: Any) -> bool:
     while isinstance(estimator, WrappedClassifier):
         estimator = estimator.estimator
     return has_fit_parameter(estimator, "groups")
+
+
+def takes_unlabelled(estimator: Any) -> bool:
+    """Whether a classifier, or the one within it, learns from rows without a label."""
+    if isinstance(estimator, Pipeline):
+        return takes_unlabelled(estimator.steps[-1][1])
+    if (inner := getattr(estimator, "estimator", None)) is not None:
+        return takes_unlabelled(inner)
+    return bool(getattr(estimator, "_takes_unlabelled", False))
 
 
 # ---------------------------------------------------------------- answers of unseen patients

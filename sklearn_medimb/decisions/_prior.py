@@ -124,11 +124,12 @@ class PriorShift(WrappedClassifier):
     Equal class shares, "balanced", are what a classifier is taught by ``class_weight="balanced"``,
     by samplers that make or draw classes in equal numbers, by the losses "balanced_softmax" and
     "logit_adjusted", by the balanced heads of :mod:`sklearn_medimb.rebalance`, and so by the
-    two-stage classifiers and CSSN as they are by default. Those of `y`, "training", are right for
-    whatever is trained on the images as they are: plain cross-entropy, ``LogisticRegression()``,
-    ``rebalance="none"``. What is in between, a sampler with another strategy or
-    ``class_weight={...}``, needs its shares as a dict: images of a class times their weight. Focal
-    and margin losses give no probabilities of any prior: calibrate them first.
+    two-stage classifiers and CSSN as they are by default. Those of `y`, "training", weighed by the
+    `sample_weight` of ``fit``, are right for whatever is trained on the images as they are: plain
+    cross-entropy, ``LogisticRegression()``, ``rebalance="none"``. What is in between, a sampler
+    with another strategy or ``class_weight={...}``, needs its shares as a dict: images of a class
+    times their weight. Focal and margin losses give no probabilities of any prior: calibrate them
+    first.
 
     Shares do not mend probabilities that are too sure of themselves. Calibrate first, on
     out-of-fold predictions, and with "training" then: the calibrated ones belong to `y`.
@@ -205,15 +206,22 @@ class PriorShift(WrappedClassifier):
                 f"prevalence={self.prevalence!r}: pass {{label: share}} for the {len(classes)} "
                 "classes."
             )
+        params = self._routed(fit_params)
         if isinstance(self.train_prior, Mapping):
             before = _by_label(self.train_prior, classes, "train_prior")
         elif self.train_prior == "training":
-            before = _shares(
-                [(y == label).mean() for label in classes], len(classes), "train_prior"
-            )
+            weight = params.get("sample_weight")
+            shares = [np.average(y == label, weights=weight) for label in classes]
+            before = _shares(shares, len(classes), "train_prior")
         else:
             before = np.full(len(classes), 1 / len(classes))
-        self._keep(clone(self.estimator).fit(X, y, **self._routed(fit_params)))
+        fitted = clone(self.estimator).fit(X, y, **params)
+        if not np.array_equal(fitted.classes_, classes):
+            raise ValueError(
+                f"y holds {classes.tolist()}, but the classifier knows {fitted.classes_.tolist()}: "
+                "leave out rows that it does not take for a class."
+            )
+        self._keep(fitted)
         self.prevalence_, self.train_prior_ = prevalence, before
         return self
 

@@ -283,6 +283,9 @@ def test_a_folder_with_a_table(tree, tmp_path):
         np.testing.assert_array_equal(found.groups, data.groups)
         assert found.images.paths == data.images.paths
     assert from_table(frame(), label=None, root=tree).labels is None
+    texts = frame()
+    texts["label"] = ["0", "1"] * (len(texts) // 2)
+    assert from_table(texts, root=tree).labels.tolist() == texts["label"].tolist()
 
 
 def test_labels_that_are_numbers_stay_numbers(tree):

@@ -15,8 +15,9 @@ from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.pipeline import make_pipeline
 
-from sklearn_medimb import SoftmaxClassifier, decisions
+from sklearn_medimb import AMIMVClassifier, SoftmaxClassifier, decisions
 from sklearn_medimb.decisions import OperatingPoint, PriorShift, SelectiveClassifier
 
 ROOT = Path(__file__).parents[2]
@@ -117,3 +118,15 @@ def test_labels_are_those_of_the_frozen_classifier(name):
     fitted = make().fit(X[:40], y[:40])  # who lacks a class is told of it
     assert fitted.predict_proba(X).shape == (60, 3)
     assert set(fitted.predict(X)) <= {0, 1, 2}
+
+
+@pytest.mark.parametrize("name", sorted(FITTED))
+@pytest.mark.parametrize("y", [[0, 1, -1], np.array(["well", "ill", -1], dtype=object)])
+@pytest.mark.parametrize("within", [lambda clf: clf, lambda clf: make_pipeline(clf)])
+def test_images_without_a_label_are_not_counted_as_a_class(name, y, within):
+    clf = within(AMIMVClassifier(pretrain=None, max_epochs=1))
+    y, X = np.tile(y, 8), np.zeros((24, 8, 8), dtype=np.uint8)
+    with pytest.raises(
+        ValueError, match=r"holds .*-1.*, no label, in row 2: fit .*FrozenEstimator"
+    ):
+        FITTED[name](clf).fit(X, y)

@@ -12,6 +12,7 @@ from sklearn.datasets import make_classification
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.svm import LinearSVC
+from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from sklearn_medimb import SoftmaxClassifier
@@ -156,3 +157,30 @@ def test_scikit_learn_checks():
     for estimator, check in estimator_checks_generator(clf):
         if check.func.__name__ not in against:
             check(clone(estimator))
+
+
+def test_shares_of_training_are_weighed_as_the_images_were():
+    X, y = make_classification(1000, weights=[0.9], random_state=0)
+    weight = compute_sample_weight("balanced", y)
+    how = {"prevalence": float(y.mean()), "train_prior": "training"}
+    clf = PriorShift(LogisticRegression(), **how).fit(X, y, sample_weight=weight)
+    np.testing.assert_allclose(clf.train_prior_, [0.5, 0.5])
+    assert clf.predict_proba(X)[:, 1].mean() == pytest.approx(y.mean(), abs=0.03)
+    plain = PriorShift(LogisticRegression(), **how).fit(X, y)
+    np.testing.assert_allclose(plain.train_prior_, [1 - y.mean(), y.mean()])
+
+
+class Forgetful(LogisticRegression):
+    """Takes label 9 for none."""
+
+    def fit(self, X, y):
+        return super().fit(X[y != 9], y[y != 9])
+
+
+def test_shares_of_a_class_that_the_classifier_does_not_know_are_refused():
+    X, y = make_classification(60, n_classes=3, n_informative=4, random_state=0)
+    y[y == 2] = 9
+    clf = PriorShift(Forgetful(), prevalence={0: 0.5, 1: 0.4, 9: 0.1})
+    with pytest.raises(ValueError, match=r"y holds \[0, 1, 9\], but the classifier knows \[0, 1\]"):
+        clf.fit(X, y)
+    assert not hasattr(clf, "estimator_")
