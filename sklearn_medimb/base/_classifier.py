@@ -392,7 +392,6 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
                 "(classes=...)."
             )
         encoded = np.searchsorted(self.classes_, y)
-        self.class_counts_ = np.bincount(encoded, minlength=len(self.classes_))
         return TrainingSet(
             images,
             rows,
@@ -427,6 +426,7 @@ class BaseImageClassifier(ClassifierMixin, BaseImageEstimator):
         partial: bool,
     ) -> tuple[TrainingSet, np.ndarray | None]:
         """Hold out the validation rows, then, and only then, resample the others."""
+        self.class_counts_ = np.bincount(data.y, minlength=len(self.classes_))
         train, held, split = data, None, rng
         if not self._continues(partial):
             self.split_seed_ = self.random_seed_

@@ -238,10 +238,8 @@ class BaseImageEstimator(Trains):
         """
         n, n_epochs = len(train.rows), 1 if fit.partial else self._n_epochs(len(train.rows))
         on_encoded = self.fine_tune_ in ("frozen", "head_first")
-        others: dict[str, Any] = {}
         encoded = self._encoded(train) if on_encoded else train
-        if self._holds_backbone:
-            others = self._decay_of_held
+        others = self._decay_of_held if self._holds_backbone else {}
         if self._holds_backbone and fit.previous is None:
             settle = partial(self._standardise, encoded)
             if before:

@@ -185,9 +185,7 @@ class TwoStageClassifier(BaseImageClassifier):
         """
         check_is_fitted(self)
         with all_or_nothing(self), one_thread_in_workers():
-            counts = self.class_counts_  # of what the network has learned from
             data, _ = self._check_training(X, y, fresh=False)
-            self.class_counts_ = counts
             chosen = self._head() if rebalance is None else rebalance
             self.head_ = self._head_of_images(chosen, data.images, data.rows, data.y)
         return self
